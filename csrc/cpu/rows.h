@@ -1,0 +1,89 @@
+// CPU kernels for samples whose classes are walked one sample ("row") at a time. No torch.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "../objective.h"
+
+namespace kdk {
+
+enum class DType : int { f32, f64, f16, bf16 };
+
+constexpr int kMaxDims = 8;
+
+// A logits-shaped array: where a sample's classes are.
+struct Matrix {
+  void* data = nullptr;
+  DType dtype = DType::f32;
+  int64_t class_stride = 1;
+  int64_t sample_stride[kMaxDims] = {};
+};
+
+// Everything a call reads and writes. Arrays that were not asked for are null.
+struct RowsProblem {
+  Objective objective;
+  Matrix student, teacher, gradient;
+  int64_t classes = 0;           // that are compared
+  int64_t gradient_classes = 0;  // that the gradient has: those beyond `classes` get 0
+  int64_t samples = 0;
+  int dims = 0;  // of the samples, merged where the strides allow
+  int64_t sample_size[kMaxDims] = {};
+  const int64_t* target = nullptr;
+  bool double_arithmetic = false;
+  double* row_weight = nullptr;   // in: the weight of each sample in the result, 0 for samples that do not count
+  double* row_loss = nullptr;     // out, unweighted
+  double* row_parts = nullptr;    // out, unweighted, objective.parts() a sample
+  void* saved = nullptr;          // float or double, saved_size() a sample
+  int64_t* members = nullptr;     // leading classes by rank, members_size() a sample
+};
+
+// Numbers that a sample's gradient needs besides the logits: its weight, the cross entropy's maximum and inverse sum,
+// and for each group of each term both maxima and the coefficients.
+inline int64_t saved_size(const Objective& objective) {
+  int64_t size = 3;
+  for (int t = 0; t < objective.terms; ++t) size += 5 * objective.term[t].groups();
+  return size;
+}
+
+inline int64_t members_size(const Objective& objective) {
+  int64_t size = 0;
+  for (int t = 0; t < objective.terms; ++t)
+    if (objective.term[t].by_rank()) size += objective.term[t].k;
+  return size;
+}
+
+// parallel_for(begin, end, grain, body) calls body(from, to) on threads of the caller's choice.
+using ParallelFor =
+    std::function<void(int64_t, int64_t, int64_t, const std::function<void(int64_t, int64_t)>&)>;
+
+struct Parallel {
+  ParallelFor run;
+  int threads;
+};
+
+// Steps 1 and 2 of every row and, if problem.gradient.data is set, step 3 while the row is in cache.
+void forward_rows(const RowsProblem& problem, const Parallel& parallel);
+
+// Step 3 alone, from problem.saved and problem.members.
+void backward_rows(const RowsProblem& problem, const Parallel& parallel);
+
+// gradient *= factor, one factor for all samples or one a sample.
+void scale_rows(const RowsProblem& problem, const double* factor, bool per_sample, const Parallel& parallel);
+
+// Instruction sets of this build, slowest first. -1 stands for the best that the CPU has.
+enum class Isa : int { baseline = 0, avx2 = 1, avx512 = 2 };
+std::vector<Isa> supported_isas();
+Isa current_isa();
+bool set_isa(int isa);
+
+// One build of the kernels for one instruction set.
+struct RowKernels {
+  void (*forward)(const RowsProblem&, const Parallel&);
+  void (*backward)(const RowsProblem&, const Parallel&);
+  void (*scale)(const RowsProblem&, const double*, bool, const Parallel&);
+};
+
+}  // namespace kdk

@@ -1,0 +1,17 @@
+// The row kernels for AVX512.
+#include "row_includes.h"
+
+#if defined(__x86_64__)
+#pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,fma,f16c,bmi,bmi2")
+#define KDK_AVX512
+#define KDK_VECTOR_BYTES 64
+
+namespace kdk::avx512 {
+namespace {
+#include "simd.h"
+#include "row_kernels.h"
+}  // namespace
+extern const RowKernels kernels;
+const RowKernels kernels = kRowKernels;
+}  // namespace kdk::avx512
+#endif

@@ -1,0 +1,14 @@
+// The row kernels for any CPU: 128-bit vectors (SSE2, NEON), which every 64-bit target has.
+#include "row_includes.h"
+
+#define KDK_VECTOR_BYTES 16
+
+namespace kdk::baseline {
+namespace {
+#include "simd.h"
+
+#include "row_kernels.h"
+}  // namespace
+extern const RowKernels kernels;
+const RowKernels kernels = kRowKernels;
+}  // namespace kdk::baseline

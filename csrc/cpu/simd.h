@@ -1,0 +1,206 @@
+// Vectors of the instruction set that is being built (KDK_ISA, KDK_VECTOR_BYTES), and base-2 exponentials on them.
+//
+// Written with the compilers' vector extensions; intrinsics only where an instruction does what C++ cannot say.
+// Included once per instruction set, inside that set's namespace: no function here may leave it.
+
+template <class T>
+struct VecOf;
+template <>
+struct VecOf<float> {
+  typedef float type __attribute__((vector_size(KDK_VECTOR_BYTES)));
+  typedef int32_t bits __attribute__((vector_size(KDK_VECTOR_BYTES)));
+};
+template <>
+struct VecOf<double> {
+  typedef double type __attribute__((vector_size(KDK_VECTOR_BYTES)));
+  typedef int64_t bits __attribute__((vector_size(KDK_VECTOR_BYTES)));
+};
+template <class T>
+using Vec = typename VecOf<T>::type;
+template <class T>
+constexpr int kLanes = KDK_VECTOR_BYTES / sizeof(T);
+
+template <class T>
+inline Vec<T> load(const T* from) {
+  Vec<T> v;
+  __builtin_memcpy(&v, from, sizeof v);
+  return v;
+}
+template <class T>
+inline void store(T* to, Vec<T> v) {
+  __builtin_memcpy(to, &v, sizeof v);
+}
+template <class T>
+inline Vec<T> broadcast(T value) {
+  return Vec<T>{} + value;
+}
+
+// The larger of both; `b` where either is NaN.
+template <class V>
+inline V max(V a, V b) {
+  return a > b ? a : b;
+}
+
+template <class T>
+inline T horizontal_max(Vec<T> v) {
+  T result = v[0];
+  for (int i = 1; i < kLanes<T>; ++i) result = v[i] > result ? v[i] : result;
+  return result;
+}
+template <class T>
+inline double horizontal_sum(Vec<T> v) {
+  double result = 0;
+  for (int i = 0; i < kLanes<T>; ++i) result += v[i];
+  return result;
+}
+
+// 2^f for f in [-1/2, 1/2]: minimax in the relative error, 2e-9 (float) and 4e-18 (double) before rounding.
+inline Vec<float> exp2_fraction(Vec<float> f) {
+  Vec<float> p = broadcast(1.5345812e-4f);
+  p = p * f + 1.3399931e-3f;
+  p = p * f + 9.6184890e-3f;
+  p = p * f + 5.5503288e-2f;
+  p = p * f + 2.4022647e-1f;
+  p = p * f + 6.9314721e-1f;
+  return p * f + 1.0f;
+}
+inline Vec<double> exp2_fraction(Vec<double> f) {
+  Vec<double> p = broadcast(4.4352827069572771511e-10);
+  p = p * f + 7.0741056135081427963e-9;
+  p = p * f + 1.0178198021671930844e-7;
+  p = p * f + 1.321543308967639918e-6;
+  p = p * f + 1.5252733489988525649e-5;
+  p = p * f + 1.5403530462513532204e-4;
+  p = p * f + 1.3333558146789921722e-3;
+  p = p * f + 9.6181291075883352443e-3;
+  p = p * f + 5.5504108664819921605e-2;
+  p = p * f + 2.4022650695910156204e-1;
+  p = p * f + 6.9314718055994533046e-1;
+  return p * f + 1.0;
+}
+
+// 2^x for x at most a little above 0 (the maximum's own rounding); 0 at -inf, NaN at NaN.
+#if defined(KDK_AVX512)
+// The masks are full: they spare the compiler an undefined operand.
+inline Vec<float> exp2(Vec<float> x) {
+  const Vec<float> f = _mm512_maskz_reduce_ps(0xffff, x, 0);  // x - round(x); 0 at -inf
+  return _mm512_maskz_scalef_ps(0xffff, exp2_fraction(f), x - f);
+}
+inline Vec<double> exp2(Vec<double> x) {
+  const Vec<double> f = _mm512_maskz_reduce_pd(0xff, x, 0);
+  return _mm512_maskz_scalef_pd(0xff, exp2_fraction(f), x - f);
+}
+#else
+template <class V, class Bits, class T>
+inline V exp2_by_bits(V x, T shifter, T lowest, int mantissa) {
+  const V clamped = x < lowest ? V{} + lowest : x;
+  const V shifted = clamped + shifter;  // rounds to an integer, which ends up in the lowest bits
+  const V power = exp2_fraction(clamped - (shifted - shifter));
+  const V scaled = reinterpret_cast<V>(reinterpret_cast<Bits>(power) + (reinterpret_cast<Bits>(shifted) << mantissa));
+  return x < lowest ? V{} : scaled;
+}
+inline Vec<float> exp2(Vec<float> x) {
+  return exp2_by_bits<Vec<float>, VecOf<float>::bits>(x, 12582912.0f, -126.0f, 23);  // 1.5 * 2^23
+}
+inline Vec<double> exp2(Vec<double> x) {
+  return exp2_by_bits<Vec<double>, VecOf<double>::bits>(x, 6755399441055744.0, -1022.0, 52);  // 1.5 * 2^52
+}
+#endif
+
+// Bit i is set where not v[i] < bound: at least the bound, or NaN.
+template <class T>
+inline uint32_t not_less(Vec<T> v, Vec<T> bound) {
+#if defined(KDK_AVX512)
+  if constexpr (sizeof(T) == 4) return _mm512_cmp_ps_mask(v, bound, _CMP_NLT_UQ);
+  if constexpr (sizeof(T) == 8) return _mm512_cmp_pd_mask(v, bound, _CMP_NLT_UQ);
+#elif defined(KDK_AVX2)
+  if constexpr (sizeof(T) == 4) return _mm256_movemask_ps(_mm256_cmp_ps(v, bound, _CMP_NLT_UQ));
+  if constexpr (sizeof(T) == 8) return _mm256_movemask_pd(_mm256_cmp_pd(v, bound, _CMP_NLT_UQ));
+#else
+  uint32_t mask = 0;
+  for (int i = 0; i < kLanes<T>; ++i) mask |= static_cast<uint32_t>(!(v[i] < bound[i])) << i;
+  return mask;
+#endif
+}
+
+// 16-bit floats ----------------------------------------------------------------------------------------------------
+
+struct Half {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+inline float bit_float(uint32_t bits) {
+  float value;
+  __builtin_memcpy(&value, &bits, sizeof value);
+  return value;
+}
+inline uint32_t float_bits(float value) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+inline float widen(float x) { return x; }
+inline double widen(double x) { return x; }
+inline float widen(BFloat16 x) { return bit_float(static_cast<uint32_t>(x.bits) << 16); }
+inline float widen(Half x) {
+  const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000) << 16;
+  const uint32_t magnitude = x.bits & 0x7fff;
+  if (magnitude >= 0x7c00) return bit_float(sign | 0x7f800000 | (magnitude & 0x3ff) << 13);  // inf, NaN
+  // The half's bits read as a float's are its value times 2^-112, subnormals included.
+  return bit_float(sign | float_bits(bit_float(magnitude << 13) * 5.192296858534828e33f));
+}
+
+inline void narrow(double x, double& out) { out = x; }
+inline void narrow(float x, float& out) { out = x; }
+inline void narrow(float x, BFloat16& out) {
+  const uint32_t bits = float_bits(x);
+  const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;  // to nearest, ties to even
+  out.bits = static_cast<uint16_t>(x != x ? 0x7fc0 : rounded);
+}
+inline void narrow(float x, Half& out) {
+  const uint32_t bits = float_bits(x);
+  const uint32_t sign = bits >> 16 & 0x8000;
+  const float magnitude = bit_float(bits & 0x7fffffff);
+  uint32_t result;
+  if (!(magnitude < 65520.0f)) {
+    result = magnitude != magnitude ? 0x7e00 : 0x7c00;
+  } else if (magnitude < 6.103515625e-05f) {
+    result = float_bits(magnitude + 0.5f) - float_bits(0.5f);  // the sum's last bit is a half's smallest subnormal
+  } else {
+    const uint32_t rebased = (bits & 0x7fffffff) - (112u << 23);
+    result = (rebased + 0xfff + (rebased >> 13 & 1)) >> 13;
+  }
+  out.bits = static_cast<uint16_t>(sign | result);
+}
+template <class Out>
+inline void narrow(double x, Out& out) {
+  narrow(static_cast<float>(x), out);
+}
+
+#if defined(KDK_AVX512) || defined(KDK_AVX2)
+// Eight halves at a time; the compiler does as well for bfloat16 from the scalar code.
+inline void widen_all(const Half* from, int count, float* to) {
+  int i = 0;
+  for (; i + 8 <= count; i += 8)
+    _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
+  for (; i < count; ++i) to[i] = widen(from[i]);
+}
+inline void narrow_all(const float* from, int count, Half* to) {
+  int i = 0;
+  for (; i + 8 <= count; i += 8)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), _mm256_cvtps_ph(_mm256_loadu_ps(from + i), 0));
+  for (; i < count; ++i) narrow(from[i], to[i]);
+}
+#endif
+template <class In, class T>
+inline void widen_all(const In* from, int count, T* to) {
+  for (int i = 0; i < count; ++i) to[i] = static_cast<T>(widen(from[i]));
+}
+template <class T, class Out>
+inline void narrow_all(const T* from, int count, Out* to) {
+  for (int i = 0; i < count; ++i) narrow(from[i], to[i]);
+}

@@ -1,0 +1,288 @@
+// Schemas of the ops and thin unpacking of tensors, on LibTorch's stable ABI. Nothing else in csrc knows torch.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "cpu/rows.h"
+
+namespace kdk {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+enum class Reduction : int64_t { none = 0, sum = 1, mean = 2, batchmean = 3 };  // the order of validation.REDUCTIONS
+
+DType dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return DType::f32;
+    case ScalarType::Double: return DType::f64;
+    case ScalarType::Half: return DType::f16;
+    case ScalarType::BFloat16: return DType::bf16;
+    default: break;
+  }
+  STD_TORCH_CHECK(false, "ValueError: logits must be float32, float64, float16 or bfloat16");
+  return DType::f32;
+}
+
+// A contiguous copy in another type, or the tensor itself where it already is one.
+Tensor as_contiguous(const Tensor& tensor, ScalarType dtype) {
+  const Tensor typed = tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype);
+  return typed.is_contiguous() ? typed : torch::stable::contiguous(typed);
+}
+
+Objective decoded(const std::vector<double>& numbers) {
+  Objective objective;
+  STD_TORCH_CHECK(decode(numbers.data(), static_cast<int64_t>(numbers.size()), objective),
+                  "ValueError: objective must be what Objective.encode() returns, got ", numbers.size(), " numbers");
+  return objective;
+}
+
+const Parallel& parallel() {
+  static thread_local Parallel threads;
+  threads.run = [](int64_t begin, int64_t end, int64_t grain, const std::function<void(int64_t, int64_t)>& body) {
+    torch::stable::parallel_for(begin, end, grain, body);
+  };
+  threads.threads = static_cast<int>(torch::stable::get_num_threads());
+  return threads;
+}
+
+// Points the problem's matrices at the tensors and merges sample dimensions that all of them walk alike.
+void set_layout(RowsProblem& problem, std::vector<std::pair<Matrix*, const Tensor*>> sides, int64_t class_dim) {
+  const Tensor& shape = *sides.front().second;
+  problem.samples = 1;
+  problem.dims = 0;
+  for (auto& [matrix, tensor] : sides) {
+    matrix->data = tensor->data_ptr();
+    matrix->dtype = dtype_of(*tensor);
+    matrix->class_stride = tensor->stride(class_dim);
+  }
+  for (int64_t d = 0; d < shape.dim(); ++d) {
+    if (d == class_dim) continue;
+    const int64_t size = shape.size(d);
+    problem.samples *= size;
+    if (size == 1) continue;
+    bool merges = problem.dims > 0;
+    for (auto& [matrix, tensor] : sides)
+      merges = merges && matrix->sample_stride[problem.dims - 1] == size * tensor->stride(d);
+    const int at = merges ? problem.dims - 1 : problem.dims++;
+    STD_TORCH_CHECK(at < kMaxDims, "ValueError: logits must have at most ", kMaxDims, " sample dimensions");
+    problem.sample_size[at] = merges ? problem.sample_size[at] * size : size;
+    for (auto& [matrix, tensor] : sides) matrix->sample_stride[at] = tensor->stride(d);
+  }
+}
+
+// Weight of each sample, 0 where it does not count. Everything that can be wrong with samples is found here.
+std::vector<double> sample_weights(const RowsProblem& problem, const Tensor* weight, int64_t ignore_index) {
+  std::vector<double> weights(problem.samples, 1.0);
+  if (weight) {
+    const double* given = static_cast<const double*>(weight->data_ptr());
+    for (int64_t n = 0; n < problem.samples; ++n) {
+      STD_TORCH_CHECK(given[n] >= 0, "ValueError: sample_weight must be >= 0, got ", given[n], " for sample ", n);
+      weights[n] = given[n];
+    }
+  }
+  if (problem.target) {
+    for (int64_t n = 0; n < problem.samples; ++n) {
+      const int64_t y = problem.target[n];
+      if (y == ignore_index) {
+        weights[n] = 0;
+        continue;
+      }
+      STD_TORCH_CHECK(0 <= y && y < problem.classes, "IndexError: target must be in [0, ", problem.classes,
+                      ") or ignore_index ", ignore_index, ", got ", y, " for sample ", n);
+    }
+  }
+  return weights;
+}
+
+// What the weighted sum of the row losses is multiplied by; 0 without a valid sample.
+double reduction_factor(Reduction reduction, const Tensor* denominator, double scale, int64_t batch,
+                        const std::vector<double>& weights) {
+  double divisor = 1;
+  if (reduction == Reduction::batchmean) divisor = static_cast<double>(batch);
+  if (reduction == Reduction::mean) {
+    divisor = 0;
+    for (const double weight : weights) divisor += weight;
+  }
+  if (denominator) divisor = *static_cast<const double*>(denominator->data_ptr());
+  return divisor == 0 ? 0 : scale / divisor;
+}
+
+Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
+  return torch::stable::empty(sizes, dtype, std::nullopt, like.device());
+}
+
+void store(Tensor& tensor, int64_t index, double value) {
+  if (tensor.scalar_type() == ScalarType::Double) {
+    static_cast<double*>(tensor.data_ptr())[index] = value;
+  } else {
+    static_cast<float*>(tensor.data_ptr())[index] = static_cast<float>(value);
+  }
+}
+
+// Writes the reduced values of `columns` numbers a sample, sample by sample in order.
+void reduce(Reduction reduction, const double* values, int64_t columns, const std::vector<double>& weights,
+            Tensor& out) {
+  const int64_t samples = static_cast<int64_t>(weights.size());
+  for (int64_t c = 0; c < columns; ++c) {
+    double sum = 0;
+    for (int64_t n = 0; n < samples; ++n) {
+      const double value = weights[n] == 0 ? 0 : weights[n] * values[n * columns + c];
+      if (reduction == Reduction::none) store(out, n * columns + c, value);
+      sum += value;
+    }
+    if (reduction != Reduction::none) store(out, c, sum);
+  }
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_cpu(
+    const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& target,
+    const std::optional<Tensor>& sample_weight, const std::optional<Tensor>& denominator,
+    const std::vector<double>& objective, double scale, int64_t reduction_index, int64_t class_dim,
+    int64_t num_classes, int64_t ignore_index, bool gradient, bool save, bool parts) {
+  const auto reduction = static_cast<Reduction>(reduction_index);
+  RowsProblem problem;
+  problem.objective = decoded(objective);
+  problem.classes = num_classes;
+  problem.gradient_classes = student.size(class_dim);
+  problem.double_arithmetic =
+      student.scalar_type() == ScalarType::Double || teacher.scalar_type() == ScalarType::Double;
+  const ScalarType dtype = problem.double_arithmetic ? ScalarType::Double : ScalarType::Float;
+
+  Tensor grad = gradient ? torch::stable::empty_like(student) : new_tensor(student, {0}, student.scalar_type());
+  std::vector<std::pair<Matrix*, const Tensor*>> sides{{&problem.student, &student}, {&problem.teacher, &teacher}};
+  if (gradient) sides.emplace_back(&problem.gradient, &grad);
+  set_layout(problem, sides, class_dim);
+  const int64_t samples = problem.samples;
+
+  const std::optional<Tensor> targets = target ? std::optional(as_contiguous(*target, ScalarType::Long)) : std::nullopt;
+  if (targets) problem.target = static_cast<const int64_t*>(targets->data_ptr());
+  const std::optional<Tensor> given =
+      sample_weight ? std::optional(as_contiguous(*sample_weight, ScalarType::Double)) : std::nullopt;
+  const std::optional<Tensor> divisor =
+      denominator ? std::optional(as_contiguous(*denominator, ScalarType::Double)) : std::nullopt;
+  std::vector<double> weights = sample_weights(problem, given ? &*given : nullptr, ignore_index);
+  const double factor = reduction_factor(reduction, divisor ? &*divisor : nullptr, scale, student.size(0), weights);
+  for (double& weight : weights) weight *= factor;
+  problem.row_weight = weights.data();
+
+  std::vector<double> losses(samples);
+  problem.row_loss = losses.data();
+  const int64_t columns = problem.objective.parts();
+  std::vector<double> part_rows(parts ? samples * columns : 0);
+  problem.row_parts = parts ? part_rows.data() : nullptr;
+  const auto rows_of = [samples](bool wanted, int64_t width) {
+    return wanted ? std::vector<int64_t>{samples, width} : std::vector<int64_t>{0};
+  };
+  Tensor saved = new_tensor(student, rows_of(save, saved_size(problem.objective)), dtype);
+  Tensor members = new_tensor(student, rows_of(save, members_size(problem.objective)), ScalarType::Long);
+  if (save) {
+    problem.saved = saved.data_ptr();
+    problem.members = static_cast<int64_t*>(members.data_ptr());
+  }
+  forward_rows(problem, parallel());
+
+  std::vector<int64_t> shape;
+  if (reduction == Reduction::none)
+    for (int64_t d = 0; d < student.dim(); ++d)
+      if (d != class_dim) shape.push_back(student.size(d));
+  Tensor loss = new_tensor(student, shape, dtype);
+  reduce(reduction, losses.data(), 1, weights, loss);
+  shape = parts ? shape : std::vector<int64_t>{};
+  shape.push_back(parts ? columns : 0);
+  Tensor part_values = new_tensor(student, shape, dtype);
+  if (parts) reduce(reduction, part_rows.data(), columns, weights, part_values);
+  return {loss, part_values, grad, saved, members};
+}
+
+// The upstream gradient as doubles: one number, or one a sample.
+Tensor upstream(const Tensor& tensor) { return as_contiguous(tensor, ScalarType::Double); }
+
+Tensor backward_cpu(const Tensor& grad_loss, const Tensor& student, const Tensor& teacher,
+                    const std::optional<Tensor>& target, const Tensor& saved, const Tensor& members,
+                    const std::vector<double>& objective, int64_t class_dim, int64_t num_classes) {
+  RowsProblem problem;
+  problem.objective = decoded(objective);
+  problem.classes = num_classes;
+  problem.gradient_classes = student.size(class_dim);
+  problem.double_arithmetic = saved.scalar_type() == ScalarType::Double;
+  Tensor grad = torch::stable::empty_like(student);
+  set_layout(problem,
+             {{&problem.student, &student}, {&problem.teacher, &teacher}, {&problem.gradient, &grad}}, class_dim);
+  const std::optional<Tensor> targets = target ? std::optional(as_contiguous(*target, ScalarType::Long)) : std::nullopt;
+  if (targets) problem.target = static_cast<const int64_t*>(targets->data_ptr());
+  const Tensor factors = upstream(grad_loss);
+  const double* factor = static_cast<const double*>(factors.data_ptr());
+  std::vector<double> weights(problem.samples);
+  for (int64_t n = 0; n < problem.samples; ++n) weights[n] = factor[grad_loss.dim() == 0 ? 0 : n];
+  problem.row_weight = weights.data();
+  problem.saved = saved.data_ptr();
+  problem.members = static_cast<int64_t*>(members.data_ptr());
+  backward_rows(problem, parallel());
+  return grad;
+}
+
+void scale_cpu(const Tensor& gradient, const Tensor& factor, int64_t class_dim) {
+  const Tensor factors = upstream(factor);
+  const double* by = static_cast<const double*>(factors.data_ptr());
+  if (factor.dim() == 0 && *by == 1) return;
+  RowsProblem problem;
+  problem.classes = problem.gradient_classes = gradient.size(class_dim);
+  set_layout(problem, {{&problem.gradient, &gradient}}, class_dim);
+  scale_rows(problem, by, factor.dim() != 0, parallel());
+}
+
+std::vector<int64_t> sizes(const std::vector<double>& objective) {
+  const Objective decoded_objective = decoded(objective);
+  return {decoded_objective.parts(), saved_size(decoded_objective), members_size(decoded_objective)};
+}
+
+int64_t cpu_instruction_set() { return static_cast<int64_t>(current_isa()); }
+
+bool set_cpu_instruction_set(int64_t index) { return set_isa(static_cast<int>(index)); }
+
+std::vector<int64_t> cpu_instruction_sets() {
+  std::vector<int64_t> sets;
+  for (const Isa isa : supported_isas()) sets.push_back(static_cast<int64_t>(isa));
+  return sets;
+}
+
+STABLE_TORCH_LIBRARY(kdkernels, m) {
+  m.def(
+      "forward(Tensor student, Tensor teacher, Tensor? target, Tensor? sample_weight, Tensor? denominator, "
+      "float[] objective, float scale, int reduction, int class_dim, SymInt num_classes, int ignore_index, "
+      "bool gradient, bool save, bool parts) -> "
+      "(Tensor loss, Tensor parts, Tensor gradient, Tensor saved, Tensor members)");
+  m.def(
+      "backward(Tensor grad_loss, Tensor student, Tensor teacher, Tensor? target, Tensor saved, Tensor members, "
+      "float[] objective, int class_dim, SymInt num_classes) -> Tensor");
+  m.def("scale_(Tensor(a!) gradient, Tensor factor, int class_dim) -> ()");
+  // Numbers a sample of the loss parts, of what forward saves, and of the leading classes.
+  m.def("sizes(float[] objective) -> int[]");
+  m.def("cpu_instruction_set() -> int");
+  m.def("cpu_instruction_sets() -> int[]");
+  m.def("set_cpu_instruction_set(int index) -> bool");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(kdkernels, CPU, m) {
+  m.impl("forward", TORCH_BOX(&forward_cpu));
+  m.impl("backward", TORCH_BOX(&backward_cpu));
+  m.impl("scale_", TORCH_BOX(&scale_cpu));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(kdkernels, CompositeExplicitAutograd, m) {
+  m.impl("sizes", TORCH_BOX(&sizes));
+  m.impl("cpu_instruction_set", TORCH_BOX(&cpu_instruction_set));
+  m.impl("cpu_instruction_sets", TORCH_BOX(&cpu_instruction_sets));
+  m.impl("set_cpu_instruction_set", TORCH_BOX(&set_cpu_instruction_set));
+}
+
+}  // namespace
+}  // namespace kdk

@@ -1,0 +1,87 @@
+"""The autograd functions that all backends share. Both are once differentiable: second derivatives raise."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from kdkernels import ops
+from kdkernels.validation import Call
+
+
+def fused_loss(call: Call, *, recompute: bool, parts: bool) -> tuple[Tensor, Tensor]:
+    """``(loss, parts)`` of a checked call by the kernels, differentiable in the student's logits if that is asked for.
+
+    Without a gradient nothing of the logits' size is allocated. ``parts`` has its parts in the last dimension and is
+    empty unless asked for.
+    """
+    if not (call.student.requires_grad and torch.is_grad_enabled()):
+        loss, values, *_ = ops.forward(call, gradient=False, save=False, parts=parts)
+        return loss, values
+    return DistillationFunction.apply(call.student, call, recompute, parts)
+
+
+class DistillationFunction(torch.autograd.Function):
+    """Loss forward; backward scales the gradient that forward wrote, or recomputes it from what forward saved."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, call: Call, recompute: bool, parts: bool) -> tuple[Tensor, Tensor]:
+        call = call._replace(student=student)
+        # A float16 gradient rounded before the upstream factor is known would underflow under a loss scaler (a mean
+        # over many samples is tiny until it is scaled), and scaling it later moves as many bytes as recomputing it.
+        recompute = recompute or student.dtype == torch.float16
+        loss, values, gradient, saved, members = ops.forward(
+            call, gradient=not recompute, save=recompute, parts=parts
+        )
+        ctx.mark_non_differentiable(values)
+        ctx.set_materialize_grads(False)
+        ctx.recompute = recompute
+        if recompute:
+            ctx.save_for_backward(student, call.teacher, call.target, saved, members)
+            ctx.call = call._replace(
+                student=None, teacher=None, target=None, sample_weight=None, denominator=None
+            )
+        else:
+            ctx.save_for_backward(gradient)
+            ctx.class_dim = call.class_dim
+        return loss, values
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad_loss is None:
+            return None, None, None, None
+        if ctx.recompute:
+            student, teacher, target, saved, members = ctx.saved_tensors
+            call = ctx.call._replace(student=student, teacher=teacher, target=target)
+            return ops.backward(call, grad_loss, saved, members), None, None, None
+        (gradient,) = ctx.saved_tensors
+        if torch.compiler.is_compiling() or _graph_is_kept():
+            # The buffer must survive for the next backward over this graph.
+            factor = grad_loss.unsqueeze(ctx.class_dim) if grad_loss.dim() else grad_loss
+            return (gradient * factor).to(gradient.dtype), None, None, None
+        # The graph is freed after this backward, so the buffer is ours to scale: no second N x C tensor.
+        ops.scale_(gradient, grad_loss, ctx.class_dim)
+        return gradient, None, None, None
+
+
+def _graph_is_kept() -> bool:
+    """Whether the running backward was asked to keep its graph; True, the safe answer, where torch cannot tell."""
+    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return True if ask is None else ask()
+
+
+class OnceDifferentiable(torch.autograd.Function):
+    """Identity that gives the reference backend the derivative rules of the others."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor) -> Tensor:
+        return loss.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor) -> Tensor:
+        return grad_loss.clone()

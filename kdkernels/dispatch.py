@@ -1,0 +1,86 @@
+"""Which backend serves a call, and why not the others."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import torch
+
+from kdkernels import ops
+from kdkernels.objective import check_choice
+from kdkernels.validation import Call
+
+logger = logging.getLogger("kdkernels")
+
+#: Names that ``backend=`` and the environment variable KDKERNELS_BACKEND take.
+BACKENDS = ("auto", "cpu", "reference")
+ENVIRONMENT = "KDKERNELS_BACKEND"
+_logged: set[str] = set()
+
+
+def why_not(backend: str, device_type: str, standardize: str | None = None) -> str | None:
+    """Why ``backend`` cannot serve logits on ``device_type``; None if it can."""
+    if backend == "reference":
+        return None
+    if device_type != "cpu":
+        return f"it serves CPU tensors, and the logits are on {device_type}"
+    if ops.unavailable is not None:
+        return ops.unavailable
+    if standardize is not None:
+        return f"it does not standardise logits yet (standardize={standardize!r})"
+    return None
+
+
+def preference(device_type: str) -> tuple[str, ...]:
+    """Backends for a device, fastest first."""
+    return ("cpu", "reference") if device_type == "cpu" else ("reference",)
+
+
+def choose(call: Call, requested: str = "auto") -> str:
+    """The backend that serves ``call``.
+
+    ``"auto"`` means the environment's choice, then the first of :func:`preference` that can; it logs once why it passed
+    over a faster one. A backend asked for by name serves the call or raises RuntimeError with the reason.
+    """
+    check_choice("backend", requested, BACKENDS)
+    if requested == "auto":
+        requested = os.environ.get(ENVIRONMENT, "auto")
+        check_choice(f"the environment variable {ENVIRONMENT}", requested, BACKENDS)
+    device_type, standardize = call.student.device.type, call.objective.standardize
+    if requested != "auto":
+        reason = why_not(requested, device_type, standardize)
+        if reason is not None:
+            raise RuntimeError(f"backend {requested!r} cannot serve this call: {reason}")
+        return requested
+    for backend in preference(device_type):
+        reason = why_not(backend, device_type, standardize)
+        if reason is None:
+            return backend
+        _log_once(f"backend {backend!r} is passed over: {reason}")
+    raise AssertionError("the reference backend serves every call")
+
+
+def _log_once(message: str) -> None:
+    if not torch.compiler.is_compiling() and message not in _logged:
+        _logged.add(message)
+        logger.warning(message)
+
+
+def report() -> str:
+    """What was built and what would serve a CPU and a CUDA tensor, in a few lines for a person."""
+    lines = [f"torch        {torch.__version__}"]
+    if ops.unavailable is None:
+        sets = ", ".join(ops.INSTRUCTION_SETS[i] for i in torch.ops.kdkernels.cpu_instruction_sets.default())
+        lines.append(f"extension    built; CPU kernels for {sets}; in use: {ops.cpu_instruction_set()}")
+    else:
+        lines.append(f"extension    missing: {ops.unavailable}")
+    lines.append(f"environment  {ENVIRONMENT}={os.environ.get(ENVIRONMENT, '(not set)')}")
+    for device_type in ("cpu", "cuda"):
+        for backend in preference(device_type):
+            reason = why_not(backend, device_type)
+            if reason is None:
+                lines.append(f"{device_type:4} tensors -> {backend}")
+                break
+            lines.append(f"{device_type:4} tensors    not {backend}: {reason}")
+    return "\n".join(lines)

@@ -1,0 +1,155 @@
+"""Handles of the native ops ``torch.ops.kdkernels.*``: loading, calling, and their fake kernels for torch.compile.
+
+The schemas are declared in ``csrc/torch_ops.cpp``.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kdkernels.validation import REDUCTIONS, Call
+
+#: Number of scalars of a saved row: its weight, then per term and group (see RowState in csrc/cpu/rows.h).
+_PACKAGE = Path(__file__).parent
+
+
+def _load() -> str | None:
+    """Loads the extension; the reason why not, or None."""
+    libraries = sorted(_PACKAGE.glob("_C*.so")) + sorted(_PACKAGE.glob("_C*.pyd"))
+    if not libraries:
+        return "the native extension was not built (no C++ compiler at installation, or KDKERNELS_BUILD_CPU=0)"
+    try:
+        torch.ops.load_library(libraries[0])
+    except OSError as error:
+        return f"the native extension {libraries[0].name} could not be loaded: {error}"
+    return None
+
+
+#: Why the native ops are missing, or None where they are there.
+unavailable: str | None = _load()
+
+_ERROR = re.compile(r"(IndexError|ValueError): ([^\n]*)")
+_ERROR_TYPES = {"IndexError": IndexError, "ValueError": ValueError}
+
+
+def _translated(error: RuntimeError) -> Exception:
+    """The stable ABI knows one exception type; the kernels name the right one in the message."""
+    match = _ERROR.search(str(error))
+    return _ERROR_TYPES[match[1]](match[2]) if match else error
+
+
+def forward(call: Call, *, gradient: bool, save: bool, parts: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``(loss, parts, gradient, saved, members)``; what was not asked for is empty.
+
+    ``gradient`` is that of the reduced loss in the student's logits; ``saved`` and ``members`` are what
+    :func:`backward` needs to compute it later.
+    """
+    try:
+        return torch.ops.kdkernels.forward.default(
+            call.student,
+            call.teacher,
+            call.target,
+            call.sample_weight,
+            call.denominator,
+            call.objective.encode(),
+            call.scale,
+            REDUCTIONS.index(call.reduction),
+            call.class_dim,
+            call.num_classes,
+            call.ignore_index,
+            gradient,
+            save,
+            parts,
+        )
+    except RuntimeError as error:
+        raise _translated(error) from None
+
+
+def backward(call: Call, grad_loss: Tensor, saved: Tensor, members: Tensor) -> Tensor:
+    """The gradient in the student's logits from what :func:`forward` saved; ``grad_loss`` is a scalar or one a sample."""
+    return torch.ops.kdkernels.backward.default(
+        grad_loss,
+        call.student,
+        call.teacher,
+        call.target,
+        saved,
+        members,
+        call.objective.encode(),
+        call.class_dim,
+        call.num_classes,
+    )
+
+
+def scale_(gradient: Tensor, factor: Tensor, class_dim: int) -> None:
+    """Multiplies a gradient in place by a scalar or by one factor a sample; a scalar 1 touches no memory."""
+    torch.ops.kdkernels.scale_.default(gradient, factor, class_dim)
+
+
+INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
+
+
+def cpu_instruction_set() -> str:
+    """The instruction set the CPU kernels use now."""
+    return INSTRUCTION_SETS[torch.ops.kdkernels.cpu_instruction_set.default()]
+
+
+def set_cpu_instruction_set(name: str) -> None:
+    """Makes the CPU kernels use ``"baseline"``, ``"avx2"`` or ``"avx512"``; ``"auto"`` for the best this CPU has.
+
+    The environment variable ``KDKERNELS_CPU_ISA`` sets the same at start. Raises ValueError where the CPU or the build
+    lacks it.
+    """
+    if name != "auto" and name not in INSTRUCTION_SETS:
+        raise ValueError(f"instruction set must be 'auto' or one of {INSTRUCTION_SETS}, got {name!r}")
+    if unavailable:
+        raise RuntimeError(unavailable)
+    index = -1 if name == "auto" else INSTRUCTION_SETS.index(name)
+    if not torch.ops.kdkernels.set_cpu_instruction_set.default(index):
+        raise ValueError(f"instruction set {name!r} is not supported by this CPU or build")
+
+
+if unavailable is None:
+
+    @torch.library.register_fake("kdkernels::forward")
+    def _(
+        student,
+        teacher,
+        target,
+        sample_weight,
+        denominator,
+        objective,
+        scale,
+        reduction,
+        class_dim,
+        num_classes,
+        ignore_index,
+        gradient,
+        save,
+        parts,
+    ):
+        double = torch.float64 in (student.dtype, teacher.dtype)
+        dtype = torch.float64 if double else torch.float32
+        samples = student.shape[:class_dim] + student.shape[class_dim + 1 :]
+        reduced = samples if REDUCTIONS[reduction] == "none" else ()
+        count = student.numel() // student.shape[class_dim] if student.dim() else 1
+        sizes = torch.ops.kdkernels.sizes.default(objective)
+        empty = student.new_empty
+        return (
+            empty(reduced, dtype=dtype),
+            empty((*reduced, sizes[0]) if parts else (0,), dtype=dtype),
+            torch.empty_like(student) if gradient else empty((0,)),
+            empty((count, sizes[1]) if save else (0,), dtype=dtype),
+            empty((count, sizes[2]) if save else (0,), dtype=torch.int64),
+        )
+
+    @torch.library.register_fake("kdkernels::backward")
+    def _(grad_loss, student, teacher, target, saved, members, objective, class_dim, num_classes):
+        return torch.empty_like(student)
+
+    @torch.library.register_fake("kdkernels::scale_")
+    def _(gradient, factor, class_dim):
+        return None

@@ -1,0 +1,149 @@
+"""The oracle: every loss by its literal formula in plain PyTorch.
+
+Slow and memory hungry on purpose. Nothing here is shared with the kernels, gradients come from autograd, and float64
+logits are computed in float64 throughout, so that the kernels can be measured against this file.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kdkernels.objective import Objective, Partition
+from kdkernels.validation import Call
+
+
+def distillation_loss(call: Call) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss and detached parts of a checked call; the loss is differentiable in ``call.student``."""
+    objective = call.objective
+    double = torch.float64 in (call.student.dtype, call.teacher.dtype)
+    dtype = torch.float64 if double else torch.float32
+    samples = call.student.shape[: call.class_dim] + call.student.shape[call.class_dim + 1 :]
+    student, teacher = (
+        logits.narrow(call.class_dim, 0, call.num_classes).movedim(call.class_dim, -1).flatten(0, -2).to(dtype)
+        if logits.dim() > 1
+        else logits.narrow(0, 0, call.num_classes).unsqueeze(0).to(dtype)
+        for logits in (call.student, call.teacher)
+    )
+    weight = torch.ones(len(student), dtype=dtype, device=student.device)
+    if call.sample_weight is not None:
+        weight = call.sample_weight.flatten().to(dtype)
+    target = None
+    if call.target is not None:
+        target = call.target.flatten()
+        weight = torch.where(target == call.ignore_index, 0.0, weight)
+        target = target.where(target != call.ignore_index, 0)
+    valid = weight > 0
+    # A sample that does not count may hold anything, NaN included: nothing of it may reach a product.
+    student, teacher = (torch.where(valid[:, None], logits, 0.0) for logits in (student, teacher))
+
+    loss = torch.zeros_like(weight)
+    parts: dict[str, Tensor] = {}
+    if objective.ce_weight:
+        assert target is not None
+        parts["ce"] = torch.nn.functional.cross_entropy(student, target, reduction="none")
+        loss = loss + objective.ce_weight * parts["ce"]
+    student, teacher = (standardize(logits, valid, objective) for logits in (student, teacher))
+    for term, names in zip(objective.terms, objective.part_names(), strict=True):
+        groups = partition_masks(term.partition, teacher, target)
+        a, b = student / term.temperature, teacher / term.temperature
+        kls = [_mass_kls(a, b, groups), *(_group_kls(a, b, group) for group in groups)]
+        mixes = term.part_mixes()
+        for name, (forward, reverse), weights, mix in zip(names, kls, (term.mass, *term.groups), mixes, strict=True):
+            loss = loss + term.scale * _mixed(forward, reverse, weights)
+            if name:
+                parts[name] = term.scale * _mixed(forward, reverse, mix).detach()
+    return (
+        _reduce(loss, weight, valid, samples, call),
+        {name: _reduce(part.detach(), weight, valid, samples, call) for name, part in parts.items()},
+    )
+
+
+def standardize(logits: Tensor, valid: Tensor, objective: Objective) -> Tensor:
+    """Standardised ``(N, C)`` logits: by class over the valid samples, by sample over its classes, or untouched."""
+    if objective.standardize == "class":
+        rows = valid[:, None].to(logits.dtype)
+        count = rows.sum()
+        mean = (logits * rows).sum(0) / count.clamp(min=1)
+        centred = (logits - mean) * rows
+        variance = centred.square().sum(0) / (count - objective.correction).clamp(min=1)
+        return centred / (variance + objective.eps).sqrt()
+    if objective.standardize == "sample":
+        centred = logits - logits.mean(-1, keepdim=True)
+        variance = centred.square().sum(-1, keepdim=True) / max(logits.shape[-1] - objective.correction, 1)
+        # The root's slope at 0 is infinite; a constant row stays 0 with a finite gradient.
+        deviation = torch.where(variance > 0, torch.where(variance > 0, variance, 1.0).sqrt(), 0.0)
+        return centred / (deviation + objective.eps)
+    return logits
+
+
+def partition_masks(partition: Partition, teacher: Tensor, target: Tensor | None) -> list[Tensor]:
+    """One boolean ``(N, C)`` mask a group; they are disjoint and cover every class."""
+    whole = torch.ones_like(teacher, dtype=torch.bool)
+    if partition.kind == "whole":
+        return [whole]
+    if partition.kind == "target":
+        assert target is not None
+        first = torch.zeros_like(whole).scatter_(1, target[:, None], True)
+        return [first, ~first]
+    order = torch.sort(teacher, dim=1, descending=partition.largest, stable=True).indices
+    leading = torch.zeros_like(whole).scatter_(1, order[:, : partition.k], True)
+    if partition.kind == "topk":
+        return [leading, ~leading]
+    first = torch.zeros_like(whole).scatter_(1, order[:, :1], True)
+    return [first, leading & ~first, ~leading]
+
+
+def _mass_kls(a: Tensor, b: Tensor, groups: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Forward and reverse KL between the groups' masses."""
+    log_qs, log_qt = (torch.stack([_logsumexp(x, group) for group in groups], 1).log_softmax(1) for x in (a, b))
+    return _kl(log_qt, log_qs), _kl(log_qs, log_qt)
+
+
+def _group_kls(a: Tensor, b: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
+    """Forward and reverse KL between the softmaxes inside one group."""
+    log_ps, log_pt = (
+        torch.where(group & (x != -torch.inf), x - _logsumexp(x, group)[:, None], -torch.inf)
+        for x in (a, b)
+    )
+    return _kl(log_pt, log_ps), _kl(log_ps, log_pt)
+
+
+def _logsumexp(x: Tensor, group: Tensor) -> Tensor:
+    """logsumexp over a group, -inf with zero gradient where the group has no finite class."""
+    masked = x.masked_fill(~group, -torch.inf)
+    empty = (masked == -torch.inf).all(1)
+    return torch.where(empty, -torch.inf, torch.logsumexp(torch.where(empty[:, None], 0.0, masked), 1))
+
+
+def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p || q) along dim 1 from log-probabilities; a class with p = 0 adds nothing, to the gradient neither."""
+    p = log_p.exp()
+    gap = torch.where(p == 0, 0.0, log_p) - torch.where(p == 0, 0.0, log_q)
+    return (p * gap).sum(1)
+
+
+def _mixed(forward: Tensor, reverse: Tensor, weights: tuple[float, float]) -> Tensor:
+    """The weighted sum of both directions, where a weight of 0 drops a direction even if it is infinite."""
+    total = torch.zeros_like(forward)
+    for divergence, weight in zip((forward, reverse), weights, strict=True):
+        if weight:
+            total = total + weight * divergence
+    return total
+
+
+def _reduce(rows: Tensor, weight: Tensor, valid: Tensor, samples: torch.Size, call: Call) -> Tensor:
+    rows = torch.where(valid, rows * weight, 0.0)
+    if call.reduction == "none":
+        return rows.reshape(samples)
+    total = rows.sum() * call.scale
+    if call.reduction == "sum":
+        if call.denominator is None:
+            return total
+        denominator = call.denominator.to(rows.dtype)
+    elif call.reduction == "batchmean":
+        denominator = torch.tensor(float(call.student.shape[0]), dtype=rows.dtype, device=rows.device)
+    else:
+        denominator = torch.where(valid, weight, 0.0).sum()
+    # Without a valid sample the sum is 0, and so is the loss.
+    return torch.where(denominator == 0, 0.0, total / torch.where(denominator == 0, 1.0, denominator))

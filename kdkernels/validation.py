@@ -1,0 +1,191 @@
+"""Checks of a call's tensors, done before anything is computed. Errors name the argument and what was expected."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kdkernels.objective import Objective, check_choice, check_integer, check_number
+
+LOGIT_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+_INDEX_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+REDUCTIONS = ("none", "sum", "mean", "batchmean")
+MODES = ("fused", "recompute")
+
+
+class Call(NamedTuple):
+    """A checked call: tensors as the backends take them, and the plain values that go with them.
+
+    ``target`` (int64) and ``sample_weight`` have the sample dimensions' shape; ``class_dim`` is not negative.
+    A mean over the caller's own denominator is a sum: divided by ``denominator`` if that is a tensor, multiplied by
+    ``scale`` if it is a number.
+    """
+
+    student: Tensor
+    teacher: Tensor
+    target: Tensor | None
+    sample_weight: Tensor | None
+    denominator: Tensor | None
+    objective: Objective
+    scale: float
+    reduction: str
+    class_dim: int
+    num_classes: int
+    ignore_index: int
+
+
+def describe(value: object) -> str:
+    """A short description of a value for an error message."""
+    if isinstance(value, Tensor):
+        return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)} on {value.device}"
+    return f"{value!r} ({type(value).__name__})"
+
+
+def check_call(
+    student: Tensor,
+    teacher: Tensor,
+    objective: Objective,
+    target: Tensor | None,
+    sample_weight: Tensor | None,
+    denominator: float | Tensor | None,
+    reduction: str,
+    class_dim: int,
+    num_classes: int | None,
+    ignore_index: int,
+) -> Call:
+    """The call with every argument checked against the others; TypeError or ValueError otherwise."""
+    if not isinstance(objective, Objective):
+        raise TypeError(f"objective must be a kdkernels.Objective, got {describe(objective)}")
+    check_choice("reduction", reduction, REDUCTIONS)
+    check_integer("ignore_index", ignore_index)
+    class_dim, num_classes = _check_logits(student, teacher, class_dim, num_classes)
+    if num_classes < objective.smallest_class_count():
+        k = objective.smallest_class_count() - 1
+        raise ValueError(f"k must be smaller than the number of classes {num_classes}, got {k}")
+    if teacher.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "teacher_logits must not require grad, got requires_grad=True: no gradient flows to the teacher. "
+            "Pass teacher_logits.detach() or run the teacher under torch.no_grad()"
+        )
+    samples = student.shape[:class_dim] + student.shape[class_dim + 1 :]
+    if target is not None:
+        target = _check_target(target, samples, student.device)
+    elif objective.needs_target:
+        what = "ce_weight" if objective.ce_weight else "the loss's target partition"
+        raise TypeError(f"target is required by {what}, got None; expected integers of shape {tuple(samples)}")
+    if sample_weight is not None:
+        sample_weight = _check_sample_weight(sample_weight, samples, student.device)
+    scale = 1.0
+    if denominator is not None:
+        denominator, scale = _check_denominator(denominator, reduction, student.device)
+        reduction = "sum"
+    return Call(
+        student,
+        teacher,
+        target,
+        sample_weight,
+        denominator,
+        objective,
+        scale,
+        reduction,
+        class_dim,
+        num_classes,
+        ignore_index,
+    )
+
+
+def _check_logits(student: Tensor, teacher: Tensor, class_dim: int, num_classes: int | None) -> tuple[int, int]:
+    for name, logits in (("student_logits", student), ("teacher_logits", teacher)):
+        if not isinstance(logits, Tensor):
+            raise TypeError(f"{name} must be a floating point tensor, got {describe(logits)}")
+        if logits.dtype not in LOGIT_DTYPES:
+            expected = "float32, float64, float16 or bfloat16"
+            raise TypeError(f"{name} must be a {expected} tensor, got {describe(logits)}")
+        if logits.layout != torch.strided:
+            raise TypeError(f"{name} must be a dense (strided) tensor, got layout {logits.layout}")
+    if student.device != teacher.device:
+        raise ValueError(f"teacher_logits must be on student_logits' device {student.device}, got {teacher.device}")
+    dims = student.dim()
+    check_integer("class_dim", class_dim)
+    if not -dims <= class_dim < dims:
+        raise ValueError(f"class_dim must be a dimension of logits of shape {tuple(student.shape)}, got {class_dim}")
+    class_dim %= dims
+    if teacher.dim() != dims or any(
+        student.shape[dim] != teacher.shape[dim] for dim in range(dims) if dim != class_dim
+    ):
+        raise ValueError(
+            f"teacher_logits must have student_logits' shape {tuple(student.shape)}"
+            f"{' outside class_dim' if num_classes is not None else ''}, got {tuple(teacher.shape)}"
+        )
+    counts = student.shape[class_dim], teacher.shape[class_dim]
+    if num_classes is None:
+        if counts[0] != counts[1]:
+            raise ValueError(
+                f"teacher_logits must have student_logits' {counts[0]} classes in dimension {class_dim}, got "
+                f"{counts[1]}; num_classes=n compares the first n classes of each"
+            )
+        num_classes = counts[0]
+    else:
+        check_integer("num_classes", num_classes)
+    if not 1 <= num_classes <= min(counts):
+        raise ValueError(
+            f"num_classes must be between 1 and the {min(counts)} classes of the logits, got {num_classes}"
+        )
+    return class_dim, num_classes
+
+
+def _check_target(target: Tensor, samples: torch.Size, device: torch.device) -> Tensor:
+    expected = f"an integer tensor of the sample dimensions' shape {tuple(samples)} on {device}"
+    if not isinstance(target, Tensor) or target.dtype not in _INDEX_DTYPES:
+        raise TypeError(f"target must be {expected}, got {describe(target)}")
+    if target.shape != samples or target.device != device:
+        raise ValueError(f"target must be {expected}, got {describe(target)}")
+    return target if target.dtype == torch.int64 else target.long()
+
+
+def _check_sample_weight(weight: Tensor, samples: torch.Size, device: torch.device) -> Tensor:
+    count = math.prod(samples)
+    expected = f"a tensor of {count} values >= 0 in the sample dimensions' shape {tuple(samples)} on {device}"
+    if not isinstance(weight, Tensor) or weight.is_complex():
+        raise TypeError(f"sample_weight must be {expected}, got {describe(weight)}")
+    if weight.shape != samples and weight.shape != (count,) or weight.device != device:
+        raise ValueError(f"sample_weight must be {expected}, got {describe(weight)}")
+    if weight.requires_grad and torch.is_grad_enabled():
+        raise ValueError("sample_weight must not require grad, got requires_grad=True: pass sample_weight.detach()")
+    return weight.reshape(samples)
+
+
+def _check_denominator(
+    denominator: float | Tensor, reduction: str, device: torch.device
+) -> tuple[Tensor | None, float]:
+    if reduction != "mean":
+        raise ValueError(f"denominator replaces the count of reduction='mean', got it with reduction={reduction!r}")
+    if not isinstance(denominator, Tensor):
+        return None, 1.0 / check_number("denominator", denominator, above=0.0)
+    if denominator.dim() != 0 or denominator.is_complex() or denominator.device != device:
+        expected = f"a number > 0 or a 0-d real tensor on {device}"
+        raise ValueError(f"denominator must be {expected}, got {describe(denominator)}")
+    return denominator.detach(), 1.0
+
+
+def check_sample_values(call: Call) -> None:
+    """IndexError for a target out of range, ValueError for a weight below 0 (for backends that do not check)."""
+    if call.sample_weight is not None:
+        bad = ~(call.sample_weight >= 0)
+        if bad.any():
+            sample = int(bad.flatten().nonzero()[0])
+            value = call.sample_weight.flatten()[sample].item()
+            raise ValueError(f"sample_weight must be >= 0, got {value} for sample {sample}")
+    if call.target is not None:
+        target = call.target
+        bad = ((target < 0) | (target >= call.num_classes)) & (target != call.ignore_index)
+        if bad.any():
+            sample = int(bad.flatten().nonzero()[0])
+            value = target.flatten()[sample].item()
+            raise IndexError(
+                f"target must be in [0, {call.num_classes}) or ignore_index {call.ignore_index}, "
+                f"got {value} for sample {sample}"
+            )
