@@ -126,17 +126,22 @@ KDK_HOST_DEVICE R weighed(double weight, R value) {
   return weight == 0 ? R(0) : R(weight) * value;  // a direction without weight drops out even where it is infinite
 }
 
-// Log-masses of the groups: log_softmax over logsumexps, exact where one group holds nearly everything.
+// Masses of the groups and their logarithms: softmax over logsumexps. Exact where one group holds nearly everything.
 template <class R>
-KDK_HOST_DEVICE void log_masses(const R* logsumexp, int groups, R* log_mass) {
+KDK_HOST_DEVICE void group_masses(const R* logsumexp, int groups, R* mass, R* log_mass) {
   int largest = 0;
   for (int g = 1; g < groups; ++g)
     if (logsumexp[g] > logsumexp[largest]) largest = g;
   R others = 0;
-  for (int g = 0; g < groups; ++g)
-    if (g != largest) others += std::exp(logsumexp[g] - logsumexp[largest]);
-  const R correction = std::log1p(others);
-  for (int g = 0; g < groups; ++g) log_mass[g] = (logsumexp[g] - logsumexp[largest]) - correction;
+  for (int g = 0; g < groups; ++g) {
+    mass[g] = g == largest ? R(1) : std::exp(logsumexp[g] - logsumexp[largest]);
+    if (g != largest) others += mass[g];
+  }
+  const R log_total = std::log1p(others);
+  for (int g = 0; g < groups; ++g) {
+    mass[g] /= 1 + others;
+    log_mass[g] = (logsumexp[g] - logsumexp[largest]) - log_total;
+  }
 }
 
 // One term of one sample. `sizes` are the groups' class counts: inside a single class there is no divergence.
@@ -175,12 +180,10 @@ KDK_HOST_DEVICE void evaluate(const Term& term, const GroupStats<R>* stats, cons
   result.parts[0] = 0;
   if (groups > 1) {
     R log_qs[kMaxGroups], log_qt[kMaxGroups], qs[kMaxGroups], qt[kMaxGroups];
-    log_masses(student_lse, groups, log_qs);
-    log_masses(teacher_lse, groups, log_qt);
+    group_masses(student_lse, groups, qs, log_qs);
+    group_masses(teacher_lse, groups, qt, log_qt);
     R forward = 0, reverse = 0;
     for (int g = 0; g < groups; ++g) {
-      qs[g] = std::exp(log_qs[g]);
-      qt[g] = std::exp(log_qt[g]);
       if (qt[g] != 0) forward += qt[g] * (log_qt[g] - log_qs[g]);
       if (qs[g] != 0) reverse += qs[g] * (log_qs[g] - log_qt[g]);
     }

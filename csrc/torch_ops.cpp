@@ -9,6 +9,7 @@
 #include <tuple>
 #include <vector>
 
+#include "cpu/huge_pages.h"
 #include "cpu/rows.h"
 
 namespace kdk {
@@ -119,6 +120,13 @@ Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& sizes, ScalarT
   return torch::stable::empty(sizes, dtype, std::nullopt, like.device());
 }
 
+// The student's gradient, in the student's own memory format.
+Tensor new_gradient(const Tensor& student) {
+  Tensor gradient = torch::stable::empty_like(student);
+  prefer_huge_pages(gradient.data_ptr(), gradient.numel() * gradient.element_size());
+  return gradient;
+}
+
 void store(Tensor& tensor, int64_t index, double value) {
   if (tensor.scalar_type() == ScalarType::Double) {
     static_cast<double*>(tensor.data_ptr())[index] = value;
@@ -156,7 +164,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_cpu(
       student.scalar_type() == ScalarType::Double || teacher.scalar_type() == ScalarType::Double;
   const ScalarType dtype = problem.double_arithmetic ? ScalarType::Double : ScalarType::Float;
 
-  Tensor grad = gradient ? torch::stable::empty_like(student) : new_tensor(student, {0}, student.scalar_type());
+  Tensor grad = gradient ? new_gradient(student) : new_tensor(student, {0}, student.scalar_type());
   std::vector<std::pair<Matrix*, const Tensor*>> sides{{&problem.student, &student}, {&problem.teacher, &teacher}};
   if (gradient) sides.emplace_back(&problem.gradient, &grad);
   set_layout(problem, sides, class_dim);
@@ -213,7 +221,7 @@ Tensor backward_cpu(const Tensor& grad_loss, const Tensor& student, const Tensor
   problem.classes = num_classes;
   problem.gradient_classes = student.size(class_dim);
   problem.double_arithmetic = saved.scalar_type() == ScalarType::Double;
-  Tensor grad = torch::stable::empty_like(student);
+  Tensor grad = new_gradient(student);
   set_layout(problem,
              {{&problem.student, &student}, {&problem.teacher, &teacher}, {&problem.gradient, &grad}}, class_dim);
   const std::optional<Tensor> targets = target ? std::optional(as_contiguous(*target, ScalarType::Long)) : std::nullopt;

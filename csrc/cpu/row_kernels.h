@@ -20,7 +20,7 @@ inline int64_t dtype_size(DType dtype) { return dtype == DType::f64 ? 8 : dtype 
 
 // Calls body with a value of the element type that `dtype` names.
 template <class Body>
-inline void with_dtype(DType dtype, Body body) {
+inline void with_dtype(DType dtype, const Body& body) {
   switch (dtype) {
     case DType::f32: return body(float{});
     case DType::f64: return body(double{});
@@ -87,28 +87,38 @@ struct Exps {
 // Adds a tile's sums to statistics that already count from maxima no smaller than the tile's.
 template <class T, bool Forward, bool Reverse, bool Keep>
 void add_sums(const T* student, const T* teacher, int count, T k, GroupStats<double>& stats, Exps<T> exps) {
+  constexpr int W = kLanes<T>;
   const Vec<T> student_origin = broadcast(T(origin(stats.student_max)));
   const Vec<T> teacher_origin = broadcast(T(origin(stats.teacher_max)));
-  Vec<T> student_sum{}, teacher_sum{}, teacher_gap{}, student_gap{};
-  for (int i = 0; i < count; i += kLanes<T>) {
+  struct Sums {
+    Vec<T> student{}, teacher{}, teacher_gap{}, student_gap{};
+  };
+  const auto add = [&](int i, Sums& sums) {
     const Vec<T> xs = (load(student + i) - student_origin) * k;
     const Vec<T> xt = (load(teacher + i) - teacher_origin) * k;
     const Vec<T> es = exp2(xs), et = exp2(xt), gap = xt - xs;
-    student_sum += es;
-    teacher_sum += et;
+    sums.student += es;
+    sums.teacher += et;
     // A class without probability adds nothing, however infinite its gap.
-    if constexpr (Forward) teacher_gap += et == 0 ? Vec<T>{} : et * gap;
-    if constexpr (Reverse) student_gap += es == 0 ? Vec<T>{} : es * gap;
+    if constexpr (Forward) sums.teacher_gap = et == 0 ? sums.teacher_gap : sums.teacher_gap + et * gap;
+    if constexpr (Reverse) sums.student_gap = es == 0 ? sums.student_gap : sums.student_gap + es * gap;
     if constexpr (Keep) {
       store(exps.student + i, es);
       store(exps.teacher + i, et);
       if constexpr (Reverse) store(exps.gap + i, gap);
     }
+  };
+  Sums even, odd;  // two independent chains keep the pipelines full
+  int i = 0;
+  for (; i + 2 * W <= count; i += 2 * W) {
+    add(i, even);
+    add(i + W, odd);
   }
-  stats.student_sum += horizontal_sum<T>(student_sum);
-  stats.teacher_sum += horizontal_sum<T>(teacher_sum);
-  if constexpr (Forward) stats.teacher_gap += horizontal_sum<T>(teacher_gap);
-  if constexpr (Reverse) stats.student_gap += horizontal_sum<T>(student_gap);
+  if (i < count) add(i, even);
+  stats.student_sum += horizontal_sum(even.student + odd.student);
+  stats.teacher_sum += horizontal_sum(even.teacher + odd.teacher);
+  if constexpr (Forward) stats.teacher_gap += horizontal_sum(even.teacher_gap + odd.teacher_gap);
+  if constexpr (Reverse) stats.student_gap += horizontal_sum(even.student_gap + odd.student_gap);
 }
 
 template <class T>
@@ -128,9 +138,65 @@ void add_softmax(const T* student, int count, SoftmaxStats<double>& stats) {
   const T maximum = tile_max(student, count);
   if (maximum > stats.max) rebase(stats, double(maximum));
   const Vec<T> start = broadcast(T(origin(stats.max)));
-  Vec<T> sum{};
-  for (int i = 0; i < count; i += kLanes<T>) sum += exp2((load(student + i) - start) * T(kLog2E));
-  stats.sum += horizontal_sum<T>(sum);
+  const auto exps = [&](int i) { return exp2((load(student + i) - start) * T(kLog2E)); };
+  constexpr int W = kLanes<T>;
+  Vec<T> even{}, odd{};
+  int i = 0;
+  for (; i + 2 * W <= count; i += 2 * W) {
+    even += exps(i);
+    odd += exps(i + W);
+  }
+  if (i < count) even += exps(i);
+  stats.sum += horizontal_sum(even + odd);
+}
+
+// Classes with their values, best first.
+template <class T>
+using Ranking = std::vector<std::pair<T, int64_t>>;
+
+// Larger values first, NaN before all, then lower indices.
+template <class T>
+inline bool better(const std::pair<T, int64_t>& a, const std::pair<T, int64_t>& b) {
+  const bool a_nan = a.first != a.first, b_nan = b.first != b.first;
+  if (a_nan != b_nan) return a_nan;
+  if (!a_nan && a.first != b.first) return a.first > b.first;
+  return a.second < b.second;
+}
+
+template <class T>
+void keep_best(Ranking<T>& ranking, size_t k) {
+  if (ranking.size() > 48) {
+    const auto middle = ranking.begin() + std::min(k, ranking.size());
+    std::partial_sort(ranking.begin(), middle, ranking.end(), better<T>);
+  } else {
+    for (size_t i = 1; i < ranking.size(); ++i) {
+      const std::pair<T, int64_t> moving = ranking[i];
+      size_t j = i;
+      for (; j > 0 && better(moving, ranking[j - 1]); --j) ranking[j] = ranking[j - 1];
+      ranking[j] = moving;
+    }
+  }
+  if (ranking.size() > k) ranking.erase(ranking.begin() + k, ranking.end());
+}
+
+// A value that at least k of the values reach, close to the k-th largest: it is the k-th largest among the maxima of
+// some subsets. -inf where that would not pay.
+template <class T>
+T lower_bound_of_best(const T* values, int count, int k) {
+  constexpr int kSubsets = 64, kVectors = kSubsets / kLanes<T>;
+  if (k > kSubsets / 2 || count < kSubsets) return -INFINITY;
+  Vec<T> maxima[kVectors];
+  for (Vec<T>& m : maxima) m = broadcast(T(-INFINITY));
+  for (int i = 0; i + kSubsets <= count; i += kSubsets)
+    for (int j = 0; j < kVectors; ++j) maxima[j] = max(load(values + i + j * kLanes<T>), maxima[j]);
+  T bound = -INFINITY;
+  for (int round = 0; round < k; ++round) {
+    Vec<T> all = maxima[0];
+    for (int j = 1; j < kVectors; ++j) all = max(all, maxima[j]);
+    bound = horizontal_max<T>(all);
+    for (Vec<T>& m : maxima) m = m == bound ? broadcast(T(-INFINITY)) : m;
+  }
+  return bound;
 }
 
 // What the gradient of one group needs: where its exponentials count from, and the coefficients.
@@ -143,14 +209,16 @@ struct GroupGradient {
 
 // Calls value(i) for each vector and writes or adds it to out, of which only `count` elements exist.
 template <class T, bool Add, class Value>
-inline void write_vectors(int64_t count, T* out, Value value) {
+inline void write_vectors(int64_t count, T* out, const Value& value) {
   constexpr int W = kLanes<T>;
+  const auto write = [&](int i, Vec<T> v) { store(out + i, Add ? v + load(out + i) : v); };
   int i = 0;
-  for (; i + W <= count; i += W) {
-    Vec<T> v = value(i);
-    if constexpr (Add) v += load(out + i);
-    store(out + i, v);
+  for (; i + 2 * W <= count; i += 2 * W) {
+    const Vec<T> even = value(i), odd = value(i + W);
+    write(i, even);
+    write(i + W, odd);
   }
+  for (; i + W <= count; i += W) write(i, value(i));
   if (i < count) {
     T tail[W];
     store(tail, value(i));
@@ -193,6 +261,13 @@ void add_softmax_gradient(const T* student, int64_t count, T maximum, T factor, 
 
 // Rows ---------------------------------------------------------------------------------------------------------------
 
+// The logits that a mask hides.
+template <class T>
+struct Masked {
+  int index;
+  T student, teacher;
+};
+
 // Memory that a thread keeps from call to call.
 template <class T>
 struct Scratch {
@@ -201,7 +276,8 @@ struct Scratch {
   alignas(64) T gradient[kTile];
   Buffer<T> leads, kept;
   std::vector<int64_t> members;
-  std::vector<std::pair<T, int64_t>> candidates, merged;
+  Ranking<T> found, merged, lead_gradients;
+  std::vector<Masked<T>> masked;
 
   static Scratch& of_this_thread() {
     static thread_local Scratch scratch;
@@ -331,41 +407,41 @@ class Worker {
   }
 
   // Appends the k best classes of a chunk, by the teacher.
-  void select(const Row<T>& row, int t, int64_t chunk, std::vector<std::pair<T, int64_t>>& best) {
-    constexpr int kAccumulators = 64;  // enough subsets that the k-th best of their maxima is a close bound
+  void select(const Row<T>& row, int t, int64_t chunk, Ranking<T>& best) {
     const Term& term = o_.term[t];
-    auto& candidates = scratch_.candidates;
-    candidates.clear();
-    T bound = -INFINITY;  // the k-th best so far is no worse
+    const size_t k = term.k;
+    auto& found = scratch_.found;
+    found.clear();
     const int64_t end = std::min(p_.classes, (chunk + 1) * kChunk);
     for (int64_t begin = chunk * kChunk; begin < end; begin += kTile) {
       const int count = static_cast<int>(std::min<int64_t>(end - begin, kTile));
-      T* values = scratch_.teacher;
-      read(p_.teacher, row.teacher, begin, count, values);
+      const T* values = read(p_.teacher, row.teacher, begin, count, scratch_.teacher, !term.largest);
       if (!term.largest)
-        for (int i = 0; i < count; ++i) values[i] = -values[i];
-      if (term.k <= kAccumulators / 2 && count >= kAccumulators) {
-        alignas(64) T maxima[kAccumulators];
-        std::fill_n(maxima, kAccumulators, T(-INFINITY));
-        int i = 0;
-        for (; i + kAccumulators <= count; i += kAccumulators)
-          for (int j = 0; j < kAccumulators; j += kLanes<T>) store(maxima + j, max(load(values + i + j), load(maxima + j)));
-        std::nth_element(maxima, maxima + term.k - 1, maxima + kAccumulators, std::greater<T>());
-        bound = std::max(bound, maxima[term.k - 1]);
+        for (int i = 0; i < count; ++i) scratch_.teacher[i] = -scratch_.teacher[i];
+      T bound;
+      if (found.size() < k) {
+        bound = lower_bound_of_best(values, count, term.k);
+      } else {
+        bound = found.back().first;
+        if (tile_max(values, padded<T>(count)) <= bound) continue;  // a tie goes to the class that was there first
       }
       const Vec<T> bounds = broadcast(bound);
-      for (int i = 0; i < count; i += kLanes<T>)
-        for (uint32_t hits = not_less<T>(load(values + i), bounds); hits; hits &= hits - 1) {
-          const int j = i + __builtin_ctz(hits);
-          if (j < count) candidates.emplace_back(values[j], begin + j);
+      for (int block = 0; block < count; block += 64) {
+        uint64_t hits = 0;  // gathered over several vectors: most blocks have none
+        for (int i = 0; i < 64 && block + i < count; i += kLanes<T>)
+          hits |= static_cast<uint64_t>(not_less<T>(load(values + block + i), bounds)) << i;
+        for (; hits; hits &= hits - 1) {
+          const int i = block + __builtin_ctzll(hits);
+          if (i < count) found.emplace_back(values[i], begin + i);
         }
-      keep_best(candidates, term.k);
-      if (static_cast<int>(candidates.size()) == term.k) bound = std::max(bound, candidates.back().first);
+      }
+      keep_best(found, k);
     }
-    best.insert(best.end(), candidates.begin(), candidates.end());
+    best.insert(best.end(), found.begin(), found.end());
   }
 
-  void rank(Row<T>& row, int t, std::vector<std::pair<T, int64_t>>& best) {
+  // Settles which classes lead, from the best of all chunks.
+  void rank(Row<T>& row, int t, Ranking<T>& best) {
     keep_best(best, o_.term[t].k);
     for (int i = 0; i < o_.term[t].k; ++i) row.members[t][i] = best[i].second;
     for (int other = t + 1; other < o_.terms; ++other)
@@ -418,7 +494,7 @@ class Worker {
       const int rest = term.groups() - 1;
       for (int g = 0; g < rest; ++g) {
         sizes[g] = term.group_end(g) - term.group_begin(g);
-        stats[g] = lead_stats(row, t, g);
+        add_leads(row, t, g, stats[g]);
       }
       sizes[rest] = p_.classes - (rest ? term.leads() : 0);
       stats[rest] = total.rest[t];
@@ -440,9 +516,9 @@ class Worker {
     const int64_t end = std::min(p_.classes, (chunk + 1) * kChunk);
     const bool direct = p_.gradient.class_stride == 1 && is_arithmetic(p_.gradient.dtype);
     const bool reads_logits = kept_[0].student == nullptr || o_.has_ce();
-    const int leads = lead_gradients(row);
+    compute_lead_gradients(row);
     for (int64_t begin = chunk * kChunk; begin < end; begin += kTile) {
-      Tile tile{begin, static_cast<int>(std::min<int64_t>(end - begin, kTile)), nullptr, nullptr, false};
+      Tile tile{begin, static_cast<int>(std::min<int64_t>(end - begin, kTile)), nullptr, nullptr};
       if (reads_logits) tile = load_tile(row, begin, end);
       T* out = direct ? static_cast<T*>(row.gradient) + begin : scratch_.gradient;
       for (int t = 0; t < o_.terms; ++t) {
@@ -463,10 +539,8 @@ class Worker {
         const T factor = static_cast<T>(o_.ce_weight) * row.weight;
         add_softmax_gradient(tile.student, tile.count, row.ce_max, factor * row.ce_inverse, out);
       }
-      for (int i = 0; i < leads; ++i) {
-        const auto [added, index] = scratch_.candidates[i];
+      for (const auto& [added, index] : scratch_.lead_gradients)
         if (index >= begin && index < begin + tile.count) out[index - begin] += added;
-      }
       if (!direct) write(p_.gradient, row.gradient, begin, tile.count, scratch_.gradient);
     }
     if (end == p_.classes) clear_beyond(row, p_.classes);
@@ -476,55 +550,36 @@ class Worker {
   struct Tile {
     int64_t begin;
     int count;
-    T* student;
-    T* teacher;
-    bool own;  // whether this is our copy, which may be masked
+    const T* student;
+    const T* teacher;
   };
 
-  // Hides a term's leading classes in a tile while it lives: the tile then holds the rest group alone.
+  // Hides a term's leading classes in the tile in scratch while it lives: what is left is the rest group.
   class Mask {
    public:
-    Mask(Worker& worker, const Row<T>& row, int t, const Tile& tile) : worker_(worker), tile_(tile) {
-      if (worker.o_.term[t].groups() == 1 || !tile.own) return;
-      members_ = row.members[t];
-      leads_ = worker.o_.term[t].leads();
-      worker.masked_.clear();
-      for (int i = 0; i < leads_; ++i) {
-        const int64_t j = members_[i] - tile.begin;
+    Mask(Worker& worker, const Row<T>& row, int t, const Tile& tile) : scratch_(worker.scratch_) {
+      const Term& term = worker.o_.term[t];
+      const int leads = term.groups() == 1 ? 0 : term.leads();
+      scratch_.masked.clear();
+      for (int i = 0; i < leads; ++i) {
+        const int64_t j = row.members[t][i] - tile.begin;
         if (j < 0 || j >= tile.count) continue;
-        worker.masked_.push_back({static_cast<int>(j), tile.student[j], tile.teacher[j]});
-        tile.student[j] = tile.teacher[j] = -INFINITY;
+        scratch_.masked.push_back({static_cast<int>(j), scratch_.student[j], scratch_.teacher[j]});
+        scratch_.student[j] = scratch_.teacher[j] = -INFINITY;
       }
     }
     ~Mask() {
-      if (leads_ == 0) return;
-      for (const auto& [j, student, teacher] : worker_.masked_) {
-        tile_.student[j] = student;
-        tile_.teacher[j] = teacher;
+      for (const Masked<T>& masked : scratch_.masked) {
+        scratch_.student[masked.index] = masked.student;
+        scratch_.teacher[masked.index] = masked.teacher;
       }
     }
     Mask(const Mask&) = delete;
     Mask& operator=(const Mask&) = delete;
 
    private:
-    Worker& worker_;
-    const Tile& tile_;
-    const int64_t* members_ = nullptr;
-    int leads_ = 0;
+    Scratch<T>& scratch_;
   };
-
-  static bool better(const std::pair<T, int64_t>& a, const std::pair<T, int64_t>& b) {
-    const bool a_nan = a.first != a.first, b_nan = b.first != b.first;
-    if (a_nan != b_nan) return a_nan;
-    if (!a_nan && a.first != b.first) return a.first > b.first;
-    return a.second < b.second;
-  }
-
-  static void keep_best(std::vector<std::pair<T, int64_t>>& candidates, int k) {
-    const auto middle = candidates.begin() + std::min<int64_t>(k, candidates.size());
-    std::partial_sort(candidates.begin(), middle, candidates.end(), better);
-    candidates.erase(middle, candidates.end());
-  }
 
   static int64_t kept_arrays(const Objective& objective) {
     int64_t arrays = 0;
@@ -544,8 +599,10 @@ class Worker {
     return static_cast<char*>(matrix.data) + sample_offset(p_, matrix, sample) * dtype_size(matrix.dtype);
   }
 
-  // Reads classes of a row into whole vectors.
-  void read(const Matrix& matrix, const void* row, int64_t begin, int count, T* to) const {
+  // Classes of a row as whole vectors: in place where nothing has to be converted, padded or `changed`, else in `to`.
+  const T* read(const Matrix& matrix, const void* row, int64_t begin, int count, T* to, bool changed) const {
+    if (!changed && matrix.class_stride == 1 && is_arithmetic(matrix.dtype) && count % kLanes<T> == 0)
+      return static_cast<const T*>(row) + begin;
     with_dtype(matrix.dtype, [&](auto element) {
       const auto* from = static_cast<const decltype(element)*>(row) + begin * matrix.class_stride;
       if (matrix.class_stride == 1) {
@@ -555,6 +612,7 @@ class Worker {
       }
     });
     for (int i = count; i < padded<T>(count); ++i) to[i] = -INFINITY;
+    return to;
   }
 
   void write(const Matrix& matrix, void* row, int64_t begin, int count, const T* from) const {
@@ -577,6 +635,7 @@ class Worker {
   }
 
   void clear_beyond(const Row<T>& row, int64_t first) const {
+    if (first == p_.gradient_classes) return;
     with_dtype(p_.gradient.dtype, [&](auto element) {
       auto* to = static_cast<decltype(element)*>(row.gradient);
       for (int64_t i = first; i < p_.gradient_classes; ++i) to[i * p_.gradient.class_stride] = decltype(element){};
@@ -584,18 +643,11 @@ class Worker {
   }
   void clear(const Row<T>& row) const { clear_beyond(row, 0); }
 
-  // The tile that starts at `begin`, in place where nothing of it has to be converted, padded or masked.
   Tile load_tile(const Row<T>& row, int64_t begin, int64_t end) {
     const int count = static_cast<int>(std::min<int64_t>(end - begin, kTile));
-    const bool as_is = p_.student.class_stride == 1 && p_.teacher.class_stride == 1 && is_arithmetic(p_.student.dtype) &&
-                       is_arithmetic(p_.teacher.dtype) && count % kLanes<T> == 0 && !has_leads(row, begin, count);
-    if (as_is) {
-      return {begin, count, const_cast<T*>(static_cast<const T*>(row.student) + begin),
-              const_cast<T*>(static_cast<const T*>(row.teacher) + begin), false};
-    }
-    read(p_.student, row.student, begin, count, scratch_.student);
-    read(p_.teacher, row.teacher, begin, count, scratch_.teacher);
-    return {begin, count, scratch_.student, scratch_.teacher, true};
+    const bool masked = has_leads(row, begin, count);
+    return {begin, count, read(p_.student, row.student, begin, count, scratch_.student, masked),
+            read(p_.teacher, row.teacher, begin, count, scratch_.teacher, masked)};
   }
 
   bool has_leads(const Row<T>& row, int64_t begin, int count) const {
@@ -612,8 +664,14 @@ class Worker {
     return {kept_[t].student + begin, kept_[t].teacher + begin, kept_[t].gap ? kept_[t].gap + begin : nullptr};
   }
 
-  // The logits of a leading group, gathered into whole vectors.
-  Tile gather(const Row<T>& row, int t, int g) {
+  // The logits of a leading group, gathered into whole vectors, and room for their gradient.
+  struct Leads {
+    int count;
+    T* student;
+    T* teacher;
+    T* gradient;
+  };
+  Leads gather(const Row<T>& row, int t, int g) {
     const Term& term = o_.term[t];
     const int first = term.group_begin(g), count = term.group_end(g) - first, size = padded<T>(count);
     T* student = scratch_.leads.data(3 * size);
@@ -623,38 +681,42 @@ class Worker {
       student[i] = value(p_.student, row.student, row.members[t][first + i]);
       teacher[i] = value(p_.teacher, row.teacher, row.members[t][first + i]);
     }
-    return {0, count, student, teacher, true};
+    return {count, student, teacher, teacher + size};
   }
 
-  GroupStats<double> lead_stats(const Row<T>& row, int t, int g) {
-    const Tile tile = gather(row, t, g);
-    GroupStats<double> stats;
-    if (tile.count == 1 && std::isfinite(*tile.student) && std::isfinite(*tile.teacher)) {
-      return {double(*tile.student), double(*tile.teacher), 1, 1, 0, 0};
+  void add_leads(const Row<T>& row, int t, int g, GroupStats<double>& stats) {
+    const Leads leads = gather(row, t, g);
+    const int count = padded<T>(leads.count);
+    const bool single = leads.count == 1;
+    stats.student_max = single ? *leads.student : tile_max(leads.student, count);
+    stats.teacher_max = single ? *leads.teacher : tile_max(leads.teacher, count);
+    if (single && std::isfinite(stats.student_max) && std::isfinite(stats.teacher_max)) {
+      stats.student_sum = stats.teacher_sum = 1;
+    } else {
+      add_sums_leads_[t](leads.student, leads.teacher, count, exponent_[t], stats, {});
     }
-    const int count = padded<T>(tile.count);
-    stats.student_max = tile_max(tile.student, count);
-    stats.teacher_max = tile_max(tile.teacher, count);
-    add_sums_leads_[t](tile.student, tile.teacher, count, exponent_[t], stats, {});
-    return stats;
   }
 
-  // What the leading classes' gradients get on top of the rest's sweep; into scratch_.candidates.
-  int lead_gradients(const Row<T>& row) {
-    auto& list = scratch_.candidates;
+  // What the leading classes' gradients get on top of the rest's sweep.
+  void compute_lead_gradients(const Row<T>& row) {
+    auto& list = scratch_.lead_gradients;
     list.clear();
     for (int t = 0; t < o_.terms; ++t) {
       const Term& term = o_.term[t];
       const auto kernel = term.tilted() ? gradient_of_logits<T, false, true> : gradient_of_logits<T, false, false>;
       for (int g = 0; g + 1 < term.groups(); ++g) {
-        const Tile tile = gather(row, t, g);
-        T* out = tile.student + 2 * padded<T>(tile.count);
-        kernel(tile.student, tile.teacher, tile.count, exponent_[t], weighed_group(row, t, g), out);
-        for (int i = 0; i < tile.count; ++i) list.emplace_back(out[i], row.members[t][term.group_begin(g) + i]);
+        const GroupGradient<T> group = weighed_group(row, t, g);
+        if (term.group_end(g) - term.group_begin(g) == 1 && std::isfinite(group.student_max) && std::isfinite(group.teacher_max)) {
+          list.emplace_back(group.by.student - group.by.teacher, row.members[t][term.group_begin(g)]);
+          continue;
+        }
+        const Leads leads = gather(row, t, g);
+        kernel(leads.student, leads.teacher, leads.count, exponent_[t], group, leads.gradient);
+        for (int i = 0; i < leads.count; ++i)
+          list.emplace_back(leads.gradient[i], row.members[t][term.group_begin(g) + i]);
       }
     }
     if (o_.has_ce()) list.emplace_back(-static_cast<T>(o_.ce_weight) * row.weight, p_.target[row.sample]);
-    return static_cast<int>(list.size());
   }
 
   GroupGradient<T> weighed_group(const Row<T>& row, int t, int g) const {
@@ -699,11 +761,6 @@ class Worker {
     place_members(row);
   }
 
-  struct Masked {
-    int index;
-    T student, teacher;
-  };
-
   const RowsProblem& p_;
   const Objective& o_;
   Scratch<T>& scratch_;
@@ -711,7 +768,6 @@ class Worker {
   AddSums<T> add_sums_[kMaxTerms], add_sums_leads_[kMaxTerms];
   Exps<T> kept_[kMaxTerms];
   std::array<std::pair<double, double>, kKeptClasses / kTile> kept_origin_[kMaxTerms];
-  std::vector<Masked> masked_;
 };
 
 // Calls ---------------------------------------------------------------------------------------------------------------
@@ -742,10 +798,10 @@ void forward_split(const RowsProblem& problem, const Parallel& parallel) {
   };
   for (int t = 0; t < p.objective.terms; ++t) {
     if (!main.selects(t)) continue;
-    std::vector<std::vector<std::pair<T, int64_t>>> best(tasks);
+    std::vector<Ranking<T>> best(tasks);
     each_chunk([&](Worker<T>& worker, int64_t r, int64_t c) { worker.select(rows[r], t, c, best[r * chunks + c]); });
     for (size_t r = 0; r < rows.size(); ++r) {
-      std::vector<std::pair<T, int64_t>> merged;
+      Ranking<T> merged;
       for (int64_t c = 0; c < chunks; ++c) merged.insert(merged.end(), best[r * chunks + c].begin(), best[r * chunks + c].end());
       main.rank(rows[r], t, merged);
     }

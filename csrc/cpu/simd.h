@@ -41,17 +41,49 @@ inline V max(V a, V b) {
   return a > b ? a : b;
 }
 
+template <class T, int Lanes>
+struct VecOfLanes {
+  typedef T type __attribute__((vector_size(Lanes * sizeof(T))));
+};
+
+template <class T, int Lanes, int... I>
+inline typename VecOfLanes<T, Lanes / 2>::type half(typename VecOfLanes<T, Lanes>::type v, int index,
+                                                    std::integer_sequence<int, I...>) {
+#if __has_builtin(__builtin_shufflevector)
+  return index == 0 ? __builtin_shufflevector(v, v, I...) : __builtin_shufflevector(v, v, (I + Lanes / 2)...);
+#else
+  typename VecOfLanes<T, Lanes / 2>::type result{};
+  ((result[I] = v[index * Lanes / 2 + I]), ...);
+  return result;
+#endif
+}
+
+// The lower (0) or upper (1) half of a vector.
+template <class T, int Lanes>
+inline typename VecOfLanes<T, Lanes / 2>::type half(typename VecOfLanes<T, Lanes>::type v, int index) {
+  return half<T, Lanes>(v, index, std::make_integer_sequence<int, Lanes / 2>());
+}
+
+// Combines the lanes of a vector, half with half.
+template <class T, int Lanes, class Combine>
+inline T fold(typename VecOfLanes<T, Lanes>::type v, Combine combine) {
+  if constexpr (Lanes == 2) {
+    return combine(v[0], v[1]);
+  } else {
+    return fold<T, Lanes / 2>(combine(half<T, Lanes>(v, 0), half<T, Lanes>(v, 1)), combine);
+  }
+}
+
 template <class T>
 inline T horizontal_max(Vec<T> v) {
-  T result = v[0];
-  for (int i = 1; i < kLanes<T>; ++i) result = v[i] > result ? v[i] : result;
-  return result;
+  return fold<T, kLanes<T>>(v, [](auto a, auto b) { return a > b ? a : b; });
 }
-template <class T>
-inline double horizontal_sum(Vec<T> v) {
-  double result = 0;
-  for (int i = 0; i < kLanes<T>; ++i) result += v[i];
-  return result;
+inline double horizontal_sum(Vec<double> v) {
+  return fold<double, kLanes<double>>(v, [](auto a, auto b) { return a + b; });
+}
+inline double horizontal_sum(Vec<float> v) {
+  const auto low = half<float, kLanes<float>>(v, 0), high = half<float, kLanes<float>>(v, 1);
+  return horizontal_sum(__builtin_convertvector(low, Vec<double>) + __builtin_convertvector(high, Vec<double>));
 }
 
 // 2^f for f in [-1/2, 1/2]: minimax in the relative error, 2e-9 (float) and 4e-18 (double) before rounding.
@@ -81,14 +113,15 @@ inline Vec<double> exp2_fraction(Vec<double> f) {
 
 // 2^x for x at most a little above 0 (the maximum's own rounding); 0 at -inf, NaN at NaN.
 #if defined(KDK_AVX512)
-// The masks are full: they spare the compiler an undefined operand.
+// At -inf the fraction is NaN, and scalef(NaN, -inf) is 0 by definition. The masks are full: they spare the compiler
+// an undefined operand.
 inline Vec<float> exp2(Vec<float> x) {
-  const Vec<float> f = _mm512_maskz_reduce_ps(0xffff, x, 0);  // x - round(x); 0 at -inf
-  return _mm512_maskz_scalef_ps(0xffff, exp2_fraction(f), x - f);
+  const Vec<float> whole = _mm512_maskz_roundscale_ps(0xffff, x, 0);
+  return _mm512_maskz_scalef_ps(0xffff, exp2_fraction(x - whole), whole);
 }
 inline Vec<double> exp2(Vec<double> x) {
-  const Vec<double> f = _mm512_maskz_reduce_pd(0xff, x, 0);
-  return _mm512_maskz_scalef_pd(0xff, exp2_fraction(f), x - f);
+  const Vec<double> whole = _mm512_maskz_roundscale_pd(0xff, x, 0);
+  return _mm512_maskz_scalef_pd(0xff, exp2_fraction(x - whole), whole);
 }
 #else
 template <class V, class Bits, class T>
