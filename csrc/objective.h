@@ -1,9 +1,6 @@
-// Step 2 of every loss: group statistics and weights in, loss parts and gradient coefficients out.
-//
-// The only native code that knows of KL directions and weights. Host and device code; no torch.
+// Objectives as the kernels see them: partitions, temperatures and weights. Host and device code; no torch.
 #pragma once
 
-#include <cmath>
 #include <cstdint>
 
 #include "stats.h"
@@ -104,99 +101,6 @@ inline bool decode(const double* numbers, int64_t count, Objective& objective) {
     for (KlWeights& pair : term.group_part) pair = weights();
   }
   return true;
-}
-
-// dloss/dlogit_i = es_i * (student + tilt * gap_i) - et_i * teacher, with es, et, gap as in GroupStats.
-template <class R>
-struct GroupCoefficients {
-  R student;
-  R tilt;
-  R teacher;
-};
-
-template <class R>
-struct TermResult {
-  R loss;
-  R parts[1 + kMaxGroups];  // mass, then the groups; unweighted, with the scale
-  GroupCoefficients<R> group[kMaxGroups];
-};
-
-template <class R>
-KDK_HOST_DEVICE R weighed(double weight, R value) {
-  return weight == 0 ? R(0) : R(weight) * value;  // a direction without weight drops out even where it is infinite
-}
-
-// Masses of the groups and their logarithms: softmax over logsumexps. Exact where one group holds nearly everything.
-template <class R>
-KDK_HOST_DEVICE void group_masses(const R* logsumexp, int groups, R* mass, R* log_mass) {
-  int largest = 0;
-  for (int g = 1; g < groups; ++g)
-    if (logsumexp[g] > logsumexp[largest]) largest = g;
-  R others = 0;
-  for (int g = 0; g < groups; ++g) {
-    mass[g] = g == largest ? R(1) : std::exp(logsumexp[g] - logsumexp[largest]);
-    if (g != largest) others += mass[g];
-  }
-  const R log_total = std::log1p(others);
-  for (int g = 0; g < groups; ++g) {
-    mass[g] /= 1 + others;
-    log_mass[g] = (logsumexp[g] - logsumexp[largest]) - log_total;
-  }
-}
-
-// One term of one sample. `sizes` are the groups' class counts: inside a single class there is no divergence.
-template <class R>
-KDK_HOST_DEVICE void evaluate(const Term& term, const GroupStats<R>* stats, const int64_t* sizes,
-                              TermResult<R>& result) {
-  const int groups = term.groups();
-  const R slope = R(term.scale / term.temperature);
-  R student_lse[kMaxGroups], teacher_lse[kMaxGroups];
-  R total = 0;
-  for (int g = 0; g < groups; ++g) {
-    const GroupStats<R>& s = stats[g];
-    const bool student_empty = s.student_sum == 0, teacher_empty = s.teacher_sum == 0;
-    const R student_log = s.student_sum == 1 ? R(0) : std::log(s.student_sum);
-    const R teacher_log = s.teacher_sum == 1 ? R(0) : std::log(s.teacher_sum);
-    student_lse[g] = student_empty ? R(-INFINITY) : origin(s.student_max) / R(term.temperature) + student_log;
-    teacher_lse[g] = teacher_empty ? R(-INFINITY) : origin(s.teacher_max) / R(term.temperature) + teacher_log;
-    const R log_ratio = teacher_log - student_log;
-    const R student_inverse = student_empty ? R(0) : R(1) / s.student_sum;
-    const R teacher_inverse = teacher_empty ? R(0) : R(1) / s.teacher_sum;
-    const R student_mean_gap = R(kLn2) * s.student_gap * student_inverse;
-    const R teacher_mean_gap = R(kLn2) * s.teacher_gap * teacher_inverse;
-    const bool single = sizes[g] == 1;
-    const KlWeights weight = single ? KlWeights{0, 0} : term.group[g];
-    R forward = 0, reverse = 0;
-    if (!single && !teacher_empty) forward = student_empty ? R(INFINITY) : teacher_mean_gap - log_ratio;
-    if (!single && !student_empty) reverse = teacher_empty ? R(INFINITY) : log_ratio - student_mean_gap;
-    total += weighed(weight.forward, forward) + weighed(weight.reverse, reverse);
-    result.parts[1 + g] =
-        R(term.scale) * (weighed(term.group_part[g].forward, forward) + weighed(term.group_part[g].reverse, reverse));
-    GroupCoefficients<R>& out = result.group[g];
-    out.student = slope * student_inverse * (R(weight.forward) + weighed(weight.reverse, student_mean_gap));
-    out.tilt = -slope * student_inverse * R(weight.reverse) * R(kLn2);
-    out.teacher = slope * teacher_inverse * R(weight.forward);
-  }
-  result.parts[0] = 0;
-  if (groups > 1) {
-    R log_qs[kMaxGroups], log_qt[kMaxGroups], qs[kMaxGroups], qt[kMaxGroups];
-    group_masses(student_lse, groups, qs, log_qs);
-    group_masses(teacher_lse, groups, qt, log_qt);
-    R forward = 0, reverse = 0;
-    for (int g = 0; g < groups; ++g) {
-      if (qt[g] != 0) forward += qt[g] * (log_qt[g] - log_qs[g]);
-      if (qs[g] != 0) reverse += qs[g] * (log_qs[g] - log_qt[g]);
-    }
-    for (int g = 0; g < groups; ++g) {
-      R pull = weighed(term.mass.forward, qs[g] - qt[g]);
-      if (term.mass.reverse != 0 && qs[g] != 0) pull += R(term.mass.reverse) * qs[g] * ((log_qs[g] - log_qt[g]) - reverse);
-      if (stats[g].student_sum != 0) result.group[g].student += slope * pull / stats[g].student_sum;
-    }
-    total += weighed(term.mass.forward, forward) + weighed(term.mass.reverse, reverse);
-    result.parts[0] =
-        R(term.scale) * (weighed(term.mass_part.forward, forward) + weighed(term.mass_part.reverse, reverse));
-  }
-  result.loss = R(term.scale) * total;
 }
 
 }  // namespace kdk

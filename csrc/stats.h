@@ -20,21 +20,22 @@ constexpr double kLn2 = 0.69314718055994530942;
 // The exponent of a class is counted from its group's maximum; a group without a finite class counts from 0.
 template <class R>
 KDK_HOST_DEVICE R origin(R maximum) {
-  return maximum == -INFINITY ? R(0) : maximum;
+  return maximum == -INFINITY ? R{} : maximum;
 }
 
 // Of the classes i of one group, with k = log2(e) / T:
 //   es_i = 2^(k * (student_i - student_max)),  et_i = 2^(k * (teacher_i - teacher_max)),
 //   gap_i = log2(et_i) - log2(es_i)
 // A difference of logits large against their spread cancels in the maxima, exactly, before anything is rounded.
+// R is a real number, or a SIMD vector with one for each of several samples.
 template <class R>
 struct GroupStats {
-  R student_max = -INFINITY;
-  R teacher_max = -INFINITY;
-  R student_sum = 0;  // sum of es_i
-  R teacher_sum = 0;  // sum of et_i
-  R teacher_gap = 0;  // sum of et_i * gap_i: the forward KL's share, where it is wanted
-  R student_gap = 0;  // sum of es_i * gap_i: the reverse KL's share, where it is wanted
+  R student_max = R{} - INFINITY;
+  R teacher_max = R{} - INFINITY;
+  R student_sum{};  // sum of es_i
+  R teacher_sum{};  // sum of et_i
+  R teacher_gap{};  // sum of et_i * gap_i: the forward KL's share, where it is wanted
+  R student_gap{};  // sum of es_i * gap_i: the reverse KL's share, where it is wanted
 };
 
 // 2^(k * (from - to)), the factor of sums that counted from `from` and shall count from `to` >= `from`.
@@ -79,8 +80,8 @@ KDK_HOST_DEVICE void merge(GroupStats<R>& into, GroupStats<R> other, R k) {
 // The student's softmax over all classes at T = 1, for the cross entropy.
 template <class R>
 struct SoftmaxStats {
-  R max = -INFINITY;
-  R sum = 0;
+  R max = R{} - INFINITY;
+  R sum{};
 };
 
 template <class R>

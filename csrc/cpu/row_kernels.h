@@ -8,6 +8,7 @@ constexpr int kTile = 2048;               // classes of a tile: both sides and t
 constexpr int64_t kChunk = 8 * kTile;     // classes of a chunk, the unit of work where a row is split over threads
 constexpr int64_t kKeptClasses = 65536;   // exponentials of rows up to here are kept for the gradient (they fit in L2)
 constexpr int64_t kSplitSamples = 16;     // fewer samples than this may be split over threads
+constexpr int kBatch = kLanes<double>;    // rows that take step 2 together
 constexpr int64_t kGrainClasses = 16384;  // least work that is worth a thread
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -285,16 +286,32 @@ struct Scratch {
   }
 };
 
-// Partial statistics of the rest groups over one chunk.
-struct ChunkStats {
+// Partial statistics of the rest groups over some classes of a row.
+struct PartialStats {
   GroupStats<double> rest[kMaxTerms];
   SoftmaxStats<double> ce;
 };
+
+// Statistics of several rows, a row a lane: step 2 is the same for all.
+struct BatchStats {
+  GroupStats<Doubles> group[kMaxTerms][kMaxGroups];
+  SoftmaxStats<Doubles> ce;
+};
+
+inline void set_lane(GroupStats<Doubles>& batch, int lane, const GroupStats<double>& stats) {
+  batch.student_max[lane] = stats.student_max;
+  batch.teacher_max[lane] = stats.teacher_max;
+  batch.student_sum[lane] = stats.student_sum;
+  batch.teacher_sum[lane] = stats.teacher_sum;
+  batch.teacher_gap[lane] = stats.teacher_gap;
+  batch.student_gap[lane] = stats.student_gap;
+}
 
 // One row on its way through the three steps.
 template <class T>
 struct Row {
   int64_t sample;
+  int lane;  // its place in the batch
   const void* student;
   const void* teacher;
   void* gradient;
@@ -315,7 +332,8 @@ class Worker {
     }
     if (keeps(problem)) {
       const int64_t size = padded<T>(p_.classes);
-      T* next = scratch_.kept.data(size * kept_arrays(o_));
+      kept_row_ = size * kept_arrays(o_);
+      T* next = scratch_.kept.data(kept_row_ * batch());
       for (int t = 0; t < o_.terms; ++t) {
         kept_[t] = {next, next + size, nullptr};
         next += 2 * size;
@@ -345,26 +363,40 @@ class Worker {
     return row;
   }
 
-  // A whole row, steps 1 to 3.
-  void forward(int64_t sample) {
-    Row<T> row = this->row(sample);
-    if (skip(row)) return;
-    place_members(row);
-    for (int t = 0; t < o_.terms; ++t) {
-      if (!selects(t)) continue;
-      scratch_.merged.clear();
-      for (int64_t c = 0; c < chunks(); ++c) select(row, t, c, scratch_.merged);
-      rank(row, t, scratch_.merged);
+  // Rows that take step 2 together: their kept exponentials have to stay in cache until step 3.
+  int64_t batch() const { return std::clamp<int64_t>(2 * kTile / p_.classes, 1, kBatch); }
+
+  // Steps 1 to 3 of a batch of rows.
+  void forward(int64_t begin, int64_t end) {
+    Row<T> rows[kBatch];
+    BatchStats stats;
+    int count = 0;
+    for (int64_t n = begin; n < end; ++n) {
+      Row<T>& row = rows[count];
+      row = this->row(n);
+      row.lane = count;
+      if (skip(row)) continue;
+      ++count;
+      place_members(row);
+      for (int t = 0; t < o_.terms; ++t) {
+        if (!selects(t)) continue;
+        scratch_.merged.clear();
+        for (int64_t c = 0; c < chunks(); ++c) select(row, t, c, scratch_.merged);
+        rank(row, t, scratch_.merged);
+      }
+      PartialStats total;
+      add_chunk(row, 0, total);
+      for (int64_t c = 1; c < chunks(); ++c) {
+        PartialStats part;
+        add_chunk(row, c, part);
+        merge_into(total, part);
+      }
+      collect(row, total, stats);
     }
-    ChunkStats total;
-    for (int64_t c = 0; c < chunks(); ++c) {
-      ChunkStats part;
-      add_chunk(row, c, part);
-      merge_chunk(total, part);
-    }
-    finish(row, total);
-    if (!row.gradient) return;
-    for (int64_t c = 0; c < chunks(); ++c) gradient(row, c);
+    finish(rows, count, stats);
+    if (p_.gradient.data)
+      for (int i = 0; i < count; ++i)
+        for (int64_t c = 0; c < chunks(); ++c) gradient(rows[i], c);
   }
 
   // A whole row, step 3 from what was saved.
@@ -397,8 +429,8 @@ class Worker {
     if (p_.members) {
       next = p_.members + row.sample * members_size(o_);
     } else {
-      scratch_.members.resize(members_size(o_));
-      next = scratch_.members.data();
+      scratch_.members.resize(kBatch * members_size(o_));
+      next = scratch_.members.data() + row.lane * members_size(o_);
     }
     for (int t = 0; t < o_.terms; ++t) {
       row.members[t] = o_.term[t].kind == PartitionKind::target ? const_cast<int64_t*>(p_.target + row.sample) : next;
@@ -449,7 +481,7 @@ class Worker {
   }
 
   // Step 1 for the rest groups of one chunk.
-  void add_chunk(const Row<T>& row, int64_t chunk, ChunkStats& stats) {
+  void add_chunk(const Row<T>& row, int64_t chunk, PartialStats& stats) {
     const int64_t end = std::min(p_.classes, (chunk + 1) * kChunk);
     for (int64_t begin = chunk * kChunk; begin < end; begin += kTile) {
       const Tile tile = load_tile(row, begin, end);
@@ -461,54 +493,73 @@ class Worker {
         const double student_max = std::max<double>(rest.student_max, tile_max(tile.student, count));
         const double teacher_max = std::max<double>(rest.teacher_max, tile_max(tile.teacher, count));
         rebase(rest, student_max, teacher_max, double(exponent_[t]));
-        add_sums_[t](tile.student, tile.teacher, count, exponent_[t], rest, kept(t, begin));
-        if (kept_[t].student) kept_origin_[t][begin / kTile] = {student_max, teacher_max};
+        add_sums_[t](tile.student, tile.teacher, count, exponent_[t], rest, kept(row, t, begin));
+        if (kept_[t].student) kept_origin_[t][row.lane + begin / kTile] = {student_max, teacher_max};
       }
     }
   }
 
-  void merge_chunk(ChunkStats& into, const ChunkStats& part) const {
+  void merge_into(PartialStats& into, const PartialStats& part) const {
     for (int t = 0; t < o_.terms; ++t) merge(into.rest[t], part.rest[t], double(exponent_[t]));
     if (o_.has_ce()) merge(into.ce, part.ce);
   }
 
-  // Step 2: the loss, its parts and the gradient's coefficients.
-  void finish(Row<T>& row, const ChunkStats& total) {
-    double loss = 0;
-    double* parts = p_.row_parts ? p_.row_parts + row.sample * o_.parts() : nullptr;
-    if (parts) *parts = 0;
-    row.weight = static_cast<T>(p_.row_weight[row.sample]);
-    if (o_.has_ce()) {
-      const double at_target = value(p_.student, row.student, p_.target[row.sample]);
-      const double ce = std::log(total.ce.sum) - (at_target - origin(total.ce.max));
-      loss += o_.ce_weight * ce;
-      row.ce_max = static_cast<T>(total.ce.max);
-      row.ce_inverse = static_cast<T>(1 / total.ce.sum);
-      if (parts) *parts = ce;
+  // Takes a row's statistics, those of its leading classes included, into its batch.
+  void collect(const Row<T>& row, const PartialStats& total, BatchStats& batch) {
+    for (int t = 0; t < o_.terms; ++t) {
+      const int rest = o_.term[t].groups() - 1;
+      for (int g = 0; g < rest; ++g) {
+        GroupStats<double> stats;
+        add_leads(row, t, g, stats);
+        set_lane(batch.group[t][g], row.lane, stats);
+      }
+      set_lane(batch.group[t][rest], row.lane, total.rest[t]);
     }
-    if (parts) ++parts;
+    batch.ce.max[row.lane] = total.ce.max;
+    batch.ce.sum[row.lane] = total.ce.sum;
+  }
+
+  // Step 2 of a batch: losses, their parts and the gradients' coefficients.
+  void finish(Row<T>* rows, int count, const BatchStats& stats) {
+    const Doubles log_ce_sum = o_.has_ce() ? log(stats.ce.sum) : Doubles{};
+    for (int i = 0; i < count; ++i) {
+      Row<T>& row = rows[i];
+      row.weight = static_cast<T>(p_.row_weight[row.sample]);
+      double ce = 0;
+      if (o_.has_ce()) {
+        const double max = stats.ce.max[i], at_target = value(p_.student, row.student, p_.target[row.sample]);
+        ce = log_ce_sum[i] - (at_target - origin(max));
+        row.ce_max = static_cast<T>(max);
+        row.ce_inverse = static_cast<T>(1 / stats.ce.sum[i]);
+      }
+      p_.row_loss[row.sample] = o_.has_ce() ? o_.ce_weight * ce : 0;
+      if (p_.row_parts) p_.row_parts[row.sample * o_.parts()] = ce;
+    }
+    int64_t first_part = 1;
     for (int t = 0; t < o_.terms; ++t) {
       const Term& term = o_.term[t];
-      GroupStats<double> stats[kMaxGroups];
-      int64_t sizes[kMaxGroups];
       const int rest = term.groups() - 1;
-      for (int g = 0; g < rest; ++g) {
-        sizes[g] = term.group_end(g) - term.group_begin(g);
-        add_leads(row, t, g, stats[g]);
-      }
+      int64_t sizes[kMaxGroups];
+      for (int g = 0; g < rest; ++g) sizes[g] = term.group_end(g) - term.group_begin(g);
       sizes[rest] = p_.classes - (rest ? term.leads() : 0);
-      stats[rest] = total.rest[t];
-      TermResult<double> result;
-      evaluate(term, stats, sizes, result);
-      loss += result.loss;
-      if (parts) parts = std::copy_n(result.parts, term.parts(), parts);
-      for (int g = 0; g <= rest; ++g) {
-        const GroupCoefficients<double>& by = result.group[g];
-        row.group[t][g] = {T(stats[g].student_max), T(stats[g].teacher_max), {T(by.student), T(by.tilt), T(by.teacher)}};
+      TermResult<Doubles> result;
+      evaluate(term, stats.group[t], sizes, result);
+      for (int i = 0; i < count; ++i) {
+        Row<T>& row = rows[i];
+        p_.row_loss[row.sample] += result.loss[i];
+        if (p_.row_parts)
+          for (int j = 0; j < term.parts(); ++j)
+            p_.row_parts[row.sample * o_.parts() + first_part + j] = result.parts[j][i];
+        for (int g = 0; g <= rest; ++g) {
+          const GroupCoefficients<Doubles>& by = result.group[g];
+          row.group[t][g] = {T(stats.group[t][g].student_max[i]), T(stats.group[t][g].teacher_max[i]),
+                             {T(by.student[i]), T(by.tilt[i]), T(by.teacher[i])}};
+        }
       }
+      first_part += term.parts();
     }
-    p_.row_loss[row.sample] = loss;
-    if (p_.saved) save(row);
+    if (p_.saved)
+      for (int i = 0; i < count; ++i) save(rows[i]);
   }
 
   // Step 3 for one chunk.
@@ -527,7 +578,7 @@ class Worker {
         if (kept_[t].student) {
           const auto kernel = t == 0 ? (tilt ? gradient_of_exps<T, false, true> : gradient_of_exps<T, false, false>)
                                      : (tilt ? gradient_of_exps<T, true, true> : gradient_of_exps<T, true, false>);
-          kernel(kept(t, begin), tile.count, from_tile_origin(rest, t, begin), out);
+          kernel(kept(row, t, begin), tile.count, from_tile_origin(row, rest, t, begin), out);
         } else {
           const Mask mask(*this, row, t, tile);
           const auto kernel = t == 0 ? (tilt ? gradient_of_logits<T, false, true> : gradient_of_logits<T, false, false>)
@@ -659,9 +710,10 @@ class Worker {
     return false;
   }
 
-  Exps<T> kept(int t, int64_t begin) const {
+  Exps<T> kept(const Row<T>& row, int t, int64_t begin) const {
     if (!kept_[t].student) return {};
-    return {kept_[t].student + begin, kept_[t].teacher + begin, kept_[t].gap ? kept_[t].gap + begin : nullptr};
+    const int64_t at = row.lane * kept_row_ + begin;
+    return {kept_[t].student + at, kept_[t].teacher + at, kept_[t].gap ? kept_[t].gap + at : nullptr};
   }
 
   // The logits of a leading group, gathered into whole vectors, and room for their gradient.
@@ -726,8 +778,8 @@ class Worker {
   }
 
   // Coefficients for a tile's kept exponentials, which count from the maxima known when they were computed.
-  GroupCoefficients<T> from_tile_origin(const GroupGradient<T>& group, int t, int64_t begin) const {
-    const auto [student_max, teacher_max] = kept_origin_[t][begin / kTile];
+  GroupCoefficients<T> from_tile_origin(const Row<T>& row, const GroupGradient<T>& group, int t, int64_t begin) const {
+    const auto [student_max, teacher_max] = kept_origin_[t][row.lane + begin / kTile];
     const double k = exponent_[t], student_to = group.student_max, teacher_to = group.teacher_max;
     const double student = rebase_factor(student_max, student_to, k), teacher = rebase_factor(teacher_max, teacher_to, k);
     const double gap = rebase_gap(student_max, student_to, teacher_max, teacher_to, k);
@@ -766,7 +818,9 @@ class Worker {
   Scratch<T>& scratch_;
   T exponent_[kMaxTerms];
   AddSums<T> add_sums_[kMaxTerms], add_sums_leads_[kMaxTerms];
-  Exps<T> kept_[kMaxTerms];
+  Exps<T> kept_[kMaxTerms];  // of the batch's first row
+  int64_t kept_row_ = 0;     // from row to row
+  // What they count from, a tile; only a batch of one has more than one tile.
   std::array<std::pair<double, double>, kKeptClasses / kTile> kept_origin_[kMaxTerms];
 };
 
@@ -806,12 +860,14 @@ void forward_split(const RowsProblem& problem, const Parallel& parallel) {
       main.rank(rows[r], t, merged);
     }
   }
-  std::vector<ChunkStats> stats(tasks);
+  std::vector<PartialStats> stats(tasks);
   each_chunk([&](Worker<T>& worker, int64_t r, int64_t c) { worker.add_chunk(rows[r], c, stats[r * chunks + c]); });
   for (size_t r = 0; r < rows.size(); ++r) {
-    ChunkStats total;
-    for (int64_t c = 0; c < chunks; ++c) main.merge_chunk(total, stats[r * chunks + c]);
-    main.finish(rows[r], total);
+    PartialStats total;
+    for (int64_t c = 0; c < chunks; ++c) main.merge_into(total, stats[r * chunks + c]);
+    BatchStats batch;
+    main.collect(rows[r], total, batch);
+    main.finish(&rows[r], 1, batch);
   }
   if (p.gradient.data)
     each_chunk([&](Worker<T>& worker, int64_t r, int64_t c) { worker.gradient(rows[r], c); });
@@ -825,7 +881,7 @@ void forward_typed(const RowsProblem& p, const Parallel& parallel) {
   }
   parallel.run(0, p.samples, row_grain(p), [&](int64_t begin, int64_t end) {
     Worker<T> worker(p);
-    for (int64_t n = begin; n < end; ++n) worker.forward(n);
+    for (int64_t n = begin; n < end; n += worker.batch()) worker.forward(n, std::min(n + worker.batch(), end));
   });
 }
 

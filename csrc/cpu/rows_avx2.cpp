@@ -8,8 +8,12 @@
 
 namespace kdk::avx2 {
 namespace {
+// The order matters: each needs the one before.
+// clang-format off
 #include "simd.h"
+#include "../evaluate.h"
 #include "row_kernels.h"
+// clang-format on
 }  // namespace
 extern const RowKernels kernels;
 const RowKernels kernels = kRowKernels;

@@ -17,6 +17,9 @@ struct VecOf<double> {
 };
 template <class T>
 using Vec = typename VecOf<T>::type;
+using Doubles = Vec<double>;
+template <class R>
+using Number = double;  // of step 2, which is in double precision whatever the logits
 template <class T>
 constexpr int kLanes = KDK_VECTOR_BYTES / sizeof(T);
 
@@ -139,6 +142,31 @@ inline Vec<double> exp2(Vec<double> x) {
   return exp2_by_bits<Vec<double>, VecOf<double>::bits>(x, 6755399441055744.0, -1022.0, 52);  // 1.5 * 2^52
 }
 #endif
+
+// Natural logarithms and exponentials of doubles, for step 2 on several samples at a time.
+
+inline Vec<double> exp(Vec<double> x) { return exp2(x * kLog2E); }
+
+// log(x) for x > 0 and not subnormal; NaN at NaN.
+inline Vec<double> log(Vec<double> x) {
+  using Bits = VecOf<double>::bits;
+  // x = 2^e * m with m in [sqrt(1/2), sqrt(2))
+  const Bits offset = reinterpret_cast<Bits>(x) - 0x3fe6a09e667f3bcdLL;
+  const Vec<double> e = __builtin_convertvector(offset >> 52, Vec<double>);
+  const Vec<double> m = reinterpret_cast<Vec<double>>(reinterpret_cast<Bits>(x) - (offset >> 52 << 52));
+  // log(m) = 2 atanh(s), |s| < 0.172
+  const Vec<double> s = (m - 1) / (m + 1), s2 = s * s;
+  Vec<double> p = broadcast(1.0 / 21);
+  for (const double odd : {19.0, 17.0, 15.0, 13.0, 11.0, 9.0, 7.0, 5.0, 3.0}) p = p * s2 + 1 / odd;
+  const Vec<double> result = e * kLn2 + (2 * s + 2 * s * s2 * p);
+  return x == x ? result : x;
+}
+
+// log(1 + x) for x >= 0.
+inline Vec<double> log1p(Vec<double> x) {
+  const Vec<double> sum = 1 + x;
+  return log(sum) + (x - (sum - 1)) / sum;  // what the sum lost
+}
 
 // Bit i is set where not v[i] < bound: at least the bound, or NaN.
 template <class T>
