@@ -77,6 +77,28 @@ T tile_max(const T* x, int count) {
   return horizontal_max<T>(max(m0, m1));
 }
 
+// Copies classes, pads them to whole vectors with -inf and returns their maximum.
+template <class T>
+T copy_max(const T* from, int count, T* to) {
+  constexpr int W = kLanes<T>;
+  Vec<T> m0 = broadcast(T(-INFINITY)), m1 = m0;
+  int i = 0;
+  for (; i + 2 * W <= count; i += 2 * W) {
+    const Vec<T> v0 = load(from + i), v1 = load(from + i + W);
+    store(to + i, v0);
+    store(to + i + W, v1);
+    m0 = max(v0, m0);
+    m1 = max(v1, m1);
+  }
+  for (; i < count; i += W) {
+    Vec<T> v = broadcast(T(-INFINITY));
+    for (int j = 0; j < W && i + j < count; ++j) v[j] = from[i + j];
+    store(to + i, v);
+    m0 = max(v, m0);
+  }
+  return horizontal_max<T>(max(m0, m1));
+}
+
 // The exponentials of a tile, kept for its gradient.
 template <class T>
 struct Exps {
@@ -135,8 +157,7 @@ AddSums<T> choose_add_sums(const Term& term, bool keep) {
 
 // Adds a tile to the student's softmax at T = 1.
 template <class T>
-void add_softmax(const T* student, int count, SoftmaxStats<double>& stats) {
-  const T maximum = tile_max(student, count);
+void add_softmax(const T* student, int count, T maximum, SoftmaxStats<double>& stats) {
   if (maximum > stats.max) rebase(stats, double(maximum));
   const Vec<T> start = broadcast(T(origin(stats.max)));
   const auto exps = [&](int i) { return exp2((load(student + i) - start) * T(kLog2E)); };
@@ -447,15 +468,18 @@ class Worker {
     const int64_t end = std::min(p_.classes, (chunk + 1) * kChunk);
     for (int64_t begin = chunk * kChunk; begin < end; begin += kTile) {
       const int count = static_cast<int>(std::min<int64_t>(end - begin, kTile));
-      const T* values = read(p_.teacher, row.teacher, begin, count, scratch_.teacher, !term.largest);
-      if (!term.largest)
+      T maximum;
+      const T* values = read(p_.teacher, row.teacher, begin, count, scratch_.teacher, !term.largest, &maximum);
+      if (!term.largest) {
         for (int i = 0; i < count; ++i) scratch_.teacher[i] = -scratch_.teacher[i];
+        maximum = tile_max(values, padded<T>(count));
+      }
       T bound;
       if (found.size() < k) {
         bound = lower_bound_of_best(values, count, term.k);
       } else {
         bound = found.back().first;
-        if (tile_max(values, padded<T>(count)) <= bound) continue;  // a tie goes to the class that was there first
+        if (maximum <= bound) continue;  // a tie goes to the class that was there first
       }
       const Vec<T> bounds = broadcast(bound);
       for (int block = 0; block < count; block += 64) {
@@ -485,13 +509,13 @@ class Worker {
     const int64_t end = std::min(p_.classes, (chunk + 1) * kChunk);
     for (int64_t begin = chunk * kChunk; begin < end; begin += kTile) {
       const Tile tile = load_tile(row, begin, end);
-      if (o_.has_ce()) add_softmax(tile.student, padded<T>(tile.count), stats.ce);
+      if (o_.has_ce()) add_softmax(tile.student, padded<T>(tile.count), tile.student_max, stats.ce);
       for (int t = 0; t < o_.terms; ++t) {
         const Mask mask(*this, row, t, tile);
         GroupStats<double>& rest = stats.rest[t];
         const int count = padded<T>(tile.count);
-        const double student_max = std::max<double>(rest.student_max, tile_max(tile.student, count));
-        const double teacher_max = std::max<double>(rest.teacher_max, tile_max(tile.teacher, count));
+        const double student_max = std::max<double>(rest.student_max, mask.student_max());
+        const double teacher_max = std::max<double>(rest.teacher_max, mask.teacher_max());
         rebase(rest, student_max, teacher_max, double(exponent_[t]));
         add_sums_[t](tile.student, tile.teacher, count, exponent_[t], rest, kept(row, t, begin));
         if (kept_[t].student) kept_origin_[t][row.lane + begin / kTile] = {student_max, teacher_max};
@@ -569,7 +593,7 @@ class Worker {
     const bool reads_logits = kept_[0].student == nullptr || o_.has_ce();
     compute_lead_gradients(row);
     for (int64_t begin = chunk * kChunk; begin < end; begin += kTile) {
-      Tile tile{begin, static_cast<int>(std::min<int64_t>(end - begin, kTile)), nullptr, nullptr};
+      Tile tile{begin, static_cast<int>(std::min<int64_t>(end - begin, kTile)), nullptr, nullptr, 0, 0};
       if (reads_logits) tile = load_tile(row, begin, end);
       T* out = direct ? static_cast<T*>(row.gradient) + begin : scratch_.gradient;
       for (int t = 0; t < o_.terms; ++t) {
@@ -603,12 +627,14 @@ class Worker {
     int count;
     const T* student;
     const T* teacher;
+    T student_max;
+    T teacher_max;
   };
 
   // Hides a term's leading classes in the tile in scratch while it lives: what is left is the rest group.
   class Mask {
    public:
-    Mask(Worker& worker, const Row<T>& row, int t, const Tile& tile) : scratch_(worker.scratch_) {
+    Mask(Worker& worker, const Row<T>& row, int t, const Tile& tile) : scratch_(worker.scratch_), tile_(tile) {
       const Term& term = worker.o_.term[t];
       const int leads = term.groups() == 1 ? 0 : term.leads();
       scratch_.masked.clear();
@@ -616,8 +642,17 @@ class Worker {
         const int64_t j = row.members[t][i] - tile.begin;
         if (j < 0 || j >= tile.count) continue;
         scratch_.masked.push_back({static_cast<int>(j), scratch_.student[j], scratch_.teacher[j]});
+        hides_student_max_ |= scratch_.student[j] == tile.student_max;
+        hides_teacher_max_ |= scratch_.teacher[j] == tile.teacher_max;
         scratch_.student[j] = scratch_.teacher[j] = -INFINITY;
       }
+    }
+    // The maxima of what is left.
+    T student_max() const {
+      return hides_student_max_ ? tile_max(tile_.student, padded<T>(tile_.count)) : tile_.student_max;
+    }
+    T teacher_max() const {
+      return hides_teacher_max_ ? tile_max(tile_.teacher, padded<T>(tile_.count)) : tile_.teacher_max;
     }
     ~Mask() {
       for (const Masked<T>& masked : scratch_.masked) {
@@ -630,6 +665,8 @@ class Worker {
 
    private:
     Scratch<T>& scratch_;
+    const Tile& tile_;
+    bool hides_student_max_ = false, hides_teacher_max_ = false;
   };
 
   static int64_t kept_arrays(const Objective& objective) {
@@ -651,9 +688,13 @@ class Worker {
   }
 
   // Classes of a row as whole vectors: in place where nothing has to be converted, padded or `changed`, else in `to`.
-  const T* read(const Matrix& matrix, const void* row, int64_t begin, int count, T* to, bool changed) const {
-    if (!changed && matrix.class_stride == 1 && is_arithmetic(matrix.dtype) && count % kLanes<T> == 0)
-      return static_cast<const T*>(row) + begin;
+  const T* read(const Matrix& matrix, const void* row, int64_t begin, int count, T* to, bool changed, T* max) const {
+    if (matrix.class_stride == 1 && is_arithmetic(matrix.dtype)) {
+      const T* from = static_cast<const T*>(row) + begin;
+      const bool in_place = !changed && count % kLanes<T> == 0;
+      *max = in_place ? tile_max(from, count) : copy_max(from, count, to);
+      return in_place ? from : to;
+    }
     with_dtype(matrix.dtype, [&](auto element) {
       const auto* from = static_cast<const decltype(element)*>(row) + begin * matrix.class_stride;
       if (matrix.class_stride == 1) {
@@ -663,6 +704,7 @@ class Worker {
       }
     });
     for (int i = count; i < padded<T>(count); ++i) to[i] = -INFINITY;
+    *max = tile_max(to, padded<T>(count));
     return to;
   }
 
@@ -697,8 +739,10 @@ class Worker {
   Tile load_tile(const Row<T>& row, int64_t begin, int64_t end) {
     const int count = static_cast<int>(std::min<int64_t>(end - begin, kTile));
     const bool masked = has_leads(row, begin, count);
-    return {begin, count, read(p_.student, row.student, begin, count, scratch_.student, masked),
-            read(p_.teacher, row.teacher, begin, count, scratch_.teacher, masked)};
+    Tile tile{begin, count, nullptr, nullptr, 0, 0};
+    tile.student = read(p_.student, row.student, begin, count, scratch_.student, masked, &tile.student_max);
+    tile.teacher = read(p_.teacher, row.teacher, begin, count, scratch_.teacher, masked, &tile.teacher_max);
+    return tile;
   }
 
   bool has_leads(const Row<T>& row, int64_t begin, int count) const {
