@@ -36,7 +36,8 @@ class DistillationFunction(torch.autograd.Function):
         loss, values, gradient, saved, members = ops.forward(
             call, gradient=not recompute, save=recompute, parts=parts
         )
-        ctx.mark_non_differentiable(values)
+        if parts:
+            ctx.mark_non_differentiable(values)
         ctx.set_materialize_grads(False)
         ctx.recompute = recompute
         if recompute:

@@ -64,7 +64,7 @@ def check_integer(name: str, value: object, *, at_least: int | None = None) -> i
 
 def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
     """ValueError unless ``value`` is one of ``choices``."""
-    if not any(value is choice or (isinstance(value, str) and value == choice) for choice in choices):
+    if not ((value is None or isinstance(value, str)) and value in choices):
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
@@ -97,10 +97,6 @@ class Partition:
     def groups(self) -> tuple[str, ...]:
         """Names of the groups, in the order of a term's weights."""
         return GROUPS[self.kind]
-
-    @property
-    def needs_target(self) -> bool:
-        return self.kind == "target"
 
 
 WHOLE = Partition("whole")
@@ -203,6 +199,10 @@ class Objective:
     correction: int | None = None
     eps: float | None = None
     ce_weight: float = 0.0
+    #: Whether the loss cannot be computed without a target.
+    needs_target: bool = field(init=False, repr=False, compare=False, default=False)
+    #: The least number of classes for which every partition of this objective exists.
+    smallest_class_count: int = field(init=False, repr=False, compare=False, default=1)
     _encoded: tuple[float, ...] = field(init=False, repr=False, compare=False, default=())
 
     def __post_init__(self) -> None:
@@ -219,16 +219,10 @@ class Objective:
         check_integer("correction", self.correction, at_least=0)
         check_number("eps", self.eps, at_least=0.0)
         check_number("ce_weight", self.ce_weight, at_least=0.0)
+        partitions = [term.partition for term in self.terms]
+        object.__setattr__(self, "needs_target", self.ce_weight != 0 or any(p.kind == "target" for p in partitions))
+        object.__setattr__(self, "smallest_class_count", max(p.k for p in partitions) + 1)
         object.__setattr__(self, "_encoded", _encode(self))
-
-    @property
-    def needs_target(self) -> bool:
-        """Whether the loss cannot be computed without a target."""
-        return self.ce_weight != 0 or any(term.partition.needs_target for term in self.terms)
-
-    def smallest_class_count(self) -> int:
-        """The least number of classes for which every partition of this objective exists."""
-        return max(term.partition.k + 1 for term in self.terms)
 
     def part_names(self) -> tuple[tuple[str, ...], ...]:
         """Names of the loss parts, one tuple a term (mass first); ``""`` for the mass of a single group."""

@@ -62,15 +62,15 @@ def check_call(
     check_choice("reduction", reduction, REDUCTIONS)
     check_integer("ignore_index", ignore_index)
     class_dim, num_classes = _check_logits(student, teacher, class_dim, num_classes)
-    if num_classes < objective.smallest_class_count():
-        k = objective.smallest_class_count() - 1
+    if num_classes < objective.smallest_class_count:
+        k = objective.smallest_class_count - 1
         raise ValueError(f"k must be smaller than the number of classes {num_classes}, got {k}")
     if teacher.requires_grad and torch.is_grad_enabled():
         raise ValueError(
             "teacher_logits must not require grad, got requires_grad=True: no gradient flows to the teacher. "
             "Pass teacher_logits.detach() or run the teacher under torch.no_grad()"
         )
-    samples = student.shape[:class_dim] + student.shape[class_dim + 1 :]
+    samples = _samples(student.shape, class_dim)
     if target is not None:
         target = _check_target(target, samples, student.device)
     elif objective.needs_target:
@@ -108,28 +108,28 @@ def _check_logits(student: Tensor, teacher: Tensor, class_dim: int, num_classes:
             raise TypeError(f"{name} must be a dense (strided) tensor, got layout {logits.layout}")
     if student.device != teacher.device:
         raise ValueError(f"teacher_logits must be on student_logits' device {student.device}, got {teacher.device}")
-    dims = student.dim()
     check_integer("class_dim", class_dim)
+    shape, teacher_shape = student.shape, teacher.shape
+    dims = len(shape)
     if not -dims <= class_dim < dims:
-        raise ValueError(f"class_dim must be a dimension of logits of shape {tuple(student.shape)}, got {class_dim}")
+        raise ValueError(f"class_dim must be a dimension of logits of shape {tuple(shape)}, got {class_dim}")
     class_dim %= dims
-    if teacher.dim() != dims or any(
-        student.shape[dim] != teacher.shape[dim] for dim in range(dims) if dim != class_dim
-    ):
+    if num_classes is None and shape == teacher_shape and shape[class_dim] > 0:
+        return class_dim, shape[class_dim]
+    if len(teacher_shape) != dims or _samples(shape, class_dim) != _samples(teacher_shape, class_dim):
         raise ValueError(
-            f"teacher_logits must have student_logits' shape {tuple(student.shape)}"
-            f"{' outside class_dim' if num_classes is not None else ''}, got {tuple(teacher.shape)}"
+            f"teacher_logits must have student_logits' shape {tuple(shape)}"
+            f"{' outside class_dim' if num_classes is not None else ''}, got {tuple(teacher_shape)}"
         )
-    counts = student.shape[class_dim], teacher.shape[class_dim]
+    counts = shape[class_dim], teacher_shape[class_dim]
     if num_classes is None:
         if counts[0] != counts[1]:
             raise ValueError(
                 f"teacher_logits must have student_logits' {counts[0]} classes in dimension {class_dim}, got "
                 f"{counts[1]}; num_classes=n compares the first n classes of each"
             )
-        num_classes = counts[0]
-    else:
-        check_integer("num_classes", num_classes)
+        raise ValueError(f"student_logits must have at least one class, got shape {tuple(shape)}")
+    check_integer("num_classes", num_classes)
     if not 1 <= num_classes <= min(counts):
         raise ValueError(
             f"num_classes must be between 1 and the {min(counts)} classes of the logits, got {num_classes}"
@@ -137,21 +137,25 @@ def _check_logits(student: Tensor, teacher: Tensor, class_dim: int, num_classes:
     return class_dim, num_classes
 
 
-def _check_target(target: Tensor, samples: torch.Size, device: torch.device) -> Tensor:
-    expected = f"an integer tensor of the sample dimensions' shape {tuple(samples)} on {device}"
-    if not isinstance(target, Tensor) or target.dtype not in _INDEX_DTYPES:
-        raise TypeError(f"target must be {expected}, got {describe(target)}")
-    if target.shape != samples or target.device != device:
-        raise ValueError(f"target must be {expected}, got {describe(target)}")
+def _samples(shape: torch.Size, class_dim: int) -> tuple[int, ...]:
+    return shape[:class_dim] + shape[class_dim + 1 :]
+
+
+def _check_target(target: Tensor, samples: tuple[int, ...], device: torch.device) -> Tensor:
+    right_type = isinstance(target, Tensor) and target.dtype in _INDEX_DTYPES
+    if not right_type or target.shape != samples or target.device != device:
+        expected = f"an integer tensor of the sample dimensions' shape {tuple(samples)} on {device}"
+        error = ValueError if right_type else TypeError
+        raise error(f"target must be {expected}, got {describe(target)}")
     return target if target.dtype == torch.int64 else target.long()
 
 
-def _check_sample_weight(weight: Tensor, samples: torch.Size, device: torch.device) -> Tensor:
+def _check_sample_weight(weight: Tensor, samples: tuple[int, ...], device: torch.device) -> Tensor:
     count = math.prod(samples)
     expected = f"a tensor of {count} values >= 0 in the sample dimensions' shape {tuple(samples)} on {device}"
     if not isinstance(weight, Tensor) or weight.is_complex():
         raise TypeError(f"sample_weight must be {expected}, got {describe(weight)}")
-    if weight.shape != samples and weight.shape != (count,) or weight.device != device:
+    if weight.shape not in (samples, (count,)) or weight.device != device:
         raise ValueError(f"sample_weight must be {expected}, got {describe(weight)}")
     if weight.requires_grad and torch.is_grad_enabled():
         raise ValueError("sample_weight must not require grad, got requires_grad=True: pass sample_weight.detach()")
