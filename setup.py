@@ -68,7 +68,9 @@ class Build(BuildExtension):
 
 
 reason = missing()
-print(f"kdkernels: native extension: {'CPU kernels (baseline, AVX2, AVX-512)' if reason is None else f'none, {reason}'}")
+print(
+    f"kdkernels: native extension: {'CPU kernels (baseline, AVX2, AVX-512)' if reason is None else f'none, {reason}'}"
+)
 setup(
     version=version(),
     packages=["kdkernels", "kdkernels.compat", "kdkernels.triton_kernels"],

@@ -30,21 +30,15 @@ class DistillationFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, student: Tensor, call: Call, recompute: bool, parts: bool) -> tuple[Tensor, Tensor]:
         call = call._replace(student=student)
-        # A float16 gradient rounded before the upstream factor is known would underflow under a loss scaler (a mean
-        # over many samples is tiny until it is scaled), and scaling it later moves as many bytes as recomputing it.
-        recompute = recompute or student.dtype == torch.float16
-        loss, values, gradient, saved, members = ops.forward(
-            call, gradient=not recompute, save=recompute, parts=parts
-        )
+        recompute = recompute or _rounds_too_early(student.dtype, call.reduction)
+        loss, values, gradient, saved, members = ops.forward(call, gradient=not recompute, save=recompute, parts=parts)
         if parts:
             ctx.mark_non_differentiable(values)
         ctx.set_materialize_grads(False)
         ctx.recompute = recompute
         if recompute:
             ctx.save_for_backward(student, call.teacher, call.target, saved, members)
-            ctx.call = call._replace(
-                student=None, teacher=None, target=None, sample_weight=None, denominator=None
-            )
+            ctx.call = call._replace(student=None, teacher=None, target=None, sample_weight=None, denominator=None)
         else:
             ctx.save_for_backward(gradient)
             ctx.class_dim = call.class_dim
@@ -67,6 +61,16 @@ class DistillationFunction(torch.autograd.Function):
         # The graph is freed after this backward, so the buffer is ours to scale: no second N x C tensor.
         ops.scale_(gradient, grad_loss, ctx.class_dim)
         return gradient, None, None, None
+
+
+def _rounds_too_early(dtype: torch.dtype, reduction: str) -> bool:
+    """Whether a gradient must not be rounded to ``dtype`` before the upstream gradient is known.
+
+    A float16 gradient would underflow under a loss scaler (a mean over many samples is tiny until it is scaled). A
+    bfloat16 one, multiplied later by a factor of each sample, would be rounded twice. Scaling the written gradient moves
+    as many bytes as recomputing it.
+    """
+    return dtype == torch.float16 or (dtype == torch.bfloat16 and reduction == "none")
 
 
 def _graph_is_kept() -> bool:

@@ -44,7 +44,7 @@ def check_number(name: str, value: object, *, above: float | None = None, at_lea
     """``value`` as a float; TypeError / ValueError if it is no finite real number within the bound."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {value!r} ({type(value).__name__})")
-    if not math.isfinite(value):
+    if not -math.inf < value < math.inf:  # no math.isfinite: torch.compile cannot trace it for a dynamic float
         raise ValueError(f"{name} must be finite, got {value!r}")
     if above is not None and not value > above:
         raise ValueError(f"{name} must be > {above:g}, got {value!r}")
@@ -377,11 +377,12 @@ def gdkd3(
 
 
 @_memoized
-def dkd_top1(alpha: float = 1.0, beta: float = 8.0, temperature: float = 4.0) -> Objective:
+def dkd_top1(alpha: float = 1.0, beta: float = 8.0, temperature: float = 4.0, kl_type: str = "forward") -> Objective:
     """DKD around the teacher's top class instead of the target (``DKDMod`` of the GDKD repository)."""
     check_number("alpha", alpha, at_least=0.0)
     check_number("beta", beta, at_least=0.0)
-    return Objective((Term(temperature, Partition("topk", 1), (alpha, 0.0), ((0.0, 0.0), (beta, 0.0))),))
+    groups = ((0.0, 0.0), _weigh(beta, kl_type))
+    return Objective((Term(temperature, Partition("topk", 1), (alpha, 0.0), groups),))
 
 
 def _weigh(weight: float, kl_type: str) -> tuple[float, float]:

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from kdkernels.validation import REDUCTIONS, Call
 
-#: Number of scalars of a saved row: its weight, then per term and group (see RowState in csrc/cpu/rows.h).
 _PACKAGE = Path(__file__).parent
 
 
@@ -70,7 +69,10 @@ def forward(call: Call, *, gradient: bool, save: bool, parts: bool) -> tuple[Ten
 
 
 def backward(call: Call, grad_loss: Tensor, saved: Tensor, members: Tensor) -> Tensor:
-    """The gradient in the student's logits from what :func:`forward` saved; ``grad_loss`` is a scalar or one a sample."""
+    """The gradient in the student's logits from what :func:`forward` saved.
+
+    ``grad_loss`` is a scalar or has one value a sample.
+    """
     return torch.ops.kdkernels.backward.default(
         grad_loss,
         call.student,

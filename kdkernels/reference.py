@@ -1,7 +1,8 @@
 """The oracle: every loss by its literal formula in plain PyTorch.
 
-Slow and memory hungry on purpose. Nothing here is shared with the kernels, gradients come from autograd, and float64
-logits are computed in float64 throughout, so that the kernels can be measured against this file.
+Slow and memory hungry on purpose: literal formulas lose digits to cancellation, so they are computed in float64
+whatever the logits' dtype (float32 on devices without float64). Nothing here is shared with the kernels and gradients
+come from autograd, so that the kernels can be measured against this file.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ def distillation_loss(call: Call) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss and detached parts of a checked call; the loss is differentiable in ``call.student``."""
     objective = call.objective
     double = torch.float64 in (call.student.dtype, call.teacher.dtype)
-    dtype = torch.float64 if double else torch.float32
+    loss_dtype = torch.float64 if double else torch.float32
+    dtype = torch.float32 if call.student.device.type == "mps" else torch.float64
     samples = call.student.shape[: call.class_dim] + call.student.shape[call.class_dim + 1 :]
     student, teacher = (
         logits.narrow(call.class_dim, 0, call.num_classes).movedim(call.class_dim, -1).flatten(0, -2).to(dtype)
@@ -53,10 +55,11 @@ def distillation_loss(call: Call) -> tuple[Tensor, dict[str, Tensor]]:
             loss = loss + term.scale * _mixed(forward, reverse, weights)
             if name:
                 parts[name] = term.scale * _mixed(forward, reverse, mix).detach()
-    return (
-        _reduce(loss, weight, valid, samples, call),
-        {name: _reduce(part.detach(), weight, valid, samples, call) for name, part in parts.items()},
-    )
+
+    def reduced(rows: Tensor) -> Tensor:
+        return _reduce(rows, weight, valid, samples, call).to(loss_dtype)
+
+    return reduced(loss), {name: reduced(part.detach()) for name, part in parts.items()}
 
 
 def standardize(logits: Tensor, valid: Tensor, objective: Objective) -> Tensor:
@@ -103,8 +106,7 @@ def _mass_kls(a: Tensor, b: Tensor, groups: list[Tensor]) -> tuple[Tensor, Tenso
 def _group_kls(a: Tensor, b: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
     """Forward and reverse KL between the softmaxes inside one group."""
     log_ps, log_pt = (
-        torch.where(group & (x != -torch.inf), x - _logsumexp(x, group)[:, None], -torch.inf)
-        for x in (a, b)
+        torch.where(group & (x != -torch.inf), x - _logsumexp(x, group)[:, None], -torch.inf) for x in (a, b)
     )
     return _kl(log_pt, log_ps), _kl(log_ps, log_pt)
 

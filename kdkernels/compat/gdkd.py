@@ -6,6 +6,7 @@ from torch import Tensor
 
 from kdkernels import objective
 from kdkernels.functional import distillation_loss
+from kdkernels.objective import check_choice
 
 
 def gdkd_loss(
@@ -36,16 +37,26 @@ def gdkd_loss(
 def dkd_loss(
     logits_student: Tensor,
     logits_teacher: Tensor,
-    target: Tensor | None,
+    target: Tensor,
     alpha: float,
     beta: float,
     temperature: float,
+    mask_magnitude: float = 1000.0,
+    kl_type: str = "forward",
+    strategy: str = "target",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``(loss, tckd, nckd)`` of ``DKDMod``: DKD around the teacher's top class; parts with T^2, detached."""
+    """``(loss, tckd, nckd)`` of ``DKDMod``: DKD around the target or, ``strategy="top1"``, the teacher's top class.
+
+    The parts have T^2 and are detached. ``mask_magnitude`` is taken for the signature's sake: the masked classes are
+    left out exactly.
+    """
+    check_choice("strategy", strategy, ("target", "top1"))
+    preset = objective.dkd if strategy == "target" else objective.dkd_top1
     loss, parts = distillation_loss(
         logits_student,
         logits_teacher.detach(),
-        objective.dkd_top1(alpha, beta, temperature),
+        preset(alpha, beta, temperature, kl_type),
+        target=target if strategy == "target" else None,
         return_parts=True,
     )
     return loss, parts["mass"], parts["rest"]

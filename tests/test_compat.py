@@ -1,0 +1,112 @@
+"""The signatures of the papers' repositories: called as those repositories call them, against their formulas."""
+
+from __future__ import annotations
+
+import inspect
+
+import literal
+import pytest
+import torch
+from helpers import assert_gradient, assert_values, make_inputs
+from torch import Tensor
+
+from kdkernels.compat import gdkd, mdistiller
+
+STUDENT, TEACHER, Y = make_inputs((6, 23), torch.float64, scale=2.0)
+
+
+def assert_matches(got: tuple[Tensor, ...], want: tuple[Tensor, ...], student: Tensor, reference: Tensor) -> None:
+    """The loss, the gradient it leaves and the values beside it are the formula's batch means."""
+    got[0].backward()
+    want[0].mean().backward()
+    assert student.grad is not None
+    assert reference.grad is not None
+    assert_gradient(student.grad, reference.grad, 1e-10)
+    assert len(got) == len(want)
+    for left, right in zip(got, want, strict=True):
+        assert left.shape == ()
+        assert_values(left.detach(), right.detach().mean(), 1e-12)
+    assert not any(part.requires_grad for part in got[1:])
+
+
+def leaves() -> tuple[Tensor, Tensor]:
+    return STUDENT.clone().requires_grad_(), STUDENT.clone().requires_grad_()
+
+
+@pytest.mark.parametrize("temperature", [1, 4, 2.5])
+def test_mdistiller_kd(temperature: float) -> None:
+    student, reference = leaves()
+    got = mdistiller.kd_loss(student, TEACHER, temperature)
+    assert_matches((got,), (literal.kl(reference, TEACHER, temperature),), student, reference)
+
+
+@pytest.mark.parametrize(("alpha", "beta", "temperature"), [(1.0, 8.0, 4.0), (1.0, 0.5, 1.0), (0, 2, 3)])
+def test_mdistiller_dkd(alpha: float, beta: float, temperature: float) -> None:
+    student, reference = leaves()
+    got = mdistiller.dkd_loss(student, TEACHER, Y, alpha, beta, temperature)
+    groups = literal.target_groups(TEACHER, Y)
+    want = literal.dkd(reference, TEACHER, groups, alpha, beta, temperature, "forward")[:1]
+    assert_matches((got,), want, student, reference)
+
+
+@pytest.mark.parametrize("kl_type", ["forward", "reverse", "both"])
+@pytest.mark.parametrize(("k", "strategy"), [(5, "best"), (5, "worst"), (1, "best")])
+def test_gdkd(k: int, strategy: str, kl_type: str) -> None:
+    student, reference = leaves()
+    got = gdkd.gdkd_loss(student, TEACHER, Y, k, strategy, 0.5, 2.0, 6.0, 3.0, kl_type=kl_type)
+    want = literal.gdkd(reference, TEACHER, k, strategy, 0.5, 2.0, 6.0, 3.0, kl_type)
+    assert_matches(got, want, student, reference)
+
+
+@pytest.mark.parametrize("kl_type", ["forward", "reverse", "both"])
+@pytest.mark.parametrize("strategy", ["target", "top1"])
+def test_gdkd_dkdmod(strategy: str, kl_type: str) -> None:
+    """DKDMod's call: by default around the target; the size of its mask has nothing left to do."""
+    student, reference = leaves()
+    got = gdkd.dkd_loss(
+        student, TEACHER, Y, 0.7, 5.0, temperature=2.0, mask_magnitude=1000, kl_type=kl_type, strategy=strategy
+    )
+    groups = literal.target_groups(TEACHER, Y) if strategy == "target" else literal.top_groups(TEACHER, 1)
+    want = literal.dkd(reference, TEACHER, groups, 0.7, 5.0, 2.0, kl_type)
+    assert_matches(got, want, student, reference)
+
+
+def test_gdkd_dkdmod_is_around_the_target_by_default() -> None:
+    student, reference = leaves()
+    got = gdkd.dkd_loss(student, TEACHER, Y, 0.7, 5.0, 2.0, 1000, "forward")
+    want = literal.dkd(reference, TEACHER, literal.target_groups(TEACHER, Y), 0.7, 5.0, 2.0, "forward")
+    assert_matches(got, want, student, reference)
+
+
+@pytest.mark.parametrize(
+    ("function", "names"),
+    [
+        (mdistiller.kd_loss, "logits_student logits_teacher temperature"),
+        (mdistiller.dkd_loss, "logits_student logits_teacher target alpha beta temperature"),
+        (gdkd.gdkd_loss, "logits_student logits_teacher target k strategy w0 w1 w2 temperature kl_type"),
+        (
+            gdkd.dkd_loss,
+            "logits_student logits_teacher target alpha beta temperature mask_magnitude kl_type strategy",
+        ),
+    ],
+    ids=["mdistiller.kd_loss", "mdistiller.dkd_loss", "gdkd.gdkd_loss", "gdkd.dkd_loss"],
+)
+def test_argument_names(function: object, names: str) -> None:
+    """Name for name and in order: positional and keyword calls both keep working."""
+    assert " ".join(inspect.signature(function).parameters) == names
+
+
+@pytest.mark.parametrize("name", ["kd", "dkd", "gdkd", "dkdmod"])
+def test_a_teacher_with_grad_is_detached(name: str) -> None:
+    """Those repositories differentiate the teacher's side at most by accident; here it gets nothing."""
+    student, _ = leaves()
+    teacher = TEACHER.clone().requires_grad_()
+    loss = {
+        "kd": lambda: mdistiller.kd_loss(student, teacher, 4.0),
+        "dkd": lambda: mdistiller.dkd_loss(student, teacher, Y, 1.0, 8.0, 4.0),
+        "gdkd": lambda: gdkd.gdkd_loss(student, teacher, Y, 5, "best", 1.0, 1.0, 8.0, 4.0, "forward")[0],
+        "dkdmod": lambda: gdkd.dkd_loss(student, teacher, Y, 1.0, 8.0, 4.0, 1000, "forward")[0],
+    }[name]()
+    loss.backward()
+    assert student.grad is not None
+    assert teacher.grad is None

@@ -1,0 +1,232 @@
+"""Which backend serves a call, what it says when it cannot, and life without the extension."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import NATIVE_BACKENDS, instruction_sets, make_inputs, require
+
+import kdkernels
+from kdkernels import autograd, dispatch, ops, reference
+
+PACKAGE = Path(kdkernels.__file__).parent
+STUDENT, TEACHER, Y = make_inputs((3, 7))
+MISSING = "the native extension was not built"
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Which kind of backend served each call: "reference" or "native"."""
+    calls: list[str] = []
+
+    def spy(module: object, name: str, what: str) -> None:
+        original = getattr(module, name)
+
+        def spied(*args: object, **kwargs: object) -> object:
+            calls.append(what)
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, spied)
+
+    spy(reference, "distillation_loss", "reference")
+    spy(autograd, "fused_loss", "native")
+    monkeypatch.delenv(dispatch.ENVIRONMENT, raising=False)
+    monkeypatch.setattr(dispatch, "_logged", set())
+    return calls
+
+
+@pytest.fixture
+def no_extension(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "unavailable", MISSING)
+
+
+def test_a_named_backend_serves(backend: str, served: list[str]) -> None:
+    kdkernels.kd_loss(STUDENT, TEACHER, backend=backend)
+    assert served == ["reference" if backend == "reference" else "native"]
+
+
+def test_auto_takes_the_kernels(served: list[str]) -> None:
+    require("cpu")
+    kdkernels.kd_loss(STUDENT, TEACHER)
+    kdkernels.dkd_loss(STUDENT.double(), TEACHER.half(), Y, mode="recompute")
+    assert served == ["native", "native"]
+
+
+@pytest.mark.usefixtures("no_extension")
+def test_auto_falls_back_and_says_so_once(served: list[str], caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, logger="kdkernels"):
+        for _ in range(3):
+            kdkernels.kd_loss(STUDENT, TEACHER)
+    assert served == ["reference"] * 3
+    assert [record.getMessage() for record in caplog.records] == [f"backend 'cpu' is passed over: {MISSING}"]
+
+
+def test_auto_is_silent_where_the_fastest_serves(served: list[str], caplog: pytest.LogCaptureFixture) -> None:
+    require("cpu")
+    with caplog.at_level(logging.DEBUG, logger="kdkernels"):
+        kdkernels.kd_loss(STUDENT, TEACHER)
+    assert not caplog.records
+
+
+@pytest.mark.usefixtures("no_extension")
+@pytest.mark.parametrize("backend", NATIVE_BACKENDS)
+def test_a_named_backend_that_cannot_serve_raises(backend: str, served: list[str]) -> None:
+    with pytest.raises(RuntimeError, match=rf"backend '{backend}' cannot serve this call: {MISSING}"):
+        kdkernels.kd_loss(STUDENT, TEACHER, backend=backend)
+    assert served == []
+
+
+def test_a_named_backend_for_another_device(served: list[str]) -> None:
+    student, teacher = STUDENT.to("meta"), TEACHER.to("meta")
+    with pytest.raises(RuntimeError, match=r"backend 'cpu' cannot serve this call: .*the logits are on meta"):
+        kdkernels.kd_loss(student, teacher, backend="cpu")
+    assert served == []
+
+
+def test_other_devices_go_to_the_reference(served: list[str]) -> None:
+    loss = kdkernels.kd_loss(STUDENT.to("meta"), TEACHER.to("meta"))
+    assert served == ["reference"]
+    assert loss.device.type == "meta"
+
+
+@pytest.mark.parametrize("value", ["reference", "auto"])
+def test_the_environment_chooses(value: str, served: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KDKERNELS_BACKEND", value)
+    kdkernels.kd_loss(STUDENT, TEACHER)
+    native = value == "auto" and dispatch.why_not("cpu", "cpu") is None
+    assert served == ["native" if native else "reference"]
+
+
+def test_a_named_backend_overrules_the_environment(
+    backend: str, served: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KDKERNELS_BACKEND", "reference" if backend != "reference" else "cpu")
+    kdkernels.kd_loss(STUDENT, TEACHER, backend=backend)
+    assert served == ["reference" if backend == "reference" else "native"]
+
+
+@pytest.mark.usefixtures("no_extension")
+def test_the_environments_choice_raises_too(served: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KDKERNELS_BACKEND", "cpu")
+    with pytest.raises(RuntimeError, match=rf"backend 'cpu' cannot serve this call: {MISSING}"):
+        kdkernels.kd_loss(STUDENT, TEACHER)
+    assert served == []
+
+
+def test_nonsense_in_the_environment(served: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KDKERNELS_BACKEND", "fastest")
+    with pytest.raises(ValueError, match=r"KDKERNELS_BACKEND must be one of .*got 'fastest'"):
+        kdkernels.kd_loss(STUDENT, TEACHER)
+    assert served == []
+
+
+# Instruction sets ---------------------------------------------------------------------------------------------------
+
+
+def test_unknown_instruction_set() -> None:
+    with pytest.raises(ValueError, match=r"instruction set must be .*got 'sse9'"):
+        kdkernels.set_cpu_instruction_set("sse9")
+
+
+def test_auto_is_the_best_instruction_set() -> None:
+    require("cpu")
+    kdkernels.set_cpu_instruction_set("baseline")
+    assert kdkernels.cpu_instruction_set() == "baseline"
+    kdkernels.set_cpu_instruction_set("auto")
+    assert kdkernels.cpu_instruction_set() == instruction_sets()[-1]
+
+
+def test_an_instruction_set_the_cpu_lacks() -> None:
+    require("cpu")
+    before = kdkernels.cpu_instruction_set()
+    for name in set(ops.INSTRUCTION_SETS) - set(instruction_sets()):
+        with pytest.raises(ValueError, match=rf"instruction set '{name}' is not supported"):
+            kdkernels.set_cpu_instruction_set(name)
+    assert kdkernels.cpu_instruction_set() == before
+    assert instruction_sets()[0] == "baseline"
+
+
+# Other processes ----------------------------------------------------------------------------------------------------
+
+
+def run(*arguments: str, directory: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A Python process that finds the package in ``directory``."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("KDKERNELS_")}
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=directory,
+        env=inherited | {"PYTHONPATH": str(directory)} | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_the_report() -> None:
+    require("cpu")
+    done = run("-m", "kdkernels", directory=PACKAGE.parent, KDKERNELS_BACKEND="reference", KDKERNELS_CPU_ISA="baseline")
+    assert done.returncode == 0, done.stderr
+    for piece in (
+        f"kdkernels    {kdkernels.__version__}",
+        torch.__version__,
+        f"CPU kernels for {', '.join(instruction_sets())}; in use: baseline",
+        "KDKERNELS_BACKEND=reference",
+        "cpu  tensors -> cpu",
+        "cuda tensors -> reference",
+    ):
+        assert piece in done.stdout
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a copy of the package that has no extension."""
+    directory = tmp_path_factory.mktemp("bare")
+    shutil.copytree(PACKAGE, directory / "kdkernels", ignore=shutil.ignore_patterns("_C*", "__pycache__"))
+    return directory
+
+
+def test_without_the_extension_everything_else_works(bare: Path) -> None:
+    """Import, every loss with its gradient, one warning; the kernels by name raise."""
+    program = """
+import logging, torch, kdkernels
+logging.basicConfig(format="LOG %(message)s")
+student, teacher = torch.randn(2, 3, 7)
+student.requires_grad_()
+for loss in (kdkernels.KDLoss(), kdkernels.DKDLoss(mode="recompute"), kdkernels.GDKDLoss(k=3, ce_weight=1.0)):
+    loss(student, teacher, torch.tensor([1, 2, 3])).backward()
+assert student.grad.isfinite().all() and student.grad.any()
+for call in (lambda: kdkernels.kd_loss(student, teacher, backend="cpu"),
+             lambda: kdkernels.set_cpu_instruction_set("baseline")):
+    try:
+        call()
+    except RuntimeError as error:
+        print("RAISED", error)
+"""
+    done = run("-c", program, directory=bare)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("RAISED") == 2
+    assert done.stdout.count("the native extension was not built") == 2
+    assert done.stderr.count("LOG backend 'cpu' is passed over: the native extension was not built") == 1
+
+
+def test_the_report_without_the_extension(bare: Path) -> None:
+    done = run("-m", "kdkernels", directory=bare)
+    assert done.returncode == 0, done.stderr
+    assert "extension    missing: the native extension was not built" in done.stdout
+    assert "cpu  tensors -> reference" in done.stdout
+
+
+def test_an_extension_that_does_not_load(bare: Path, tmp_path: Path) -> None:
+    """A file that is no library is reported, and does not break the import."""
+    shutil.copytree(bare / "kdkernels", tmp_path / "kdkernels")
+    (tmp_path / "kdkernels" / "_C.abi3.so").write_text("not a library")
+    done = run("-m", "kdkernels", directory=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "extension    missing: the native extension _C.abi3.so could not be loaded" in done.stdout

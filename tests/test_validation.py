@@ -1,0 +1,405 @@
+"""Bad input: the exception's type, the argument's name and its value in the message, and that nothing was computed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from helpers import make_inputs
+
+import kdkernels
+from kdkernels import autograd, objective, reference
+from kdkernels.objective import TARGET, WHOLE, Objective, Partition, Term
+
+STUDENT, TEACHER, Y = make_inputs((3, 7))
+WEIGHT = torch.ones(3)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test here ends before a backend is reached."""
+
+    def reached(*_: object, **__: object) -> None:
+        pytest.fail("a backend was reached")
+
+    monkeypatch.setattr(reference, "distillation_loss", reached)
+    monkeypatch.setattr(autograd, "fused_loss", reached)
+
+
+def described(value: object) -> str:
+    """How a message shows a value."""
+    return re.escape(repr(value))
+
+
+# Arguments of a call ------------------------------------------------------------------------------------------------
+
+#: id -> (arguments that replace good ones, exception, pattern).
+CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "student_str": ({"student_logits": "abc"}, TypeError, r"student_logits must be .* tensor, got 'abc'"),
+    "student_list": ({"student_logits": [[1.0, 2.0]]}, TypeError, r"student_logits .* got \[\[1.0, 2.0\]\]"),
+    "student_none": ({"student_logits": None}, TypeError, r"student_logits .* got None"),
+    "student_float": ({"student_logits": 1.5}, TypeError, r"student_logits .* got 1.5"),
+    "student_int": ({"student_logits": 3}, TypeError, r"student_logits .* got 3 \(int\)"),
+    "student_ints": ({"student_logits": STUDENT.long()}, TypeError, r"student_logits .* got a int64 tensor .*\(3, 7\)"),
+    "student_bool": ({"student_logits": STUDENT > 0}, TypeError, r"student_logits .* got a bool tensor"),
+    "student_complex": ({"student_logits": STUDENT + 0j}, TypeError, r"student_logits .* got a complex64 tensor"),
+    "student_float8": (
+        {"student_logits": STUDENT.to(torch.float8_e5m2)},
+        TypeError,
+        r"student_logits .* got a float8_e5m2 tensor",
+    ),
+    "student_sparse": ({"student_logits": STUDENT.to_sparse()}, TypeError, r"student_logits .* torch.sparse_coo"),
+    "teacher_str": ({"teacher_logits": "abc"}, TypeError, r"teacher_logits .* got 'abc'"),
+    "teacher_list": ({"teacher_logits": [1]}, TypeError, r"teacher_logits .* got \[1\]"),
+    "teacher_ints": ({"teacher_logits": TEACHER.int()}, TypeError, r"teacher_logits .* got a int32 tensor"),
+    "teacher_shape": ({"teacher_logits": TEACHER[:2]}, ValueError, r"teacher_logits .*\(3, 7\), got \(2, 7\)"),
+    "teacher_dims": ({"teacher_logits": TEACHER[None]}, ValueError, r"teacher_logits .*\(3, 7\), got \(1, 3, 7\)"),
+    "teacher_broadcast": ({"teacher_logits": TEACHER[:1]}, ValueError, r"teacher_logits .*\(3, 7\), got \(1, 7\)"),
+    "teacher_classes": ({"teacher_logits": TEACHER[:, :5]}, ValueError, r"teacher_logits .* 7 classes .* got 5; num_c"),
+    "teacher_device": ({"teacher_logits": TEACHER.to("meta")}, ValueError, r"teacher_logits .* device cpu, got meta"),
+    "teacher_grad": (
+        {"teacher_logits": TEACHER.clone().requires_grad_()},
+        ValueError,
+        r"teacher_logits must not require grad, got requires_grad=True.*teacher_logits.detach\(\)",
+    ),
+    "scalar_logits": (
+        {"student_logits": torch.tensor(1.0), "teacher_logits": torch.tensor(1.0)},
+        ValueError,
+        r"class_dim must be a dimension of logits of shape \(\), got 1",
+    ),
+    "no_class": (
+        {"student_logits": torch.ones(3, 0), "teacher_logits": torch.ones(3, 0)},
+        ValueError,
+        r"at least one class, got shape",
+    ),
+    "objective": ({"objective": "kd"}, TypeError, r"objective must be a kdkernels.Objective, got 'kd'"),
+    "objective_term": (
+        {"objective": objective.kd().terms[0], "ce_weight": 0.1},
+        TypeError,
+        r"objective must be a kdkernels.Objective, got Term",
+    ),
+    "target_list": ({"target": [0, 1, 2]}, TypeError, r"target must be an integer tensor .*got \[0, 1, 2\]"),
+    "target_int": ({"target": 0}, TypeError, r"target must be an integer tensor .*got 0 \(int\)"),
+    "target_none": ({"target": None}, TypeError, r"target is required .*got None; expected integers of shape \(3,\)"),
+    "target_float": ({"target": Y.float()}, TypeError, r"target must be an integer tensor .*got a float32 tensor"),
+    "target_bool": ({"target": Y > 1}, TypeError, r"target must be an integer tensor .*got a bool tensor"),
+    "target_short": (
+        {"target": Y[:2]},
+        ValueError,
+        r"target must be .*shape \(3,\) .*got a int64 tensor of shape \(2,\)",
+    ),
+    "target_column": ({"target": Y[:, None]}, ValueError, r"target must be .*shape \(3,\).*got .* of shape \(3, 1\)"),
+    "target_onehot": (
+        {"target": (STUDENT > 9).long()},
+        ValueError,
+        r"target must be .*\(3,\).*got .* of shape \(3, 7\)",
+    ),
+    "target_device": ({"target": Y.to("meta")}, ValueError, r"target must be .* on cpu, got .* on meta"),
+    "weight_list": ({"sample_weight": [1.0] * 3}, TypeError, r"sample_weight must be a tensor .*got \[1.0, 1.0, 1.0\]"),
+    "weight_float": ({"sample_weight": 1.0}, TypeError, r"sample_weight must be a tensor .*got 1.0"),
+    "weight_complex": ({"sample_weight": WEIGHT + 0j}, TypeError, r"sample_weight must be .*got a complex64 tensor"),
+    "weight_short": ({"sample_weight": WEIGHT[:2]}, ValueError, r"sample_weight must be .* 3 values .*got .*\(2,\)"),
+    "weight_scalar": (
+        {"sample_weight": WEIGHT[0]},
+        ValueError,
+        r"sample_weight must be .* 3 values .*got .*shape \(\)",
+    ),
+    "weight_matrix": ({"sample_weight": STUDENT.abs()}, ValueError, r"sample_weight must be .*got .*shape \(3, 7\)"),
+    "weight_device": (
+        {"sample_weight": WEIGHT.to("meta")},
+        ValueError,
+        r"sample_weight must be .*on cpu, got .*on meta",
+    ),
+    "weight_grad": (
+        {"sample_weight": WEIGHT.clone().requires_grad_()},
+        ValueError,
+        r"sample_weight must not require grad, got requires_grad=True: pass sample_weight.detach\(\)",
+    ),
+    "standardize": (
+        {"standardize": "batch"},
+        ValueError,
+        r"standardize must be one of None, 'class', 'sample', got 'batch'",
+    ),
+    "standardize_bool": ({"standardize": True}, ValueError, r"standardize must be one of .*got True"),
+    "correction_alone": ({"correction": 1}, ValueError, r"correction is used only with standardize=.*got correction=1"),
+    "eps_alone": ({"eps": 0.5}, ValueError, r"eps is used only with standardize=.*got eps=0.5"),
+    "correction_float": (
+        {"standardize": "class", "correction": 0.5},
+        TypeError,
+        r"correction must be an integer, got 0.5",
+    ),
+    "correction_negative": ({"standardize": "class", "correction": -1}, ValueError, r"correction must be >= 0, got -1"),
+    "eps_negative": ({"standardize": "class", "eps": -1e-5}, ValueError, r"eps must be >= 0, got -1e-05"),
+    "eps_str": ({"standardize": "class", "eps": "small"}, TypeError, r"eps must be a number, got 'small'"),
+    "ce_negative": ({"ce_weight": -0.5}, ValueError, r"ce_weight must be >= 0, got -0.5"),
+    "ce_nan": ({"ce_weight": float("nan")}, ValueError, r"ce_weight must be finite, got nan"),
+    "ce_str": ({"ce_weight": "1"}, TypeError, r"ce_weight must be a number, got '1'"),
+    "ce_tensor": ({"ce_weight": WEIGHT[0]}, TypeError, r"ce_weight must be a number, got tensor"),
+    "reduction": (
+        {"reduction": "avg"},
+        ValueError,
+        r"reduction must be one of 'none', 'sum', 'mean', 'batchmean', got 'avg'",
+    ),
+    "reduction_none": ({"reduction": None}, ValueError, r"reduction must be one of .*got None"),
+    "denominator_zero": ({"denominator": 0}, ValueError, r"denominator must be > 0, got 0"),
+    "denominator_negative": ({"denominator": -2.5}, ValueError, r"denominator must be > 0, got -2.5"),
+    "denominator_nan": ({"denominator": float("nan")}, ValueError, r"denominator must be finite, got nan"),
+    "denominator_inf": ({"denominator": float("inf")}, ValueError, r"denominator must be finite, got inf"),
+    "denominator_str": ({"denominator": "3"}, TypeError, r"denominator must be a number, got '3'"),
+    "denominator_bool": ({"denominator": True}, TypeError, r"denominator must be a number, got True"),
+    "denominator_vector": (
+        {"denominator": WEIGHT},
+        ValueError,
+        r"denominator must be .*0-d.*got a float32 tensor.*\(3,\)",
+    ),
+    "denominator_complex": (
+        {"denominator": WEIGHT[0] + 0j},
+        ValueError,
+        r"denominator must be .*got a complex64 tensor",
+    ),
+    "denominator_device": (
+        {"denominator": WEIGHT[0].to("meta")},
+        ValueError,
+        r"denominator must be .*cpu, got .*on meta",
+    ),
+    "denominator_sum": (
+        {"denominator": 3, "reduction": "sum"},
+        ValueError,
+        r"denominator replaces the count of reduction='mean', got it with reduction='sum'",
+    ),
+    "denominator_none": ({"denominator": 3, "reduction": "none"}, ValueError, r"denominator .*reduction='none'"),
+    "ignore_index_float": ({"ignore_index": -100.0}, TypeError, r"ignore_index must be an integer, got -100.0"),
+    "ignore_index_none": ({"ignore_index": None}, TypeError, r"ignore_index must be an integer, got None"),
+    "class_dim_high": ({"class_dim": 2}, ValueError, r"class_dim must be a dimension .*\(3, 7\), got 2"),
+    "class_dim_low": ({"class_dim": -3}, ValueError, r"class_dim must be a dimension .*\(3, 7\), got -3"),
+    "class_dim_float": ({"class_dim": 1.0}, TypeError, r"class_dim must be an integer, got 1.0"),
+    "class_dim_bool": ({"class_dim": True}, TypeError, r"class_dim must be an integer, got True"),
+    "num_classes_zero": ({"num_classes": 0}, ValueError, r"num_classes must be between 1 and the 7 .*got 0"),
+    "num_classes_high": ({"num_classes": 8}, ValueError, r"num_classes must be between 1 and the 7 .*got 8"),
+    "num_classes_float": ({"num_classes": 5.0}, TypeError, r"num_classes must be an integer, got 5.0"),
+    "num_classes_shape": (
+        {"num_classes": 5, "teacher_logits": TEACHER[:2, :5]},
+        ValueError,
+        r"teacher_logits .*\(3, 7\) outside class_dim, got \(2, 5\)",
+    ),
+    "mode": ({"mode": "fast"}, ValueError, r"mode must be one of 'fused', 'recompute', got 'fast'"),
+    "mode_bool": ({"mode": True}, ValueError, r"mode must be one of .*got True"),
+    "backend": ({"backend": "gpu"}, ValueError, r"backend must be one of 'auto', .*got 'gpu'"),
+    "backend_none": ({"backend": None}, ValueError, r"backend must be one of .*got None"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "exception", "pattern"), CALLS.values(), ids=CALLS.keys())
+def test_calls(arguments: dict[str, Any], exception: type[Exception], pattern: str) -> None:
+    student, teacher, target = STUDENT.clone().requires_grad_(), TEACHER.clone(), Y.clone()
+    good = {"student_logits": student, "teacher_logits": teacher, "objective": objective.dkd(), "target": target}
+    with pytest.raises(exception, match=pattern):
+        kdkernels.distillation_loss(**good | arguments)
+    assert student.grad is None
+    assert torch.equal(student, STUDENT)
+    assert torch.equal(teacher, TEACHER)
+    assert torch.equal(target, Y)
+
+
+def test_the_arguments_above_are_bad_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What they replace is a good call, which does reach a backend."""
+    monkeypatch.setattr(reference, "distillation_loss", lambda _: (torch.tensor(1.0), {}))
+    assert kdkernels.distillation_loss(STUDENT, TEACHER, objective.dkd(), target=Y, backend="reference") == 1
+
+
+@pytest.mark.parametrize("k", [7, 8, 100])
+@pytest.mark.parametrize("loss", [kdkernels.gdkd_loss, kdkernels.gdkd3_loss])
+def test_k_of_all_classes(loss: Callable[..., Any], k: int) -> None:
+    with pytest.raises(ValueError, match=rf"k must be smaller than the number of classes 7, got {k}"):
+        loss(STUDENT, TEACHER, k=k)
+
+
+def test_k_of_the_compared_classes() -> None:
+    with pytest.raises(ValueError, match=r"k must be smaller than the number of classes 5, got 5"):
+        kdkernels.gdkd_loss(STUDENT, TEACHER, k=5, num_classes=5)
+
+
+def test_unknown_option() -> None:
+    with pytest.raises(TypeError, match=r"temprature"):
+        kdkernels.kd_loss(STUDENT, TEACHER, temprature=2.0)
+
+
+@pytest.mark.parametrize("name", ["reduction", "target", "backend", "ce_weight"])
+def test_options_are_keywords(name: str) -> None:
+    """A ninth positional argument would be a silent mistake."""
+    with pytest.raises(TypeError, match="positional"):
+        kdkernels.kd_loss(
+            STUDENT, TEACHER, 4.0, {"reduction": "mean", "target": Y, "backend": "cpu", "ce_weight": 1}[name]
+        )
+
+
+# Arguments of the losses --------------------------------------------------------------------------------------------
+
+LOSS_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "kd": lambda **a: kdkernels.kd_loss(STUDENT, TEACHER, **a),
+    "reverse_kd": lambda **a: kdkernels.reverse_kd_loss(STUDENT, TEACHER, **a),
+    "bdd": lambda **a: kdkernels.bdd_loss(STUDENT, TEACHER, **a),
+    "dkd": lambda **a: kdkernels.dkd_loss(STUDENT, TEACHER, Y, **a),
+    "gdkd": lambda **a: kdkernels.gdkd_loss(STUDENT, TEACHER, **a),
+    "gdkd3": lambda **a: kdkernels.gdkd3_loss(STUDENT, TEACHER, **a),
+}
+MODULES: dict[str, Callable[..., Any]] = {
+    "kd": kdkernels.KDLoss,
+    "reverse_kd": kdkernels.ReverseKDLoss,
+    "bdd": kdkernels.BDDLoss,
+    "dkd": kdkernels.DKDLoss,
+    "gdkd": kdkernels.GDKDLoss,
+    "gdkd3": kdkernels.GDKD3Loss,
+}
+TEMPERATURES = [("kd", "temperature"), ("reverse_kd", "temperature"), ("dkd", "temperature"), ("gdkd", "temperature")]
+TEMPERATURES += [("gdkd3", "temperature"), ("bdd", "forward_temperature"), ("bdd", "reverse_temperature")]
+WEIGHTS = [("dkd", "alpha"), ("dkd", "beta"), ("bdd", "forward_weight"), ("bdd", "reverse_weight")]
+WEIGHTS += [(loss, weight) for loss in ("gdkd", "gdkd3") for weight in ("w0", "w1", "w2")]
+
+NOT_NUMBERS = ["4", None, [4.0], True, 1j, torch.tensor(4.0)]
+BOTH = pytest.mark.parametrize("build", [LOSS_FUNCTIONS, MODULES], ids=["function", "module"])
+
+
+@BOTH
+@pytest.mark.parametrize("value", NOT_NUMBERS, ids=repr)
+@pytest.mark.parametrize(("loss", "name"), TEMPERATURES + WEIGHTS)
+def test_numbers_that_are_none(loss: str, name: str, value: object, build: dict[str, Callable[..., Any]]) -> None:
+    with pytest.raises(TypeError, match=rf"{name} must be a number, got {described(value)}"):
+        build[loss](**{name: value})
+
+
+@BOTH
+@pytest.mark.parametrize("value", [0, -1.5, float("nan"), float("inf"), -float("inf")], ids=repr)
+@pytest.mark.parametrize(("loss", "name"), TEMPERATURES)
+def test_temperatures(loss: str, name: str, value: float, build: dict[str, Callable[..., Any]]) -> None:
+    with pytest.raises(ValueError, match=rf"{name} must be .*got {described(value)}"):
+        build[loss](**{name: value})
+
+
+@BOTH
+@pytest.mark.parametrize("value", [-1e-9, -3, float("nan"), float("inf")], ids=repr)
+@pytest.mark.parametrize(("loss", "name"), WEIGHTS)
+def test_weights(loss: str, name: str, value: float, build: dict[str, Callable[..., Any]]) -> None:
+    with pytest.raises(ValueError, match=rf"{name} must be .*got {described(value)}"):
+        build[loss](**{name: value})
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("loss", "name", "value", "exception"),
+    [
+        ("gdkd", "k", 0, ValueError),
+        ("gdkd", "k", -3, ValueError),
+        ("gdkd3", "k", 1, ValueError),
+        ("gdkd3", "k", 0, ValueError),
+        ("gdkd", "k", True, TypeError),
+        ("gdkd", "k", 2.0, TypeError),
+        ("gdkd", "k", "5", TypeError),
+        ("gdkd", "k", torch.tensor(5), TypeError),
+        ("gdkd3", "k", None, TypeError),
+        ("gdkd", "strategy", "top", ValueError),
+        ("gdkd3", "strategy", 1, ValueError),
+        ("gdkd", "kl_type", "backward", ValueError),
+        ("gdkd3", "kl_type", None, ValueError),
+        ("dkd", "kl_type", ["forward"], ValueError),
+    ],
+)
+def test_choices(
+    loss: str, name: str, value: object, exception: type[Exception], build: dict[str, Callable[..., Any]]
+) -> None:
+    with pytest.raises(exception, match=rf"{name} must be .*got {described(value)}"):
+        build[loss](**{name: value})
+
+
+# Objectives ---------------------------------------------------------------------------------------------------------
+
+ONE = ((1.0, 0.0),)
+
+#: id -> (what builds it, exception, pattern).
+OBJECTIVES: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
+    "partition_kind": (lambda: Partition("half"), ValueError, r"Partition.kind must be one of .*got 'half'"),
+    "partition_none": (lambda: Partition(None), ValueError, r"Partition.kind must be one of .*got None"),
+    "partition_k": (lambda: Partition("whole", 3), ValueError, r"Partition.k must be 0 for kind 'whole', got 3"),
+    "partition_no_k": (lambda: Partition("topk"), ValueError, r"k must be >= 1, got 0"),
+    "partition_one_k": (lambda: Partition("top1_topk", 1), ValueError, r"k must be >= 2, got 1"),
+    "partition_largest": (lambda: Partition("topk", 3, 1), TypeError, r"Partition.largest must be a bool, got 1"),
+    "term_partition": (lambda: Term(1.0, "whole"), TypeError, r"Term.partition must be a Partition, got 'whole'"),
+    "term_temperature": (lambda: Term(0.0, WHOLE), ValueError, r"temperature must be > 0, got 0.0"),
+    "term_too_few": (
+        lambda: Term(1.0, TARGET, groups=ONE),
+        ValueError,
+        r"Term.groups must have one .* 2 groups \('target', 'rest'\) of partition 'target', got 1",
+    ),
+    "term_too_many": (lambda: Term(1.0, WHOLE, groups=ONE * 2), ValueError, r"Term.groups .*1 groups .*'whole', got 2"),
+    "term_list": (lambda: Term(1.0, WHOLE, groups=[(1.0, 0.0)]), TypeError, r"Term.groups .*got \[\(1.0, 0.0\)\]"),
+    "term_pair": (lambda: Term(1.0, WHOLE, groups=(1.0,)), TypeError, r"Term.groups\['whole'\] .*pair.*got 1.0"),
+    "term_triple": (
+        lambda: Term(1.0, WHOLE, groups=((1, 2, 3),)),
+        TypeError,
+        r"Term.groups\['whole'\] .*got \(1, 2, 3\)",
+    ),
+    "term_negative": (lambda: Term(1.0, WHOLE, groups=((1, -2),)), ValueError, r"Term.groups\['whole'\]\[1\] .*got -2"),
+    "term_mass": (lambda: Term(1.0, TARGET, 1.0, ONE * 2), TypeError, r"Term.mass must be a .*pair.*got 1.0"),
+    "term_mass_nan": (lambda: Term(1.0, TARGET, (float("nan"), 0), ONE * 2), ValueError, r"Term.mass\[0\] .*got nan"),
+    "term_square": (
+        lambda: Term(1.0, WHOLE, square_temperature=2),
+        TypeError,
+        r"Term.square_temperature must be a bool, got 2",
+    ),
+    "no_term": (lambda: Objective(()), ValueError, r"Objective.terms must hold one or two Terms, got 0"),
+    "three_terms": (lambda: Objective((Term(1.0, WHOLE),) * 3), ValueError, r"one or two Terms, got 3"),
+    "term_alone": (
+        lambda: Objective(Term(1.0, WHOLE)),
+        TypeError,
+        r"Objective.terms must be a tuple of Terms, got Term",
+    ),
+    "term_names": (lambda: Objective(("kd",)), TypeError, r"Objective.terms must be a tuple of Terms, got \('kd',\)"),
+    "standardize": (
+        lambda: Objective((Term(1.0, WHOLE),), "row"),
+        ValueError,
+        r"standardize must be one of .*got 'row'",
+    ),
+    "correction": (lambda: Objective((Term(1.0, WHOLE),), "class", -1), ValueError, r"correction must be >= 0, got -1"),
+    "eps": (lambda: Objective((Term(1.0, WHOLE),), "class", 0, "x"), TypeError, r"eps must be a number, got 'x'"),
+    "ce_weight": (lambda: Objective((Term(1.0, WHOLE),), ce_weight=-1), ValueError, r"ce_weight must be >= 0, got -1"),
+}
+
+
+@pytest.mark.parametrize(("build", "exception", "pattern"), OBJECTIVES.values(), ids=OBJECTIVES.keys())
+def test_objectives(build: Callable[[], object], exception: type[Exception], pattern: str) -> None:
+    with pytest.raises(exception, match=pattern):
+        build()
+
+
+def test_objectives_are_immutable() -> None:
+    """They are shared between calls."""
+    value = objective.kd()
+    with pytest.raises(AttributeError):
+        value.ce_weight = 1.0
+    with pytest.raises(AttributeError):
+        value.terms[0].temperature = 1.0
+
+
+# Modules ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "pattern"),
+    [
+        ({"target": Y}, r"target is an argument of forward\(\), not of KDLoss\(\)"),
+        ({"sample_weight": WEIGHT}, r"sample_weight is an argument of forward\(\), not of KDLoss\(\)"),
+        ({"temprature": 2.0}, r"KDLoss\(\) got an unexpected keyword argument 'temprature'"),
+    ],
+    ids=["target", "sample_weight", "unknown"],
+)
+def test_module_options(arguments: dict[str, Any], pattern: str) -> None:
+    with pytest.raises(TypeError, match=pattern):
+        kdkernels.KDLoss(**arguments)
+
+
+def test_module_objective() -> None:
+    with pytest.raises(TypeError, match=r"objective must be a kdkernels.Objective, got 'kd'"):
+        kdkernels.DistillationLoss("kd")
