@@ -67,8 +67,8 @@ def _rounds_too_early(dtype: torch.dtype, reduction: str) -> bool:
     """Whether a gradient must not be rounded to ``dtype`` before the upstream gradient is known.
 
     A float16 gradient would underflow under a loss scaler (a mean over many samples is tiny until it is scaled). A
-    bfloat16 one, multiplied later by a factor of each sample, would be rounded twice. Scaling the written gradient moves
-    as many bytes as recomputing it.
+    bfloat16 one, multiplied later by a factor of each sample, would be rounded twice. Scaling the written gradient
+    moves as many bytes as recomputing it.
     """
     return dtype == torch.float16 or (dtype == torch.bfloat16 and reduction == "none")
 
