@@ -29,7 +29,8 @@ class DistillationFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, call: Call, recompute: bool, parts: bool) -> tuple[Tensor, Tensor]:
-        call = call._replace(student=student)
+        if torch.compiler.is_compiling():
+            call = call._replace(student=student)  # tracing knows a function's tensors by its arguments only
         recompute = recompute or _rounds_too_early(student.dtype, call.reduction)
         loss, values, gradient, saved, members = ops.forward(call, gradient=not recompute, save=recompute, parts=parts)
         if parts:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 
 import literal
 import numpy as np
@@ -244,6 +245,18 @@ def test_a_missing_target(path: Path) -> None:
 # Ties and groups ----------------------------------------------------------------------------------------------------
 
 
+@cache
+def tied(name: str, classes: int) -> tuple[Inputs, Outcome]:
+    """Teachers of few distinct logits, and what the oracle says of them."""
+    inputs = make_inputs((4, classes), scale=2.0)
+    student, teacher, _ = inputs
+    teacher[0] = 1.5
+    teacher[1] = (teacher[1] > 0).float()
+    teacher[2] = torch.where(teacher[2] > 0, 0.0, -0.0)
+    teacher[3] = teacher[3].round()
+    return inputs, expected(LOSSES[name].objective, student, teacher)
+
+
 @pytest.mark.parametrize(
     "classes",
     [
@@ -254,13 +267,9 @@ def test_a_missing_target(path: Path) -> None:
 )
 @pytest.mark.parametrize("name", ["dkd_top1", "gdkd", "gdkd_worst", "gdkd_k20", "gdkd3", "gdkd3_worst_both"])
 def test_ties_go_to_the_lowest_class(name: str, classes: int, path: Path) -> None:
-    """Teachers of few distinct logits: all equal, two values, zeros of both signs, many ties at the k-th place."""
-    student, teacher, _ = make_inputs((4, classes), scale=2.0)
-    teacher[0] = 1.5
-    teacher[1] = (teacher[1] > 0).float()
-    teacher[2] = torch.where(teacher[2] > 0, 0.0, -0.0)
-    teacher[3] = teacher[3].round()
-    check(LOSSES[name], student, teacher, path)
+    """All logits equal, two values, zeros of both signs, many ties at the k-th place."""
+    (student, teacher, _), want = tied(name, classes)
+    assert_same(measured(LOSSES[name].call, student, teacher, **path.options), want, student, teacher)
 
 
 @pytest.mark.parametrize("largest", [True, False], ids=["best", "worst"])
@@ -299,6 +308,29 @@ def test_a_group_of_one_class_has_no_divergence(value: objective.Objective, path
         assert got.parts[group] == 0
 
 
+def test_a_group_of_one_masked_class_has_no_divergence_either(path: Path) -> None:
+    """All of the disagreement about the target is in the masses."""
+    student, teacher, target = make_inputs((4, 23))
+    student.scatter_(1, target[:, None], -INF)
+    options = {"target": target, "return_parts": True, **path.options}
+    got = measured(kdkernels.dkd_loss, student, teacher, alpha=0.0, **options)
+    assert got.parts["target"] == 0
+    assert got.parts["mass"] == INF
+    _, rest = literal.target_groups(teacher, target)
+    want = literal.kl(literal.only(student, rest).double(), literal.only(teacher, rest).double(), 4.0).mean()
+    assert_values(got.parts["rest"], want, 2e-6)
+    assert_values(got.loss, 8 * want, 2e-6)
+
+
+@each({name: case for name, case in LOSSES.items() if case.smallest <= 4})
+def test_groups_of_equal_mass(case: Case, path: Path) -> None:
+    """Logits that are all 0, as a network's may be before its first step: no group is the largest."""
+    _, teacher, target = make_inputs((3, case.smallest if case.smallest > 1 else 2))
+    student = torch.zeros_like(teacher)
+    check(case, student, teacher, path, return_parts=True, **needed_target(case, target))
+    check(case, teacher, student, path, return_parts=True, **needed_target(case, target))
+
+
 @pytest.mark.parametrize("k", [1, 22])
 @pytest.mark.parametrize("strategy", ["best", "worst"])
 def test_the_extreme_k(k: int, strategy: str, path: Path) -> None:
@@ -310,6 +342,24 @@ def test_the_extreme_k(k: int, strategy: str, path: Path) -> None:
         call, student, teacher, k=k, w0=1.0, w1=2.0, w2=3.0, temperature=2.0, strategy=strategy, **path.options
     )
     assert_same(got, expected(value, student, teacher), student, teacher)
+
+
+@pytest.mark.parametrize("strategy", ["best", "worst"])
+@pytest.mark.parametrize(
+    ("k", "classes"),
+    [
+        (40, 1000),  # more than an insertion sort is for
+        (500, 1000),
+        (999, 1000),
+        (2500, 3000),  # more leaders than a tile has classes
+        (300, 40000),  # leaders from every part of a split row
+    ],
+)
+def test_many_leaders(k: int, classes: int, strategy: str, path: Path) -> None:
+    student, teacher, _ = make_inputs((2, classes))
+    got = measured(kdkernels.gdkd_loss, student, teacher, k=k, strategy=strategy, **path.options)
+    want = expected(objective.gdkd(k, strategy=strategy), student, teacher)
+    assert_same(got, want, student, teacher)
 
 
 # Masked classes -----------------------------------------------------------------------------------------------------
@@ -346,6 +396,18 @@ def test_groups_whose_classes_are_all_masked(case: Case, masked: list[int], targ
     student[:, masked] = -INF
     teacher[:, masked] = -INF
     check(case, student, teacher, path, return_parts=True, **needed_target(case, torch.tensor(target)))
+
+
+@pytest.mark.parametrize("classes", [3000, 40000])
+@each(without_cross_entropy(SOME_LOSSES))
+def test_a_vocabulary_that_is_nearly_all_masked(case: Case, classes: int, path: Path) -> None:
+    """Whole vectors, tiles and chunks without a finite class, at either end and between the others."""
+    student, teacher, target = make_inputs((2, classes), scale=2.0)
+    kept = torch.tensor([classes // 2 + 1, classes // 2 + 9, classes - 40])
+    masked = torch.ones(classes, dtype=torch.bool).scatter_(0, kept, False)
+    student[:, masked] = -INF
+    teacher[:, masked] = -INF
+    check(case, student, teacher, path, **needed_target(case, kept[target % 3]))
 
 
 @pytest.mark.parametrize("place", ["target", "other"])
@@ -738,7 +800,9 @@ def test_more_than_two_to_the_31_elements(native_path: Path) -> None:
 # Determinism --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", [(1, 40000), (1, 300_001), (64, 1000), (3, 2049), (4, 19, 30, 31)], ids=name_of)
+@pytest.mark.parametrize(
+    "shape", [(1, 40000), (2, 40000), (1, 300_001), (64, 1000), (3, 2049), (4, 19, 30, 31)], ids=name_of
+)
 @each(SOME_LOSSES)
 @pytest.mark.usefixtures("threads")
 def test_the_same_bits_for_any_number_of_threads(case: Case, shape: tuple[int, ...], native_path: Path) -> None:

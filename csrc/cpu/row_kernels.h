@@ -107,9 +107,22 @@ struct Exps {
   T* gap = nullptr;
 };
 
+// Memory that the next tile will come from: fetched while the arithmetic on this one leaves the load ports idle.
+struct Ahead {
+  const char* student = nullptr;
+  const char* teacher = nullptr;
+  int student_step = 0, teacher_step = 0;  // bytes a vector
+
+  void fetch(int vector) const {
+    __builtin_prefetch(student + vector * student_step);
+    __builtin_prefetch(teacher + vector * teacher_step);
+  }
+};
+
 // Adds a tile's sums to statistics that already count from maxima no smaller than the tile's.
 template <class T, bool Forward, bool Reverse, bool Keep>
-void add_sums(const T* student, const T* teacher, int count, T k, GroupStats<double>& stats, Exps<T> exps) {
+void add_sums(const T* student, const T* teacher, int count, T k, GroupStats<double>& stats, const Exps<T>& exps,
+              const Ahead& ahead) {
   constexpr int W = kLanes<T>;
   const Vec<T> student_origin = broadcast(T(origin(stats.student_max)));
   const Vec<T> teacher_origin = broadcast(T(origin(stats.teacher_max)));
@@ -117,6 +130,7 @@ void add_sums(const T* student, const T* teacher, int count, T k, GroupStats<dou
     Vec<T> student{}, teacher{}, teacher_gap{}, student_gap{};
   };
   const auto add = [&](int i, Sums& sums) {
+    ahead.fetch(i / W);
     const Vec<T> xs = (load(student + i) - student_origin) * k;
     const Vec<T> xt = (load(teacher + i) - teacher_origin) * k;
     const Vec<T> es = exp2(xs), et = exp2(xt), gap = xt - xs;
@@ -145,7 +159,7 @@ void add_sums(const T* student, const T* teacher, int count, T k, GroupStats<dou
 }
 
 template <class T>
-using AddSums = void (*)(const T*, const T*, int, T, GroupStats<double>&, Exps<T>);
+using AddSums = void (*)(const T*, const T*, int, T, GroupStats<double>&, const Exps<T>&, const Ahead&);
 
 template <class T>
 AddSums<T> choose_add_sums(const Term& term, bool keep) {
@@ -385,7 +399,7 @@ class Worker {
   }
 
   // Rows that take step 2 together: their kept exponentials have to stay in cache until step 3.
-  int64_t batch() const { return std::clamp<int64_t>(2 * kTile / p_.classes, 1, kBatch); }
+  int64_t batch() const { return std::clamp<int64_t>(kTile / p_.classes, 1, kBatch); }
 
   // Steps 1 to 3 of a batch of rows.
   void forward(int64_t begin, int64_t end) {
@@ -468,8 +482,11 @@ class Worker {
     const int64_t end = std::min(p_.classes, (chunk + 1) * kChunk);
     for (int64_t begin = chunk * kChunk; begin < end; begin += kTile) {
       const int count = static_cast<int>(std::min<int64_t>(end - begin, kTile));
+      // A row of one tile is all in scratch when its statistics are taken.
+      const bool stays = term.largest && p_.classes <= kTile;
       T maximum;
-      const T* values = read(p_.teacher, row.teacher, begin, count, scratch_.teacher, !term.largest, &maximum);
+      const T* values = read(p_.teacher, row.teacher, begin, count, scratch_.teacher, stays || !term.largest, &maximum);
+      if (stays) held_ = {row.sample, maximum};
       if (!term.largest) {
         for (int i = 0; i < count; ++i) scratch_.teacher[i] = -scratch_.teacher[i];
         maximum = tile_max(values, padded<T>(count));
@@ -517,7 +534,7 @@ class Worker {
         const double student_max = std::max<double>(rest.student_max, mask.student_max());
         const double teacher_max = std::max<double>(rest.teacher_max, mask.teacher_max());
         rebase(rest, student_max, teacher_max, double(exponent_[t]));
-        add_sums_[t](tile.student, tile.teacher, count, exponent_[t], rest, kept(row, t, begin));
+        add_sums_[t](tile.student, tile.teacher, count, exponent_[t], rest, kept(row, t, begin), ahead(row, begin + tile.count));
         if (kept_[t].student) kept_origin_[t][row.lane + begin / kTile] = {student_max, teacher_max};
       }
     }
@@ -741,7 +758,13 @@ class Worker {
     const bool masked = has_leads(row, begin, count);
     Tile tile{begin, count, nullptr, nullptr, 0, 0};
     tile.student = read(p_.student, row.student, begin, count, scratch_.student, masked, &tile.student_max);
-    tile.teacher = read(p_.teacher, row.teacher, begin, count, scratch_.teacher, masked, &tile.teacher_max);
+    if (held_.sample == row.sample) {
+      tile.teacher = scratch_.teacher;
+      tile.teacher_max = held_.teacher_max;
+    } else {
+      tile.teacher = read(p_.teacher, row.teacher, begin, count, scratch_.teacher, masked, &tile.teacher_max);
+    }
+    held_ = {};
     return tile;
   }
 
@@ -758,6 +781,16 @@ class Worker {
     if (!kept_[t].student) return {};
     const int64_t at = row.lane * kept_row_ + begin;
     return {kept_[t].student + at, kept_[t].teacher + at, kept_[t].gap ? kept_[t].gap + at : nullptr};
+  }
+
+  // The classes from `begin` on: of this row or, where rows follow one another in memory, of the next.
+  Ahead ahead(const Row<T>& row, int64_t begin) const {
+    const auto bytes = [begin](const Matrix& matrix) { return begin * matrix.class_stride * dtype_size(matrix.dtype); };
+    const auto step = [](const Matrix& matrix) {
+      return matrix.class_stride == 1 ? static_cast<int>(kLanes<T> * dtype_size(matrix.dtype)) : 0;
+    };
+    return {static_cast<const char*>(row.student) + bytes(p_.student),
+            static_cast<const char*>(row.teacher) + bytes(p_.teacher), step(p_.student), step(p_.teacher)};
   }
 
   // The logits of a leading group, gathered into whole vectors, and room for their gradient.
@@ -789,7 +822,7 @@ class Worker {
     if (single && std::isfinite(stats.student_max) && std::isfinite(stats.teacher_max)) {
       stats.student_sum = stats.teacher_sum = 1;
     } else {
-      add_sums_leads_[t](leads.student, leads.teacher, count, exponent_[t], stats, {});
+      add_sums_leads_[t](leads.student, leads.teacher, count, exponent_[t], stats, {}, ahead(row, 0));
     }
   }
 
@@ -857,8 +890,15 @@ class Worker {
     place_members(row);
   }
 
+  // The sample whose teacher's logits a selection left in scratch, if any.
+  struct Held {
+    int64_t sample = -1;
+    T teacher_max = 0;
+  };
+
   const RowsProblem& p_;
   const Objective& o_;
+  Held held_;
   Scratch<T>& scratch_;
   T exponent_[kMaxTerms];
   AddSums<T> add_sums_[kMaxTerms], add_sums_leads_[kMaxTerms];
