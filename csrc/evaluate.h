@@ -95,7 +95,14 @@ KDK_HOST_DEVICE void evaluate(const Term& term, const GroupStats<R>* stats, cons
       reverse += qs[g] == 0 ? R{} : qs[g] * (log_qs[g] - log_qt[g]);
     }
     for (int g = 0; g < groups; ++g) {
-      const R reverse_pull = qs[g] == 0 ? R{} : qs[g] * ((log_qs[g] - log_qt[g]) - reverse);
+      // qs_g * (L_g - KL) with L = log qs - log qt, as a sum of differences: nothing large cancels where a group holds
+      // nearly all the mass.
+      R reverse_pull{};
+      for (int h = 0; h < groups; ++h) {
+        const R weight = qs[g] * qs[h];
+        const R difference = (log_qs[g] - log_qt[g]) - (log_qs[h] - log_qt[h]);
+        reverse_pull += weight == 0 ? R{} : weight * difference;
+      }
       result.group[g].student += slope * student_inverse[g] * weighed(term.mass, qs[g] - qt[g], reverse_pull);
     }
     result.loss += weighed(term.mass, forward, reverse);

@@ -1,12 +1,16 @@
 // Schemas of the ops and thin unpacking of tensors, on LibTorch's stable ABI. Nothing else in csrc knows torch.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wunused-parameter"  // in torch's headers
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
+#pragma GCC diagnostic pop
 
 #include <optional>
 #include <string>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "cpu/huge_pages.h"
@@ -32,11 +36,24 @@ DType dtype_of(const Tensor& tensor) {
   return DType::f32;
 }
 
-// A contiguous copy in another type, or the tensor itself where it already is one.
-Tensor as_contiguous(const Tensor& tensor, ScalarType dtype) {
-  const Tensor typed = tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype);
-  return typed.is_contiguous() ? typed : torch::stable::contiguous(typed);
-}
+// Arrays of small arguments, in the type and order the kernels read; conversions live as long as this.
+class Arguments {
+ public:
+  template <class T>
+  const T* array(const Tensor& tensor) {
+    constexpr ScalarType dtype = std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Long;
+    Tensor typed = tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype);
+    held_.push_back(typed.is_contiguous() ? typed : torch::stable::contiguous(typed));
+    return static_cast<const T*>(held_.back().data_ptr());
+  }
+  template <class T>
+  const T* array(const std::optional<Tensor>& tensor) {
+    return tensor ? array<T>(*tensor) : nullptr;
+  }
+
+ private:
+  std::vector<Tensor> held_;
+};
 
 Objective decoded(const std::vector<double>& numbers) {
   Objective objective;
@@ -80,10 +97,9 @@ void set_layout(RowsProblem& problem, std::vector<std::pair<Matrix*, const Tenso
 }
 
 // Weight of each sample, 0 where it does not count. Everything that can be wrong with samples is found here.
-std::vector<double> sample_weights(const RowsProblem& problem, const Tensor* weight, int64_t ignore_index) {
+std::vector<double> sample_weights(const RowsProblem& problem, const double* given, int64_t ignore_index) {
   std::vector<double> weights(problem.samples, 1.0);
-  if (weight) {
-    const double* given = static_cast<const double*>(weight->data_ptr());
+  if (given) {
     for (int64_t n = 0; n < problem.samples; ++n) {
       STD_TORCH_CHECK(given[n] >= 0, "ValueError: sample_weight must be >= 0, got ", given[n], " for sample ", n);
       weights[n] = given[n];
@@ -104,7 +120,7 @@ std::vector<double> sample_weights(const RowsProblem& problem, const Tensor* wei
 }
 
 // What the weighted sum of the row losses is multiplied by; 0 without a valid sample.
-double reduction_factor(Reduction reduction, const Tensor* denominator, double scale, int64_t batch,
+double reduction_factor(Reduction reduction, const double* denominator, double scale, int64_t batch,
                         const std::vector<double>& weights) {
   double divisor = 1;
   if (reduction == Reduction::batchmean) divisor = static_cast<double>(batch);
@@ -112,7 +128,7 @@ double reduction_factor(Reduction reduction, const Tensor* denominator, double s
     divisor = 0;
     for (const double weight : weights) divisor += weight;
   }
-  if (denominator) divisor = *static_cast<const double*>(denominator->data_ptr());
+  if (denominator) divisor = *denominator;
   return divisor == 0 ? 0 : scale / divisor;
 }
 
@@ -170,14 +186,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_cpu(
   set_layout(problem, sides, class_dim);
   const int64_t samples = problem.samples;
 
-  const std::optional<Tensor> targets = target ? std::optional(as_contiguous(*target, ScalarType::Long)) : std::nullopt;
-  if (targets) problem.target = static_cast<const int64_t*>(targets->data_ptr());
-  const std::optional<Tensor> given =
-      sample_weight ? std::optional(as_contiguous(*sample_weight, ScalarType::Double)) : std::nullopt;
-  const std::optional<Tensor> divisor =
-      denominator ? std::optional(as_contiguous(*denominator, ScalarType::Double)) : std::nullopt;
-  std::vector<double> weights = sample_weights(problem, given ? &*given : nullptr, ignore_index);
-  const double factor = reduction_factor(reduction, divisor ? &*divisor : nullptr, scale, student.size(0), weights);
+  Arguments arguments;
+  problem.target = arguments.array<int64_t>(target);
+  std::vector<double> weights = sample_weights(problem, arguments.array<double>(sample_weight), ignore_index);
+  const double factor =
+      reduction_factor(reduction, arguments.array<double>(denominator), scale, student.size(0), weights);
   for (double& weight : weights) weight *= factor;
   problem.row_weight = weights.data();
 
@@ -210,9 +223,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_cpu(
   return {loss, part_values, grad, saved, members};
 }
 
-// The upstream gradient as doubles: one number, or one a sample.
-Tensor upstream(const Tensor& tensor) { return as_contiguous(tensor, ScalarType::Double); }
-
 Tensor backward_cpu(const Tensor& grad_loss, const Tensor& student, const Tensor& teacher,
                     const std::optional<Tensor>& target, const Tensor& saved, const Tensor& members,
                     const std::vector<double>& objective, int64_t class_dim, int64_t num_classes) {
@@ -224,10 +234,9 @@ Tensor backward_cpu(const Tensor& grad_loss, const Tensor& student, const Tensor
   Tensor grad = new_gradient(student);
   set_layout(problem,
              {{&problem.student, &student}, {&problem.teacher, &teacher}, {&problem.gradient, &grad}}, class_dim);
-  const std::optional<Tensor> targets = target ? std::optional(as_contiguous(*target, ScalarType::Long)) : std::nullopt;
-  if (targets) problem.target = static_cast<const int64_t*>(targets->data_ptr());
-  const Tensor factors = upstream(grad_loss);
-  const double* factor = static_cast<const double*>(factors.data_ptr());
+  Arguments arguments;
+  problem.target = arguments.array<int64_t>(target);
+  const double* factor = arguments.array<double>(grad_loss);
   std::vector<double> weights(problem.samples);
   for (int64_t n = 0; n < problem.samples; ++n) weights[n] = factor[grad_loss.dim() == 0 ? 0 : n];
   problem.row_weight = weights.data();
@@ -238,8 +247,8 @@ Tensor backward_cpu(const Tensor& grad_loss, const Tensor& student, const Tensor
 }
 
 void scale_cpu(const Tensor& gradient, const Tensor& factor, int64_t class_dim) {
-  const Tensor factors = upstream(factor);
-  const double* by = static_cast<const double*>(factors.data_ptr());
+  Arguments arguments;
+  const double* by = arguments.array<double>(factor);
   if (factor.dim() == 0 && *by == 1) return;
   RowsProblem problem;
   problem.classes = problem.gradient_classes = gradient.size(class_dim);

@@ -76,7 +76,8 @@ def distillation_loss(
         class_dim: the class dimension of both logits; every other dimension counts samples.
         num_classes: compare only the first ``num_classes`` classes (padded vocabularies).
         mode: ``"fused"`` computes the gradient together with the loss and keeps it (one buffer of the student's
-            size); ``"recompute"`` keeps a few numbers a sample and reads the logits again in backward.
+            size); ``"recompute"`` keeps a few numbers a sample and reads the logits again in backward. A fused
+            bfloat16 gradient is rounded when written and again by an upstream factor that is no power of two.
         backend: ``"auto"``, ``"cpu"`` or ``"reference"``. ``auto`` follows the environment variable
             ``KDKERNELS_BACKEND`` if set, else picks the fastest that can serve the call.
         return_parts: also return the unweighted parts of the loss.

@@ -104,11 +104,18 @@ def _mass_kls(a: Tensor, b: Tensor, groups: list[Tensor]) -> tuple[Tensor, Tenso
 
 
 def _group_kls(a: Tensor, b: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
-    """Forward and reverse KL between the softmaxes inside one group."""
-    log_ps, log_pt = (
-        torch.where(group & (x != -torch.inf), x - _logsumexp(x, group)[:, None], -torch.inf) for x in (a, b)
-    )
-    return _kl(log_pt, log_ps), _kl(log_ps, log_pt)
+    """Forward and reverse KL between the softmaxes inside one group; exactly 0 inside a single class."""
+    log_ps, log_pt = (_log_softmax(x, group) for x in (a, b))
+    single = group.sum(1) == 1
+    forward, reverse = _kl(log_pt, log_ps), _kl(log_ps, log_pt)
+    return torch.where(single, 0.0, forward), torch.where(single, 0.0, reverse)
+
+
+def _log_softmax(x: Tensor, group: Tensor) -> Tensor:
+    """log_softmax over a group; -inf outside it, and in all of it where it has no finite class."""
+    lse = _logsumexp(x, group)[:, None]
+    empty = lse == -torch.inf
+    return torch.where(group & ~empty, x - torch.where(empty, 0.0, lse), -torch.inf)
 
 
 def _logsumexp(x: Tensor, group: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers import (
     GRADIENT_TOLERANCE,
+    NATIVE_BACKENDS,
     Path,
     allocations,
     assert_gradient,
@@ -19,6 +20,7 @@ from helpers import (
     measured,
     name_of,
     needed_target,
+    require,
 )
 from losses import LOSSES, SOME_LOSSES, Case, each
 from torch import Tensor
@@ -98,9 +100,14 @@ def test_upstream_scalar(case: Case, reduction: str, factor: float, path: Path) 
 @pytest.mark.parametrize("samples", [1, SAMPLES])
 @each(SOME_LOSSES)
 def test_upstream_scalar_of_bfloat16(case: Case, samples: int, factor: float, path: Path) -> None:
-    """A weight on the loss: the gradient is rounded once, not before and after the factor."""
+    """A weight on the loss: recomputed gradients are rounded once, fused ones also when they were written."""
     student, teacher, target = make_inputs((samples, CLASSES), torch.bfloat16)
-    check(case, student, teacher, path, torch.tensor(factor), **needed_target(case, target))
+    options = needed_target(case, target)
+    upstream = torch.tensor(factor)
+    got = measured(case.call, student, teacher, upstream, **path.options, **options)
+    want = expected(case.objective, student, teacher, upstream, **options)
+    roundings = 2 if path == Path("cpu", "fused") else 1
+    assert_gradient(got.gradient, want.gradient, roundings * GRADIENT_TOLERANCE[torch.bfloat16])
 
 
 @each(SOME_LOSSES)
@@ -395,21 +402,21 @@ def retained_by(case: Case, path: Path) -> tuple[Tensor, StorageWeakRef]:
     return case.call(logits, teacher, **path.options, **needed_target(case, target)), watched
 
 
+@pytest.mark.parametrize("backend", NATIVE_BACKENDS)
 @each(SOME_LOSSES)
 def test_fused_mode_lets_the_logits_go(case: Case, backend: str) -> None:
     """With the gradient at hand nothing needs them: their memory is free before backward."""
-    if backend == "reference":
-        pytest.skip("plain autograd keeps what it likes")
+    require(backend)
     loss, logits = retained_by(case, Path(backend, "fused"))
     gc.collect()
     assert logits.expired()
     loss.backward()
 
 
+@pytest.mark.parametrize("backend", NATIVE_BACKENDS)
 @each(SOME_LOSSES)
 def test_recompute_mode_keeps_the_logits_and_nothing_else_of_their_size(case: Case, backend: str) -> None:
-    if backend == "reference":
-        pytest.skip("plain autograd keeps what it likes")
+    require(backend)
     path = Path(backend, "recompute")
     loss, logits = retained_by(case, path)
     assert not logits.expired()

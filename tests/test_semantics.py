@@ -451,6 +451,16 @@ def test_masked_in_the_student_only_forward(case: Case, place: str, path: Path) 
     assert got.gradient[2, [i for i in range(23) if i != at]].isfinite().all()
 
 
+def test_the_gradient_beside_a_class_that_only_the_student_masks(path: Path) -> None:
+    """An infinite loss still has the forward KL's gradient, T * (p_student - p_teacher), for all other classes."""
+    student, teacher, _ = make_inputs((4, 23))
+    student[:, 6] = -INF
+    got = measured(kdkernels.kd_loss, student, teacher, temperature=2.0, reduction="sum", **path.options)
+    want = 2.0 * ((student.double() / 2).softmax(1) - (teacher.double() / 2).softmax(1))
+    others = [i for i in range(23) if i != 6]
+    assert_gradient(got.gradient[:, others], want[:, others], 2e-6)
+
+
 @each(REVERSE)
 def test_masked_in_the_student_only_reverse(case: Case, path: Path) -> None:
     """The class adds nothing to a reverse KL: finite loss, finite gradient."""
@@ -772,19 +782,31 @@ def test_num_classes_copies_nothing(native_path: Path) -> None:
     assert max(sizes) < student.numel()
 
 
-@pytest.mark.parametrize("class_dim", [0, 1])
-def test_offsets_of_more_than_32_bits(class_dim: int, native_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("shape", "strides", "class_dim"),
+    [
+        ((6, 5), (2**29, 64), 1),  # 5 * 2^29 elements to the last sample
+        ((5, 6), (2**30, 64), 0),  # 2^32 elements to the last class
+        ((2, 5, 3), (64, 8, 2**31), 1),  # 2^32 elements to the last pixel
+        ((3, 5, 2), (2**31, 8, 64), 1),
+    ],
+    ids=["samples", "classes", "pixels", "images"],
+)
+def test_offsets_of_more_than_32_bits(
+    shape: tuple[int, ...], strides: tuple[int, ...], class_dim: int, native_path: Path
+) -> None:
     """Strides reach past 2^31 elements; the memory in between is never touched, so it costs nothing."""
     storage = torch.from_numpy(np.zeros(2**32 + 4096, dtype=np.float16))
-    student, teacher, target = make_inputs((3, 5), torch.float16)
-    shape, strides = ((5, 3), (2**30, 64)) if class_dim == 0 else ((3, 5), (2**31, 64))
+    student, teacher, target = make_inputs((6, 5), torch.float16)
     far = [storage.as_strided(shape, strides, offset) for offset in (0, 1)]
+    samples = far[0].movedim(class_dim, -1).shape[:-1]
     for view, logits in zip(far, (student, teacher), strict=True):
-        view.copy_(logits.t() if class_dim == 0 else logits)
+        view.copy_(logits.view(*samples, 5).movedim(-1, class_dim))
     want = expected(objective.dkd(), student, teacher, target=target)
-    got = measured(kdkernels.dkd_loss, *far, target=target, class_dim=class_dim, **native_path.options)
+    options = {"target": target.view(samples), "class_dim": class_dim, **native_path.options}
+    got = measured(kdkernels.dkd_loss, *far, **options)
     assert_values(got.loss, want.loss, 2e-6)
-    assert_gradient(got.gradient.t() if class_dim == 0 else got.gradient, want.gradient, 5e-4)
+    assert_gradient(got.gradient.movedim(class_dim, -1).reshape(6, 5), want.gradient, 5e-4)
 
 
 def test_more_than_two_to_the_31_elements(native_path: Path) -> None:
