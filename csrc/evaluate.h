@@ -63,6 +63,7 @@ KDK_HOST_DEVICE void evaluate(const Term& term, const GroupStats<R>* stats, cons
     const R student_log = log(s.student_sum == 0 ? one : s.student_sum);
     const R teacher_log = log(s.teacher_sum == 0 ? one : s.teacher_sum);
     const R log_ratio = teacher_log - student_log;
+    // origin() of stats.h for an R that may be a vector: that function is not built for the kernels' instruction set.
     const R student_origin = s.student_max == -INFINITY ? R{} : s.student_max;
     const R teacher_origin = s.teacher_max == -INFINITY ? R{} : s.teacher_max;
     student_lse[g] = s.student_sum == 0 ? -infinite : student_origin * inverse_temperature + student_log;

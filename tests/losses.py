@@ -134,6 +134,17 @@ _CASES = (
         Objective((Term(2.0, WHOLE), Term(4.0, Partition("topk", 3), (1.0, 0.5), ((1.0, 0.0), (0.0, 2.0))))),
         ("whole_1", "mass_2", "top_2", "rest_2"),
     ),
+    # Two selections of the teacher's classes from opposite ends: neither may disturb what the other left.
+    _by_objective(
+        "best_and_worst",
+        Objective(
+            (
+                Term(4.0, Partition("topk", 4), (1.0, 0.0), ((1.0, 0.0), (2.0, 0.0))),
+                Term(2.0, Partition("topk", 2, largest=False), (1.0, 0.0), ((0.0, 1.0), (0.0, 2.0))),
+            )
+        ),
+        ("mass_1", "top_1", "rest_1", "mass_2", "top_2", "rest_2"),
+    ),
     _by_objective(
         "everything",
         _EVERYTHING,

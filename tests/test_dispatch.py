@@ -68,6 +68,19 @@ def test_auto_falls_back_and_says_so_once(served: list[str], caplog: pytest.LogC
     assert [record.getMessage() for record in caplog.records] == [f"backend 'cpu' is passed over: {MISSING}"]
 
 
+def test_more_dimensions_than_the_kernels_hold(served: list[str], caplog: pytest.LogCaptureFixture) -> None:
+    """auto serves them all the same; the kernels asked for by name say what is too much."""
+    require("cpu")
+    student, teacher = (logits.reshape(3, 7, *[1] * 8) for logits in (STUDENT, TEACHER))
+    with caplog.at_level(logging.WARNING, logger="kdkernels"):
+        loss = kdkernels.kd_loss(student, teacher)
+    assert served == ["reference"]
+    assert "up to 9 dimensions, and these have 10" in caplog.text
+    assert torch.allclose(loss, kdkernels.kd_loss(STUDENT, TEACHER))
+    with pytest.raises(RuntimeError, match="up to 9 dimensions, and these have 10"):
+        kdkernels.kd_loss(student, teacher, backend="cpu")
+
+
 def test_auto_is_silent_where_the_fastest_serves(served: list[str], caplog: pytest.LogCaptureFixture) -> None:
     require("cpu")
     with caplog.at_level(logging.DEBUG, logger="kdkernels"):

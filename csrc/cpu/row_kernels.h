@@ -486,7 +486,7 @@ class Worker {
       const bool stays = term.largest && p_.classes <= kTile;
       T maximum;
       const T* values = read(p_.teacher, row.teacher, begin, count, scratch_.teacher, stays || !term.largest, &maximum);
-      if (stays) held_ = {row.sample, maximum};
+      held_ = stays ? Held{row.sample, maximum} : Held{};
       if (!term.largest) {
         for (int i = 0; i < count; ++i) scratch_.teacher[i] = -scratch_.teacher[i];
         maximum = tile_max(values, padded<T>(count));
