@@ -16,7 +16,10 @@ Step = Callable[[], object]
 
 #: A sample times as many calls as fill this, so that the clock and a scheduler's hiccup do not dominate short calls.
 SAMPLE_SECONDS = 2e-3
-#: An untimed call goes before a sample of shorter calls, which else would pay for the caches the last contender left.
+#: Untimed calls go before a sample for this long, at least one where a call is shorter than COLD_MATTERS_BELOW seconds:
+#: else a contender would pay for the caches and the heap that the last one left (its memory, given back to the system,
+#: has to be faulted in again), the more so the shorter its calls are.
+WARM_SECONDS = 5e-3
 COLD_MATTERS_BELOW = 0.1
 MIN_ROUNDS = 5
 MAX_ROUNDS = 2000
@@ -50,7 +53,10 @@ def time_interleaved(steps: Mapping[str, Step], seconds: float) -> dict[str, lis
             for name in order:
                 step, count = steps[name], calls[name]
                 if durations[name] < COLD_MATTERS_BELOW:
+                    warm = time.perf_counter() + WARM_SECONDS
                     step()
+                    while time.perf_counter() < warm:
+                        step()
                 start = time.perf_counter()
                 for _ in range(count):
                     step()

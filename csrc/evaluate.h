@@ -47,13 +47,14 @@ KDK_HOST_DEVICE void group_masses(const R* logsumexp, int groups, R* mass, R* lo
   }
 }
 
-// One term. `sizes` are the groups' class counts: inside a single class there is no divergence.
+// One term. `unit` is that of the maxima (see stats.h). `sizes` are the groups' class counts: inside a single class
+// there is no divergence.
 template <class R>
-KDK_HOST_DEVICE void evaluate(const Term& term, const GroupStats<R>* stats, const int64_t* sizes,
+KDK_HOST_DEVICE void evaluate(const Term& term, const GroupStats<R>* stats, const int64_t* sizes, Number<R> unit,
                               TermResult<R>& result) {
   const int groups = term.groups();
   const Number<R> scale = term.scale, slope = term.scale / term.temperature, ln2 = kLn2;
-  const Number<R> inverse_temperature = 1 / term.temperature;
+  const Number<R> nats = ln2 * unit;
   const R one = R{} + 1, infinite = R{} + INFINITY;
   R student_lse[kMaxGroups], teacher_lse[kMaxGroups];
   R student_inverse[kMaxGroups];
@@ -66,8 +67,8 @@ KDK_HOST_DEVICE void evaluate(const Term& term, const GroupStats<R>* stats, cons
     // origin() of stats.h for an R that may be a vector: that function is not built for the kernels' instruction set.
     const R student_origin = s.student_max == -INFINITY ? R{} : s.student_max;
     const R teacher_origin = s.teacher_max == -INFINITY ? R{} : s.teacher_max;
-    student_lse[g] = s.student_sum == 0 ? -infinite : student_origin * inverse_temperature + student_log;
-    teacher_lse[g] = s.teacher_sum == 0 ? -infinite : teacher_origin * inverse_temperature + teacher_log;
+    student_lse[g] = s.student_sum == 0 ? -infinite : student_origin * nats + student_log;
+    teacher_lse[g] = s.teacher_sum == 0 ? -infinite : teacher_origin * nats + teacher_log;
     student_inverse[g] = s.student_sum == 0 ? R{} : 1 / s.student_sum;
     const R teacher_inverse = s.teacher_sum == 0 ? R{} : 1 / s.teacher_sum;
     const R student_mean_gap = ln2 * s.student_gap * student_inverse[g];

@@ -60,7 +60,8 @@ class DistillationFunction(torch.autograd.Function):
             factor = grad_loss.unsqueeze(ctx.class_dim) if grad_loss.dim() else grad_loss
             return (gradient * factor).to(gradient.dtype), None, None, None
         # The graph is freed after this backward, so the buffer is ours to scale: no second N x C tensor.
-        ops.scale_(gradient, grad_loss, ctx.class_dim)
+        if not (grad_loss.dim() == 0 and grad_loss.is_cpu and grad_loss.item() == 1):  # asks no device
+            ops.scale_(gradient, grad_loss, ctx.class_dim)
         return gradient, None, None, None
 
 

@@ -131,8 +131,8 @@ void add_sums(const T* student, const T* teacher, int count, T k, GroupStats<dou
   };
   const auto add = [&](int i, Sums& sums) {
     ahead.fetch(i / W);
-    const Vec<T> xs = (load(student + i) - student_origin) * k;
-    const Vec<T> xt = (load(teacher + i) - teacher_origin) * k;
+    const Vec<T> xs = exponents(load(student + i), student_origin, k);
+    const Vec<T> xt = exponents(load(teacher + i), teacher_origin, k);
     const Vec<T> es = exp2(xs), et = exp2(xt), gap = xt - xs;
     sums.student += es;
     sums.teacher += et;
@@ -172,9 +172,11 @@ AddSums<T> choose_add_sums(const Term& term, bool keep) {
 // Adds a tile to the student's softmax at T = 1.
 template <class T>
 void add_softmax(const T* student, int count, T maximum, SoftmaxStats<double>& stats) {
-  if (maximum > stats.max) rebase(stats, double(maximum));
+  constexpr T k = kLog2E;
+  const double start_max = origin_at(maximum, k);
+  if (start_max > stats.max) rebase(stats, start_max, origin_unit(k));
   const Vec<T> start = broadcast(T(origin(stats.max)));
-  const auto exps = [&](int i) { return exp2((load(student + i) - start) * T(kLog2E)); };
+  const auto exps = [&](int i) { return exp2(exponents(load(student + i), start, k)); };
   constexpr int W = kLanes<T>;
   Vec<T> even{}, odd{};
   int i = 0;
@@ -279,8 +281,8 @@ void gradient_of_logits(const T* student, const T* teacher, int64_t count, T k, 
   const Vec<T> student_origin = broadcast(origin(group.student_max)), teacher_origin = broadcast(origin(group.teacher_max));
   const GroupCoefficients<T> by = group.by;
   write_vectors<T, Add>(count, out, [&](int i) {
-    const Vec<T> xs = (load(student + i) - student_origin) * k;
-    const Vec<T> xt = (load(teacher + i) - teacher_origin) * k;
+    const Vec<T> xs = exponents(load(student + i), student_origin, k);
+    const Vec<T> xt = exponents(load(teacher + i), teacher_origin, k);
     const Vec<T> es = exp2(xs), et = exp2(xt);
     if constexpr (!Tilt) return es * by.student - et * by.teacher;
     const Vec<T> tilted = es == 0 ? Vec<T>{} : es * (by.student + by.tilt * (xt - xs));
@@ -292,7 +294,7 @@ void gradient_of_logits(const T* student, const T* teacher, int64_t count, T k, 
 template <class T>
 void add_softmax_gradient(const T* student, int64_t count, T maximum, T factor, T* out) {
   const Vec<T> start = broadcast(origin(maximum));
-  write_vectors<T, true>(count, out, [&](int i) { return exp2((load(student + i) - start) * T(kLog2E)) * factor; });
+  write_vectors<T, true>(count, out, [&](int i) { return exp2(exponents(load(student + i), start, T(kLog2E))) * factor; });
 }
 
 // Rows ---------------------------------------------------------------------------------------------------------------
@@ -456,6 +458,9 @@ class Worker {
     return true;
   }
 
+  // That of the maxima in the statistics of a term (see stats.h).
+  double unit(int t) const { return origin_unit(exponent_[t]); }
+
   bool selects(int t) const { return o_.term[t].by_rank() && !repeats(t); }
 
   // Points each term at its leading classes: the target, or room for those still to be selected.
@@ -531,9 +536,9 @@ class Worker {
         const Mask mask(*this, row, t, tile);
         GroupStats<double>& rest = stats.rest[t];
         const int count = padded<T>(tile.count);
-        const double student_max = std::max<double>(rest.student_max, mask.student_max());
-        const double teacher_max = std::max<double>(rest.teacher_max, mask.teacher_max());
-        rebase(rest, student_max, teacher_max, double(exponent_[t]));
+        const double student_max = std::max<double>(rest.student_max, origin_at(mask.student_max(), exponent_[t]));
+        const double teacher_max = std::max<double>(rest.teacher_max, origin_at(mask.teacher_max(), exponent_[t]));
+        rebase(rest, student_max, teacher_max, unit(t));
         add_sums_[t](tile.student, tile.teacher, count, exponent_[t], rest, kept(row, t, begin), ahead(row, begin + tile.count));
         if (kept_[t].student) kept_origin_[t][row.lane + begin / kTile] = {student_max, teacher_max};
       }
@@ -541,8 +546,8 @@ class Worker {
   }
 
   void merge_into(PartialStats& into, const PartialStats& part) const {
-    for (int t = 0; t < o_.terms; ++t) merge(into.rest[t], part.rest[t], double(exponent_[t]));
-    if (o_.has_ce()) merge(into.ce, part.ce);
+    for (int t = 0; t < o_.terms; ++t) merge(into.rest[t], part.rest[t], unit(t));
+    if (o_.has_ce()) merge(into.ce, part.ce, origin_unit(T(kLog2E)));
   }
 
   // Takes a row's statistics, those of its leading classes included, into its batch.
@@ -569,7 +574,7 @@ class Worker {
       double ce = 0;
       if (o_.has_ce()) {
         const double max = stats.ce.max[i], at_target = value(p_.student, row.student, p_.target[row.sample]);
-        ce = log_ce_sum[i] - (at_target - origin(max));
+        ce = log_ce_sum[i] - kLn2 * exponents(at_target, origin(max), double(T(kLog2E)));
         row.ce_max = static_cast<T>(max);
         row.ce_inverse = static_cast<T>(1 / stats.ce.sum[i]);
       }
@@ -584,7 +589,7 @@ class Worker {
       for (int g = 0; g < rest; ++g) sizes[g] = term.group_end(g) - term.group_begin(g);
       sizes[rest] = p_.classes - (rest ? term.leads() : 0);
       TermResult<Doubles> result;
-      evaluate(term, stats.group[t], sizes, result);
+      evaluate(term, stats.group[t], sizes, unit(t), result);
       for (int i = 0; i < count; ++i) {
         Row<T>& row = rows[i];
         p_.row_loss[row.sample] += result.loss[i];
@@ -817,11 +822,14 @@ class Worker {
     const Leads leads = gather(row, t, g);
     const int count = padded<T>(leads.count);
     const bool single = leads.count == 1;
-    stats.student_max = single ? *leads.student : tile_max(leads.student, count);
-    stats.teacher_max = single ? *leads.teacher : tile_max(leads.teacher, count);
-    if (single && std::isfinite(stats.student_max) && std::isfinite(stats.teacher_max)) {
+    if (single && std::isfinite(*leads.student) && std::isfinite(*leads.teacher)) {
+      // Exact in double precision, so that the sums are exactly 1.
+      stats.student_max = origin_at<double>(*leads.student, exponent_[t]);
+      stats.teacher_max = origin_at<double>(*leads.teacher, exponent_[t]);
       stats.student_sum = stats.teacher_sum = 1;
     } else {
+      stats.student_max = origin_at(tile_max(leads.student, count), exponent_[t]);
+      stats.teacher_max = origin_at(tile_max(leads.teacher, count), exponent_[t]);
       add_sums_leads_[t](leads.student, leads.teacher, count, exponent_[t], stats, {}, ahead(row, 0));
     }
   }
@@ -857,9 +865,10 @@ class Worker {
   // Coefficients for a tile's kept exponentials, which count from the maxima known when they were computed.
   GroupCoefficients<T> from_tile_origin(const Row<T>& row, const GroupGradient<T>& group, int t, int64_t begin) const {
     const auto [student_max, teacher_max] = kept_origin_[t][row.lane + begin / kTile];
-    const double k = exponent_[t], student_to = group.student_max, teacher_to = group.teacher_max;
-    const double student = rebase_factor(student_max, student_to, k), teacher = rebase_factor(teacher_max, teacher_to, k);
-    const double gap = rebase_gap(student_max, student_to, teacher_max, teacher_to, k);
+    const double student_to = group.student_max, teacher_to = group.teacher_max;
+    const double student = rebase_factor(student_max, student_to, unit(t));
+    const double teacher = rebase_factor(teacher_max, teacher_to, unit(t));
+    const double gap = rebase_gap(student_max, student_to, teacher_max, teacher_to, unit(t));
     const GroupCoefficients<T>& by = group.by;
     const double level = by.tilt == 0 ? by.student : by.student + by.tilt * gap;
     return {T(student * level), T(student * by.tilt), T(teacher * by.teacher)};
