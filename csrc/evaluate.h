@@ -47,7 +47,7 @@ KDK_HOST_DEVICE void group_masses(const R* logsumexp, int groups, R* mass, R* lo
   }
 }
 
-// One term. `unit` is that of the maxima (see stats.h). `sizes` are the groups' class counts: inside a single class
+// One term. `unit` is that of the origins (see stats.h). `sizes` are the groups' class counts: inside a single class
 // there is no divergence.
 template <class R>
 KDK_HOST_DEVICE void evaluate(const Term& term, const GroupStats<R>* stats, const int64_t* sizes, Number<R> unit,
@@ -64,11 +64,11 @@ KDK_HOST_DEVICE void evaluate(const Term& term, const GroupStats<R>* stats, cons
     const R student_log = log(s.student_sum == 0 ? one : s.student_sum);
     const R teacher_log = log(s.teacher_sum == 0 ? one : s.teacher_sum);
     const R log_ratio = teacher_log - student_log;
-    // origin() of stats.h for an R that may be a vector: that function is not built for the kernels' instruction set.
-    const R student_origin = s.student_max == -INFINITY ? R{} : s.student_max;
-    const R teacher_origin = s.teacher_max == -INFINITY ? R{} : s.teacher_max;
-    student_lse[g] = s.student_sum == 0 ? -infinite : student_origin * nats + student_log;
-    teacher_lse[g] = s.teacher_sum == 0 ? -infinite : teacher_origin * nats + teacher_log;
+    // start() of stats.h for an R that may be a vector: that function is not built for the kernels' instruction set.
+    const R student_start = s.student_origin == -INFINITY ? R{} : s.student_origin;
+    const R teacher_start = s.teacher_origin == -INFINITY ? R{} : s.teacher_origin;
+    student_lse[g] = s.student_sum == 0 ? -infinite : student_start * nats + student_log;
+    teacher_lse[g] = s.teacher_sum == 0 ? -infinite : teacher_start * nats + teacher_log;
     student_inverse[g] = s.student_sum == 0 ? R{} : 1 / s.student_sum;
     const R teacher_inverse = s.teacher_sum == 0 ? R{} : 1 / s.teacher_sum;
     const R student_mean_gap = ln2 * s.student_gap * student_inverse[g];

@@ -62,41 +62,45 @@ class Buffer {
 };
 
 // Kernels on tiles -------------------------------------------------------------------------------------------------
-// Inputs are whole vectors, padded with -inf.
 
-template <class T>
-T tile_max(const T* x, int count) {
+// Classes of a tile: the first `count`, without the `hidden` ones (ascending).
+struct Classes {
+  int count;
+  const int* hidden = nullptr;
+  int hidden_count = 0;
+};
+
+// Calls body(i, lanes, chain) for each vector of classes; two chains of dependent operations keep the pipelines full.
+template <class T, class Body>
+inline __attribute__((always_inline)) void each_vector(const Classes& classes, const Body& body) {
   constexpr int W = kLanes<T>;
-  Vec<T> m0 = broadcast(T(-INFINITY)), m1 = m0;
-  int i = 0;
-  for (; i + 2 * W <= count; i += 2 * W) {
-    m0 = max(load(x + i), m0);
-    m1 = max(load(x + i + W), m1);
+  constexpr AllLanes all;
+  const int *hidden = classes.hidden, *hidden_end = hidden + classes.hidden_count;
+  for (int i = 0; i < classes.count;) {
+    const int whole = (hidden < hidden_end ? *hidden : classes.count) / W * W;
+    for (; i + 2 * W <= whole; i += 2 * W) {
+      body(i, all, 0);
+      body(i + W, all, 1);
+    }
+    if (i < whole) {
+      body(i, all, 0);
+      i += W;
+    }
+    if (i == classes.count) break;
+    Lanes lanes = (uint64_t{1} << std::min(W, classes.count - i)) - 1;
+    for (; hidden < hidden_end && *hidden < i + W; ++hidden) lanes &= ~(1u << (*hidden - i));
+    body(i, lanes, 1);
+    i += W;
   }
-  if (i < count) m0 = max(load(x + i), m0);
-  return horizontal_max<T>(max(m0, m1));
 }
 
-// Copies classes, pads them to whole vectors with -inf and returns their maximum.
+#define KDK_INLINE_LAMBDA __attribute__((always_inline))
+
 template <class T>
-T copy_max(const T* from, int count, T* to) {
-  constexpr int W = kLanes<T>;
-  Vec<T> m0 = broadcast(T(-INFINITY)), m1 = m0;
-  int i = 0;
-  for (; i + 2 * W <= count; i += 2 * W) {
-    const Vec<T> v0 = load(from + i), v1 = load(from + i + W);
-    store(to + i, v0);
-    store(to + i + W, v1);
-    m0 = max(v0, m0);
-    m1 = max(v1, m1);
-  }
-  for (; i < count; i += W) {
-    Vec<T> v = broadcast(T(-INFINITY));
-    for (int j = 0; j < W && i + j < count; ++j) v[j] = from[i + j];
-    store(to + i, v);
-    m0 = max(v, m0);
-  }
-  return horizontal_max<T>(max(m0, m1));
+T tile_max(const T* x, const Classes& classes) {
+  Vec<T> m[2] = {broadcast(T(-INFINITY)), broadcast(T(-INFINITY))};
+  each_vector<T>(classes, [&](int i, auto lanes, int chain) KDK_INLINE_LAMBDA { m[chain] = max(load(x + i, lanes), m[chain]); });
+  return horizontal_max<T>(max(m[0], m[1]));
 }
 
 // The exponentials of a tile, kept for its gradient.
@@ -119,155 +123,224 @@ struct Ahead {
   }
 };
 
-// Adds a tile's sums to statistics that already count from maxima no smaller than the tile's.
-template <class T, bool Forward, bool Reverse, bool Keep>
-void add_sums(const T* student, const T* teacher, int count, T k, GroupStats<double>& stats, const Exps<T>& exps,
-              const Ahead& ahead) {
-  constexpr int W = kLanes<T>;
-  const Vec<T> student_origin = broadcast(T(origin(stats.student_max)));
-  const Vec<T> teacher_origin = broadcast(T(origin(stats.teacher_max)));
-  struct Sums {
-    Vec<T> student{}, teacher{}, teacher_gap{}, student_gap{};
-  };
-  const auto add = [&](int i, Sums& sums) {
-    ahead.fetch(i / W);
-    const Vec<T> xs = exponents(load(student + i), student_origin, k);
-    const Vec<T> xt = exponents(load(teacher + i), teacher_origin, k);
+// Adds a tile's sums to statistics. `Careful` is right for every logit, if the origins are no smaller than the tile's
+// maxima; without, sums that pass `plausible` are right, for any origins.
+template <class T, bool Forward, bool Reverse, bool Keep, bool Careful>
+void add_sums(const T* student, const T* teacher, const Classes& classes, T k, GroupStats<double>& stats,
+              const Exps<T>& exps, const Ahead& ahead) {
+  const Vec<T> student_start = broadcast(T(start(stats.student_origin)));
+  const Vec<T> teacher_start = broadcast(T(start(stats.teacher_origin)));
+  Vec<T> student_sum[2]{}, teacher_sum[2]{}, teacher_gap[2]{}, student_gap[2]{};
+  each_vector<T>(classes, [&](int i, auto lanes, int chain) KDK_INLINE_LAMBDA {
+    ahead.fetch(i / kLanes<T>);
+    const Vec<T> xs = exponents(load(student + i, lanes), student_start, k);
+    const Vec<T> xt = exponents(load(teacher + i, lanes), teacher_start, k);
     const Vec<T> es = exp2(xs), et = exp2(xt), gap = xt - xs;
-    sums.student += es;
-    sums.teacher += et;
+    student_sum[chain] += es;
+    teacher_sum[chain] += et;
     // A class without probability adds nothing, however infinite its gap.
-    if constexpr (Forward) sums.teacher_gap = et == 0 ? sums.teacher_gap : sums.teacher_gap + et * gap;
-    if constexpr (Reverse) sums.student_gap = es == 0 ? sums.student_gap : sums.student_gap + es * gap;
+    constexpr bool may_be_zero = Careful || !std::is_same_v<decltype(lanes), AllLanes>;
+    const auto add = [&](Vec<T>& sum, Vec<T> e) KDK_INLINE_LAMBDA {
+      sum = may_be_zero ? (e == 0 ? sum : sum + e * gap) : sum + e * gap;
+    };
+    if constexpr (Forward) add(teacher_gap[chain], et);
+    if constexpr (Reverse) add(student_gap[chain], es);
     if constexpr (Keep) {
       store(exps.student + i, es);
       store(exps.teacher + i, et);
       if constexpr (Reverse) store(exps.gap + i, gap);
     }
-  };
-  Sums even, odd;  // two independent chains keep the pipelines full
-  int i = 0;
-  for (; i + 2 * W <= count; i += 2 * W) {
-    add(i, even);
-    add(i + W, odd);
-  }
-  if (i < count) add(i, even);
-  stats.student_sum += horizontal_sum(even.student + odd.student);
-  stats.teacher_sum += horizontal_sum(even.teacher + odd.teacher);
-  if constexpr (Forward) stats.teacher_gap += horizontal_sum(even.teacher_gap + odd.teacher_gap);
-  if constexpr (Reverse) stats.student_gap += horizontal_sum(even.student_gap + odd.student_gap);
+  });
+  stats.student_sum += horizontal_sum(student_sum[0] + student_sum[1]);
+  stats.teacher_sum += horizontal_sum(teacher_sum[0] + teacher_sum[1]);
+  if constexpr (Forward) stats.teacher_gap += horizontal_sum(teacher_gap[0] + teacher_gap[1]);
+  if constexpr (Reverse) stats.student_gap += horizontal_sum(student_gap[0] + student_gap[1]);
+}
+
+// Whether nothing overflowed and no infinity met a zero: exponents far above their origin are as good as any others.
+inline bool plausible(const GroupStats<double>& stats) {
+  constexpr double limit = 0x1p80;
+  return stats.student_sum + stats.teacher_sum + std::abs(stats.teacher_gap) + std::abs(stats.student_gap) < limit;
 }
 
 template <class T>
-using AddSums = void (*)(const T*, const T*, int, T, GroupStats<double>&, const Exps<T>&, const Ahead&);
+using AddSums = void (*)(const T*, const T*, const Classes&, T, GroupStats<double>&, const Exps<T>&, const Ahead&);
 
-template <class T>
-AddSums<T> choose_add_sums(const Term& term, bool keep) {
+template <class T, bool Keep, bool Careful>
+AddSums<T> choose_add_sums(const Term& term) {
   const bool forward = term.wants_forward(), reverse = term.wants_reverse();
-  if (forward && reverse) return keep ? add_sums<T, true, true, true> : add_sums<T, true, true, false>;
-  if (reverse) return keep ? add_sums<T, false, true, true> : add_sums<T, false, true, false>;
-  return keep ? add_sums<T, true, false, true> : add_sums<T, true, false, false>;
+  if (forward && reverse) return add_sums<T, true, true, Keep, Careful>;
+  return reverse ? add_sums<T, false, true, Keep, Careful> : add_sums<T, true, false, Keep, Careful>;
 }
 
-// Adds a tile to the student's softmax at T = 1.
+// Adds a tile to the student's softmax at T = 1. It counts from a logit, so that a sure class has an exponential of 1.
 template <class T>
-void add_softmax(const T* student, int count, T maximum, SoftmaxStats<double>& stats) {
+void add_softmax(const T* student, const Classes& classes, SoftmaxStats<double>& stats) {
   constexpr T k = kLog2E;
-  const double start_max = origin_at(maximum, k);
-  if (start_max > stats.max) rebase(stats, start_max, origin_unit(k));
-  const Vec<T> start = broadcast(T(origin(stats.max)));
-  const auto exps = [&](int i) { return exp2(exponents(load(student + i), start, k)); };
-  constexpr int W = kLanes<T>;
-  Vec<T> even{}, odd{};
-  int i = 0;
-  for (; i + 2 * W <= count; i += 2 * W) {
-    even += exps(i);
-    odd += exps(i + W);
+  const double origin = tile_max(student, classes);
+  if (origin > stats.origin) rebase(stats, origin, double(k));
+  const Vec<T> from = broadcast(T(start(stats.origin)));
+  Vec<T> sum[2]{};
+  each_vector<T>(classes, [&](int i, auto lanes, int chain) KDK_INLINE_LAMBDA {
+    sum[chain] += exp2((load(student + i, lanes) - from) * k);
+  });
+  stats.sum += horizontal_sum(sum[0] + sum[1]);
+}
+
+// A class and its value in one integer: larger where the value is larger, then where the index is lower; NaN before all.
+template <class T>
+struct KeyOf;
+template <>
+struct KeyOf<float> {
+  using bits = uint32_t;
+  using type = uint64_t;
+};
+template <>
+struct KeyOf<double> {
+  using bits = uint64_t;
+  using type = unsigned __int128;
+};
+template <class T>
+using Key = typename KeyOf<T>::type;
+template <class T>
+using Ranking = std::vector<Key<T>>;  // best first
+
+template <class T>
+inline Key<T> key_of(T value, int64_t index) {
+  using Bits = typename KeyOf<T>::bits;
+  constexpr int width = 8 * sizeof(T);
+  constexpr Bits sign = Bits{1} << (width - 1);
+  value += T(0);  // -0 is 0
+  Bits bits;
+  __builtin_memcpy(&bits, &value, sizeof value);
+  bits ^= (Bits{} - (bits >> (width - 1))) | sign;
+  if (value != value) bits = ~Bits{};
+  return static_cast<Key<T>>(bits) << width | static_cast<Bits>(~static_cast<Bits>(index));
+}
+template <class T>
+inline int64_t index_of(Key<T> key) {
+  using Bits = typename KeyOf<T>::bits;
+  return static_cast<int64_t>(static_cast<Bits>(~static_cast<Bits>(key)));
+}
+template <class T>
+inline T value_of(Key<T> key) {
+  using Bits = typename KeyOf<T>::bits;
+  constexpr int width = 8 * sizeof(T);
+  constexpr Bits sign = Bits{1} << (width - 1);
+  Bits bits = static_cast<Bits>(key >> width);
+  bits = bits & sign ? bits & ~sign : ~bits;
+  T value;
+  __builtin_memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+// Sorts a few distinct numbers, descending, by counting for each how many are larger: no branch to mispredict.
+template <class N>
+inline void sort_few(const N* from, int count, N* to) {
+  for (int i = 0; i < count; ++i) {
+    int larger = 0;
+    for (int j = 0; j < count; ++j) larger += from[j] > from[i];
+    to[larger] = from[i];
   }
-  if (i < count) even += exps(i);
-  stats.sum += horizontal_sum(even + odd);
 }
 
-// Classes with their values, best first.
-template <class T>
-using Ranking = std::vector<std::pair<T, int64_t>>;
-
-// Larger values first, NaN before all, then lower indices.
-template <class T>
-inline bool better(const std::pair<T, int64_t>& a, const std::pair<T, int64_t>& b) {
-  const bool a_nan = a.first != a.first, b_nan = b.first != b.first;
-  if (a_nan != b_nan) return a_nan;
-  if (!a_nan && a.first != b.first) return a.first > b.first;
-  return a.second < b.second;
-}
-
-template <class T>
-void keep_best(Ranking<T>& ranking, size_t k) {
-  if (ranking.size() > 48) {
-    const auto middle = ranking.begin() + std::min(k, ranking.size());
-    std::partial_sort(ranking.begin(), middle, ranking.end(), better<T>);
+template <class N>
+void keep_best(std::vector<N>& ranking, size_t k) {
+  constexpr size_t kFew = 32;
+  const size_t count = ranking.size();
+  if (count <= kFew) {
+    N unsorted[kFew];
+    std::copy(ranking.begin(), ranking.end(), unsorted);
+    sort_few(unsorted, static_cast<int>(count), ranking.data());
   } else {
-    for (size_t i = 1; i < ranking.size(); ++i) {
-      const std::pair<T, int64_t> moving = ranking[i];
-      size_t j = i;
-      for (; j > 0 && better(moving, ranking[j - 1]); --j) ranking[j] = ranking[j - 1];
-      ranking[j] = moving;
-    }
+    std::partial_sort(ranking.begin(), ranking.begin() + std::min(k, count), ranking.end(), std::greater<>());
   }
-  if (ranking.size() > k) ranking.erase(ranking.begin() + k, ranking.end());
+  if (count > k) ranking.resize(k);
 }
 
-// A value that at least k of the values reach, close to the k-th largest: it is the k-th largest among the maxima of
-// some subsets. -inf where that would not pay.
-template <class T>
-T lower_bound_of_best(const T* values, int count, int k) {
-  constexpr int kSubsets = 64, kVectors = kSubsets / kLanes<T>;
+// The values a selection ranks: the k largest of them are wanted, or, as their opposites, the k smallest.
+template <class T, bool Largest>
+struct Ranked {
+  const T* values;
+
+  T operator[](int i) const { return Largest ? values[i] : -values[i]; }
+  template <class Which>
+  Vec<T> at(int i, Which lanes) const {
+    const Vec<T> v = load(values + i, lanes);
+    return Largest ? v : -v;
+  }
+};
+
+// A number that at least k of the values reach, close to the k-th largest: the k-th largest among the maxima of some
+// subsets, at least twice as many as k. -inf where that would not pay.
+template <class T, bool Largest>
+T lower_bound_of_best(Ranked<T, Largest> ranked, int count, int k) {
+  constexpr int W = kLanes<T>, kSubsets = 64;
   if (k > kSubsets / 2 || count < kSubsets) return -INFINITY;
-  Vec<T> maxima[kVectors];
+  Vec<T> maxima[kSubsets / W];
   for (Vec<T>& m : maxima) m = broadcast(T(-INFINITY));
   for (int i = 0; i + kSubsets <= count; i += kSubsets)
-    for (int j = 0; j < kVectors; ++j) maxima[j] = max(load(values + i + j * kLanes<T>), maxima[j]);
-  T bound = -INFINITY;
-  for (int round = 0; round < k; ++round) {
-    Vec<T> all = maxima[0];
-    for (int j = 1; j < kVectors; ++j) all = max(all, maxima[j]);
-    bound = horizontal_max<T>(all);
-    for (Vec<T>& m : maxima) m = m == bound ? broadcast(T(-INFINITY)) : m;
+    for (int j = 0; j < kSubsets / W; ++j) maxima[j] = max(ranked.at(i + j * W, AllLanes{}), maxima[j]);
+  int vectors = kSubsets / W;
+  for (; vectors > 1 && vectors / 2 * W >= 2 * k; vectors /= 2)
+    for (int j = 0; j < vectors / 2; ++j) maxima[j] = max(maxima[j], maxima[j + vectors / 2]);
+  T all[kSubsets];
+  for (int j = 0; j < vectors; ++j) store(all + j * W, maxima[j]);
+  Vec<T> bound = broadcast(T(-INFINITY));
+  for (int j = 0; j < vectors; ++j) {
+    typename VecOf<T>::bits larger{};
+    for (int i = 0; i < vectors * W; ++i) larger -= broadcast(all[i]) > maxima[j];
+    bound = max(larger >= k - 1 ? maxima[j] : bound, bound);
   }
-  return bound;
+  return horizontal_max<T>(bound);
+}
+
+// Calls found(i) for the values that are not below a bound, in order.
+template <class T, bool Largest, class Found>
+inline void each_not_below(Ranked<T, Largest> ranked, int count, T bound, const Found& found) {
+  constexpr int W = kLanes<T>, kBlock = 4 * W;
+  const Vec<T> bounds = broadcast(bound);
+  const auto report = [&](Lanes hits, int i) {
+    for (; hits; hits &= hits - 1) found(i + __builtin_ctz(hits));
+  };
+  int i = 0;
+  for (; i + kBlock <= count; i += kBlock) {
+    const auto hits = [&](int j) { return not_less<T>(ranked.at(i + j * W, AllLanes{}), bounds); };
+    if ((hits(0) | hits(1) | hits(2) | hits(3)) == 0) continue;
+    for (int j = 0; j < 4; ++j) report(hits(j), i + j * W);
+  }
+  for (; i < count; i += W) {
+    const Lanes there = (uint64_t{1} << std::min(W, count - i)) - 1;
+    report(not_less<T>(ranked.at(i, there), bounds) & there, i);
+  }
 }
 
 // What the gradient of one group needs: where its exponentials count from, and the coefficients.
 template <class T>
 struct GroupGradient {
-  T student_max;
-  T teacher_max;
+  T student_origin;
+  T teacher_origin;
   GroupCoefficients<T> by;
 };
 
-// Calls value(i) for each vector and writes or adds it to out, of which only `count` elements exist.
+// Writes or adds value(i, lanes) for each vector of classes to out; hidden ones get what value makes of them.
 template <class T, bool Add, class Value>
-inline void write_vectors(int64_t count, T* out, const Value& value) {
-  constexpr int W = kLanes<T>;
-  const auto write = [&](int i, Vec<T> v) { store(out + i, Add ? v + load(out + i) : v); };
-  int i = 0;
-  for (; i + 2 * W <= count; i += 2 * W) {
-    const Vec<T> even = value(i), odd = value(i + W);
-    write(i, even);
-    write(i + W, odd);
-  }
-  for (; i + W <= count; i += W) write(i, value(i));
-  if (i < count) {
-    T tail[W];
-    store(tail, value(i));
-    for (int j = 0; i + j < count; ++j) out[i + j] = Add ? out[i + j] + tail[j] : tail[j];
-  }
+inline __attribute__((always_inline)) void write_vectors(const Classes& classes, T* out, const Value& value) {
+  each_vector<T>(classes, [&](int i, auto lanes, int) KDK_INLINE_LAMBDA {
+    const Vec<T> v = value(i, lanes);
+    if (std::is_same_v<decltype(lanes), AllLanes> || i + kLanes<T> <= classes.count) {
+      store(out + i, Add ? v + load(out + i) : v);
+    } else {
+      const int count = classes.count - i;
+      store(out + i, Add ? v + load(out + i, (Lanes{1} << count) - 1) : v, count);
+    }
+  });
 }
 
 // Writes (or adds) a tile's gradient from its kept exponentials.
 template <class T, bool Add, bool Tilt>
-void gradient_of_exps(Exps<T> exps, int64_t count, GroupCoefficients<T> by, T* out) {
-  write_vectors<T, Add>(count, out, [&](int i) {
+void gradient_of_exps(const Exps<T>& exps, int count, const GroupCoefficients<T>& by, T* out) {
+  write_vectors<T, Add>({count}, out, [&](int i, auto) KDK_INLINE_LAMBDA {
     const Vec<T> es = load(exps.student + i), et = load(exps.teacher + i);
     if constexpr (!Tilt) return es * by.student - et * by.teacher;
     const Vec<T> tilted = es == 0 ? Vec<T>{} : es * (by.student + by.tilt * load(exps.gap + i));
@@ -277,12 +350,14 @@ void gradient_of_exps(Exps<T> exps, int64_t count, GroupCoefficients<T> by, T* o
 
 // The same from the logits.
 template <class T, bool Add, bool Tilt>
-void gradient_of_logits(const T* student, const T* teacher, int64_t count, T k, const GroupGradient<T>& group, T* out) {
-  const Vec<T> student_origin = broadcast(origin(group.student_max)), teacher_origin = broadcast(origin(group.teacher_max));
+void gradient_of_logits(const T* student, const T* teacher, const Classes& classes, T k, const GroupGradient<T>& group,
+                        T* out) {
+  const Vec<T> student_start = broadcast(start(group.student_origin));
+  const Vec<T> teacher_start = broadcast(start(group.teacher_origin));
   const GroupCoefficients<T> by = group.by;
-  write_vectors<T, Add>(count, out, [&](int i) {
-    const Vec<T> xs = exponents(load(student + i), student_origin, k);
-    const Vec<T> xt = exponents(load(teacher + i), teacher_origin, k);
+  write_vectors<T, Add>(classes, out, [&](int i, auto lanes) KDK_INLINE_LAMBDA {
+    const Vec<T> xs = exponents(load(student + i, lanes), student_start, k);
+    const Vec<T> xt = exponents(load(teacher + i, lanes), teacher_start, k);
     const Vec<T> es = exp2(xs), et = exp2(xt);
     if constexpr (!Tilt) return es * by.student - et * by.teacher;
     const Vec<T> tilted = es == 0 ? Vec<T>{} : es * (by.student + by.tilt * (xt - xs));
@@ -292,19 +367,14 @@ void gradient_of_logits(const T* student, const T* teacher, int64_t count, T k, 
 
 // Adds the softmax's part of the cross entropy's gradient.
 template <class T>
-void add_softmax_gradient(const T* student, int64_t count, T maximum, T factor, T* out) {
-  const Vec<T> start = broadcast(origin(maximum));
-  write_vectors<T, true>(count, out, [&](int i) { return exp2(exponents(load(student + i), start, T(kLog2E))) * factor; });
+void add_softmax_gradient(const T* student, int count, T origin, T factor, T* out) {
+  const Vec<T> from = broadcast(start(origin));
+  write_vectors<T, true>({count}, out, [&](int i, auto lanes) KDK_INLINE_LAMBDA {
+    return exp2((load(student + i, lanes) - from) * T(kLog2E)) * factor;
+  });
 }
 
 // Rows ---------------------------------------------------------------------------------------------------------------
-
-// The logits that a mask hides.
-template <class T>
-struct Masked {
-  int index;
-  T student, teacher;
-};
 
 // Memory that a thread keeps from call to call.
 template <class T>
@@ -312,10 +382,11 @@ struct Scratch {
   alignas(64) T student[kTile];
   alignas(64) T teacher[kTile];
   alignas(64) T gradient[kTile];
-  Buffer<T> leads, kept;
+  Buffer<T> leads, kept, kept_leads;
   std::vector<int64_t> members;
-  Ranking<T> found, merged, lead_gradients;
-  std::vector<Masked<T>> masked;
+  Ranking<T> found, merged;
+  std::vector<std::pair<T, int64_t>> lead_gradients;
+  std::vector<int> unsorted, hidden;
 
   static Scratch& of_this_thread() {
     static thread_local Scratch scratch;
@@ -336,8 +407,8 @@ struct BatchStats {
 };
 
 inline void set_lane(GroupStats<Doubles>& batch, int lane, const GroupStats<double>& stats) {
-  batch.student_max[lane] = stats.student_max;
-  batch.teacher_max[lane] = stats.teacher_max;
+  batch.student_origin[lane] = stats.student_origin;
+  batch.teacher_origin[lane] = stats.teacher_origin;
   batch.student_sum[lane] = stats.student_sum;
   batch.teacher_sum[lane] = stats.teacher_sum;
   batch.teacher_gap[lane] = stats.teacher_gap;
@@ -353,8 +424,17 @@ struct Row {
   const void* teacher;
   void* gradient;
   int64_t* members[kMaxTerms];  // classes that lead, by rank
-  T weight, ce_max, ce_inverse;
+  T weight, ce_origin, ce_inverse;
   GroupGradient<T> group[kMaxTerms][kMaxGroups];
+};
+
+// Classes of a row from `begin` on, as the kernels take them.
+template <class T>
+struct Tile {
+  int64_t begin;
+  int count;
+  const T* student;
+  const T* teacher;
 };
 
 template <class T>
@@ -364,8 +444,12 @@ class Worker {
       : p_(problem), o_(problem.objective), scratch_(Scratch<T>::of_this_thread()) {
     for (int t = 0; t < o_.terms; ++t) {
       exponent_[t] = static_cast<T>(o_.term[t].exponent());
-      add_sums_[t] = choose_add_sums<T>(o_.term[t], keeps(problem));
-      add_sums_leads_[t] = choose_add_sums<T>(o_.term[t], false);
+      const Term& term = o_.term[t];
+      add_[t] = choose_add_sums<T, false, false>(term);
+      add_and_keep_[t] = choose_add_sums<T, true, false>(term);
+      add_carefully_[t] = choose_add_sums<T, false, true>(term);
+      add_and_keep_carefully_[t] = choose_add_sums<T, true, true>(term);
+      if (term.groups() > 1) kept_leads_size_ = std::max(kept_leads_size_, padded<T>(term.leads()));
     }
     if (keeps(problem)) {
       const int64_t size = padded<T>(p_.classes);
@@ -391,13 +475,15 @@ class Worker {
 
   int64_t chunks() const { return std::max<int64_t>(ceil_div(p_.classes, kChunk), 1); }
 
-  Row<T> row(int64_t sample) const {
-    Row<T> row{};
+  // Starts a row in place: a copy of what was just written in parts would have to wait for all stores before it, the
+  // last row's gradient among them.
+  void begin_row(Row<T>& row, int64_t sample, int lane) const {
     row.sample = sample;
+    row.lane = lane;
     row.student = element(p_.student, sample);
     row.teacher = element(p_.teacher, sample);
     row.gradient = p_.gradient.data ? element(p_.gradient, sample) : nullptr;
-    return row;
+    row.ce_origin = row.ce_inverse = 0;
   }
 
   // Rows that take step 2 together: their kept exponentials have to stay in cache until step 3.
@@ -410,8 +496,7 @@ class Worker {
     int count = 0;
     for (int64_t n = begin; n < end; ++n) {
       Row<T>& row = rows[count];
-      row = this->row(n);
-      row.lane = count;
+      begin_row(row, n, count);
       if (skip(row)) continue;
       ++count;
       place_members(row);
@@ -438,7 +523,8 @@ class Worker {
 
   // A whole row, step 3 from what was saved.
   void backward(int64_t sample) {
-    Row<T> row = this->row(sample);
+    Row<T> row;
+    begin_row(row, sample, 0);
     restore(row);
     if (row.weight == 0) {
       clear(row);
@@ -458,7 +544,7 @@ class Worker {
     return true;
   }
 
-  // That of the maxima in the statistics of a term (see stats.h).
+  // That of the origins in the statistics of a term (see stats.h).
   double unit(int t) const { return origin_unit(exponent_[t]); }
 
   bool selects(int t) const { return o_.term[t].by_rank() && !repeats(t); }
@@ -480,39 +566,21 @@ class Worker {
 
   // Appends the k best classes of a chunk, by the teacher.
   void select(const Row<T>& row, int t, int64_t chunk, Ranking<T>& best) {
-    const Term& term = o_.term[t];
-    const size_t k = term.k;
-    auto& found = scratch_.found;
+    (o_.term[t].largest ? &Worker::select_from<true> : &Worker::select_from<false>)(*this, row, o_.term[t].k, chunk, best);
+  }
+
+  template <bool Largest>
+  static void select_from(Worker& worker, const Row<T>& row, int k, int64_t chunk, Ranking<T>& best) {
+    const RowsProblem& p = worker.p_;
+    auto& found = worker.scratch_.found;
     found.clear();
-    const int64_t end = std::min(p_.classes, (chunk + 1) * kChunk);
+    const int64_t end = std::min(p.classes, (chunk + 1) * kChunk);
     for (int64_t begin = chunk * kChunk; begin < end; begin += kTile) {
       const int count = static_cast<int>(std::min<int64_t>(end - begin, kTile));
-      // A row of one tile is all in scratch when its statistics are taken.
-      const bool stays = term.largest && p_.classes <= kTile;
-      T maximum;
-      const T* values = read(p_.teacher, row.teacher, begin, count, scratch_.teacher, stays || !term.largest, &maximum);
-      held_ = stays ? Held{row.sample, maximum} : Held{};
-      if (!term.largest) {
-        for (int i = 0; i < count; ++i) scratch_.teacher[i] = -scratch_.teacher[i];
-        maximum = tile_max(values, padded<T>(count));
-      }
-      T bound;
-      if (found.size() < k) {
-        bound = lower_bound_of_best(values, count, term.k);
-      } else {
-        bound = found.back().first;
-        if (maximum <= bound) continue;  // a tie goes to the class that was there first
-      }
-      const Vec<T> bounds = broadcast(bound);
-      for (int block = 0; block < count; block += 64) {
-        uint64_t hits = 0;  // gathered over several vectors: most blocks have none
-        for (int i = 0; i < 64 && block + i < count; i += kLanes<T>)
-          hits |= static_cast<uint64_t>(not_less<T>(load(values + block + i), bounds)) << i;
-        for (; hits; hits &= hits - 1) {
-          const int i = block + __builtin_ctzll(hits);
-          if (i < count) found.emplace_back(values[i], begin + i);
-        }
-      }
+      const Ranked<T, Largest> ranked{worker.read(p.teacher, row.teacher, begin, count, worker.scratch_.teacher)};
+      const bool enough = found.size() >= static_cast<size_t>(k);
+      const T bound = enough ? value_of<T>(found.back()) : lower_bound_of_best(ranked, count, k);
+      each_not_below(ranked, count, bound, [&](int i) { found.push_back(key_of(ranked[i], begin + i)); });
       keep_best(found, k);
     }
     best.insert(best.end(), found.begin(), found.end());
@@ -521,7 +589,7 @@ class Worker {
   // Settles which classes lead, from the best of all chunks.
   void rank(Row<T>& row, int t, Ranking<T>& best) {
     keep_best(best, o_.term[t].k);
-    for (int i = 0; i < o_.term[t].k; ++i) row.members[t][i] = best[i].second;
+    for (int i = 0; i < o_.term[t].k; ++i) row.members[t][i] = index_of<T>(best[i]);
     for (int other = t + 1; other < o_.terms; ++other)
       if (repeats(other)) std::copy_n(row.members[t], o_.term[t].k, row.members[other]);
   }
@@ -529,25 +597,54 @@ class Worker {
   // Step 1 for the rest groups of one chunk.
   void add_chunk(const Row<T>& row, int64_t chunk, PartialStats& stats) {
     const int64_t end = std::min(p_.classes, (chunk + 1) * kChunk);
+    bool careful[kMaxTerms] = {};
     for (int64_t begin = chunk * kChunk; begin < end; begin += kTile) {
-      const Tile tile = load_tile(row, begin, end);
-      if (o_.has_ce()) add_softmax(tile.student, padded<T>(tile.count), tile.student_max, stats.ce);
+      const Tile<T> tile = load_tile(row, begin, end);
+      if (o_.has_ce()) add_softmax(tile.student, {tile.count}, stats.ce);
       for (int t = 0; t < o_.terms; ++t) {
-        const Mask mask(*this, row, t, tile);
-        GroupStats<double>& rest = stats.rest[t];
-        const int count = padded<T>(tile.count);
-        const double student_max = std::max<double>(rest.student_max, origin_at(mask.student_max(), exponent_[t]));
-        const double teacher_max = std::max<double>(rest.teacher_max, origin_at(mask.teacher_max(), exponent_[t]));
-        rebase(rest, student_max, teacher_max, unit(t));
-        add_sums_[t](tile.student, tile.teacher, count, exponent_[t], rest, kept(row, t, begin), ahead(row, begin + tile.count));
-        if (kept_[t].student) kept_origin_[t][row.lane + begin / kTile] = {student_max, teacher_max};
+        const Classes classes = rest_classes(row, t, tile);
+        const Ahead next = ahead(row, begin + tile.count);
+        const Exps<T> exps = kept(row, t, begin);
+        careful[t] = careful[t] || !add_hopefully(t, tile, classes, exps, next, stats.rest[t]);
+        if (careful[t]) add_carefully(t, tile, classes, exps, next, stats.rest[t]);
+        if (kept_[t].student)
+          kept_origin_[t][row.lane + begin / kTile] = {stats.rest[t].student_origin, stats.rest[t].teacher_origin};
       }
     }
   }
 
+  // Adds a tile that counts from the origins so far, or from those of its first classes: nearly always good enough, and
+  // it spares a search for the maxima. False, and nothing added, where it is not.
+  bool add_hopefully(int t, const Tile<T>& tile, const Classes& classes, const Exps<T>& exps, const Ahead& next,
+                     GroupStats<double>& stats) const {
+    const GroupStats<double> before = stats;
+    if (stats.student_origin == -INFINITY || stats.teacher_origin == -INFINITY) {
+      Classes first{std::min(classes.count, kLanes<T>), classes.hidden, 0};
+      while (first.hidden_count < classes.hidden_count && classes.hidden[first.hidden_count] < first.count)
+        ++first.hidden_count;
+      const double student_origin = origin_at(tile_max(tile.student, first), exponent_[t]);
+      const double teacher_origin = origin_at(tile_max(tile.teacher, first), exponent_[t]);
+      rebase(stats, std::max(stats.student_origin, student_origin), std::max(stats.teacher_origin, teacher_origin), unit(t));
+    }
+    (exps.student ? add_and_keep_[t] : add_[t])(tile.student, tile.teacher, classes, exponent_[t], stats, exps, next);
+    if (std::isfinite(stats.student_origin) && std::isfinite(stats.teacher_origin) && plausible(stats)) return true;
+    stats = before;
+    return false;
+  }
+
+  // Adds a tile that counts from its maxima.
+  void add_carefully(int t, const Tile<T>& tile, const Classes& classes, const Exps<T>& exps, const Ahead& next,
+                     GroupStats<double>& stats) const {
+    const double student_origin = origin_at(tile_max(tile.student, classes), exponent_[t]);
+    const double teacher_origin = origin_at(tile_max(tile.teacher, classes), exponent_[t]);
+    rebase(stats, std::max(stats.student_origin, student_origin), std::max(stats.teacher_origin, teacher_origin), unit(t));
+    (exps.student ? add_and_keep_carefully_[t] : add_carefully_[t])(tile.student, tile.teacher, classes, exponent_[t],
+                                                                    stats, exps, next);
+  }
+
   void merge_into(PartialStats& into, const PartialStats& part) const {
     for (int t = 0; t < o_.terms; ++t) merge(into.rest[t], part.rest[t], unit(t));
-    if (o_.has_ce()) merge(into.ce, part.ce, origin_unit(T(kLog2E)));
+    if (o_.has_ce()) merge(into.ce, part.ce, kLog2E);
   }
 
   // Takes a row's statistics, those of its leading classes included, into its batch.
@@ -561,7 +658,7 @@ class Worker {
       }
       set_lane(batch.group[t][rest], row.lane, total.rest[t]);
     }
-    batch.ce.max[row.lane] = total.ce.max;
+    batch.ce.origin[row.lane] = total.ce.origin;
     batch.ce.sum[row.lane] = total.ce.sum;
   }
 
@@ -573,9 +670,9 @@ class Worker {
       row.weight = static_cast<T>(p_.row_weight[row.sample]);
       double ce = 0;
       if (o_.has_ce()) {
-        const double max = stats.ce.max[i], at_target = value(p_.student, row.student, p_.target[row.sample]);
-        ce = log_ce_sum[i] - kLn2 * exponents(at_target, origin(max), double(T(kLog2E)));
-        row.ce_max = static_cast<T>(max);
+        const double origin = stats.ce.origin[i], at_target = value(p_.student, row.student, p_.target[row.sample]);
+        ce = log_ce_sum[i] - (at_target - start(origin));
+        row.ce_origin = static_cast<T>(origin);
         row.ce_inverse = static_cast<T>(1 / stats.ce.sum[i]);
       }
       p_.row_loss[row.sample] = o_.has_ce() ? o_.ce_weight * ce : 0;
@@ -598,7 +695,7 @@ class Worker {
             p_.row_parts[row.sample * o_.parts() + first_part + j] = result.parts[j][i];
         for (int g = 0; g <= rest; ++g) {
           const GroupCoefficients<Doubles>& by = result.group[g];
-          row.group[t][g] = {T(stats.group[t][g].student_max[i]), T(stats.group[t][g].teacher_max[i]),
+          row.group[t][g] = {T(stats.group[t][g].student_origin[i]), T(stats.group[t][g].teacher_origin[i]),
                              {T(by.student[i]), T(by.tilt[i]), T(by.teacher[i])}};
         }
       }
@@ -615,7 +712,7 @@ class Worker {
     const bool reads_logits = kept_[0].student == nullptr || o_.has_ce();
     compute_lead_gradients(row);
     for (int64_t begin = chunk * kChunk; begin < end; begin += kTile) {
-      Tile tile{begin, static_cast<int>(std::min<int64_t>(end - begin, kTile)), nullptr, nullptr, 0, 0};
+      Tile<T> tile{begin, static_cast<int>(std::min<int64_t>(end - begin, kTile)), nullptr, nullptr};
       if (reads_logits) tile = load_tile(row, begin, end);
       T* out = direct ? static_cast<T*>(row.gradient) + begin : scratch_.gradient;
       for (int t = 0; t < o_.terms; ++t) {
@@ -626,15 +723,14 @@ class Worker {
                                      : (tilt ? gradient_of_exps<T, true, true> : gradient_of_exps<T, true, false>);
           kernel(kept(row, t, begin), tile.count, from_tile_origin(row, rest, t, begin), out);
         } else {
-          const Mask mask(*this, row, t, tile);
           const auto kernel = t == 0 ? (tilt ? gradient_of_logits<T, false, true> : gradient_of_logits<T, false, false>)
                                      : (tilt ? gradient_of_logits<T, true, true> : gradient_of_logits<T, true, false>);
-          kernel(tile.student, tile.teacher, tile.count, exponent_[t], rest, out);
+          kernel(tile.student, tile.teacher, rest_classes(row, t, tile), exponent_[t], rest, out);
         }
       }
       if (o_.has_ce()) {
         const T factor = static_cast<T>(o_.ce_weight) * row.weight;
-        add_softmax_gradient(tile.student, tile.count, row.ce_max, factor * row.ce_inverse, out);
+        add_softmax_gradient(tile.student, tile.count, row.ce_origin, factor * row.ce_inverse, out);
       }
       for (const auto& [added, index] : scratch_.lead_gradients)
         if (index >= begin && index < begin + tile.count) out[index - begin] += added;
@@ -644,52 +740,22 @@ class Worker {
   }
 
  private:
-  struct Tile {
-    int64_t begin;
-    int count;
-    const T* student;
-    const T* teacher;
-    T student_max;
-    T teacher_max;
-  };
-
-  // Hides a term's leading classes in the tile in scratch while it lives: what is left is the rest group.
-  class Mask {
-   public:
-    Mask(Worker& worker, const Row<T>& row, int t, const Tile& tile) : scratch_(worker.scratch_), tile_(tile) {
-      const Term& term = worker.o_.term[t];
-      const int leads = term.groups() == 1 ? 0 : term.leads();
-      scratch_.masked.clear();
-      for (int i = 0; i < leads; ++i) {
-        const int64_t j = row.members[t][i] - tile.begin;
-        if (j < 0 || j >= tile.count) continue;
-        scratch_.masked.push_back({static_cast<int>(j), scratch_.student[j], scratch_.teacher[j]});
-        hides_student_max_ |= scratch_.student[j] == tile.student_max;
-        hides_teacher_max_ |= scratch_.teacher[j] == tile.teacher_max;
-        scratch_.student[j] = scratch_.teacher[j] = -INFINITY;
-      }
+  // The classes of a tile without those that lead in a term. Valid until the next call.
+  Classes rest_classes(const Row<T>& row, int t, const Tile<T>& tile) {
+    const Term& term = o_.term[t];
+    const int leads = term.groups() == 1 ? 0 : term.leads();
+    scratch_.unsorted.resize(leads);
+    scratch_.hidden.resize(leads);
+    int hidden = 0;
+    for (int i = 0; i < leads; ++i) {
+      const int64_t j = row.members[t][i] - tile.begin;
+      scratch_.unsorted[hidden] = static_cast<int>(-j);  // ascending once sorted descending
+      hidden += 0 <= j && j < tile.count;
     }
-    // The maxima of what is left.
-    T student_max() const {
-      return hides_student_max_ ? tile_max(tile_.student, padded<T>(tile_.count)) : tile_.student_max;
-    }
-    T teacher_max() const {
-      return hides_teacher_max_ ? tile_max(tile_.teacher, padded<T>(tile_.count)) : tile_.teacher_max;
-    }
-    ~Mask() {
-      for (const Masked<T>& masked : scratch_.masked) {
-        scratch_.student[masked.index] = masked.student;
-        scratch_.teacher[masked.index] = masked.teacher;
-      }
-    }
-    Mask(const Mask&) = delete;
-    Mask& operator=(const Mask&) = delete;
-
-   private:
-    Scratch<T>& scratch_;
-    const Tile& tile_;
-    bool hides_student_max_ = false, hides_teacher_max_ = false;
-  };
+    sort_few(scratch_.unsorted.data(), hidden, scratch_.hidden.data());
+    for (int i = 0; i < hidden; ++i) scratch_.hidden[i] = -scratch_.hidden[i];
+    return {tile.count, scratch_.hidden.data(), hidden};
+  }
 
   static int64_t kept_arrays(const Objective& objective) {
     int64_t arrays = 0;
@@ -709,14 +775,9 @@ class Worker {
     return static_cast<char*>(matrix.data) + sample_offset(p_, matrix, sample) * dtype_size(matrix.dtype);
   }
 
-  // Classes of a row as whole vectors: in place where nothing has to be converted, padded or `changed`, else in `to`.
-  const T* read(const Matrix& matrix, const void* row, int64_t begin, int count, T* to, bool changed, T* max) const {
-    if (matrix.class_stride == 1 && is_arithmetic(matrix.dtype)) {
-      const T* from = static_cast<const T*>(row) + begin;
-      const bool in_place = !changed && count % kLanes<T> == 0;
-      *max = in_place ? tile_max(from, count) : copy_max(from, count, to);
-      return in_place ? from : to;
-    }
+  // Classes of a row: in place, or in `to` where they have to be converted or gathered.
+  const T* read(const Matrix& matrix, const void* row, int64_t begin, int count, T* to) const {
+    if (matrix.class_stride == 1 && is_arithmetic(matrix.dtype)) return static_cast<const T*>(row) + begin;
     with_dtype(matrix.dtype, [&](auto element) {
       const auto* from = static_cast<const decltype(element)*>(row) + begin * matrix.class_stride;
       if (matrix.class_stride == 1) {
@@ -725,8 +786,6 @@ class Worker {
         for (int i = 0; i < count; ++i) to[i] = static_cast<T>(widen(from[i * matrix.class_stride]));
       }
     });
-    for (int i = count; i < padded<T>(count); ++i) to[i] = -INFINITY;
-    *max = tile_max(to, padded<T>(count));
     return to;
   }
 
@@ -758,28 +817,10 @@ class Worker {
   }
   void clear(const Row<T>& row) const { clear_beyond(row, 0); }
 
-  Tile load_tile(const Row<T>& row, int64_t begin, int64_t end) {
+  Tile<T> load_tile(const Row<T>& row, int64_t begin, int64_t end) {
     const int count = static_cast<int>(std::min<int64_t>(end - begin, kTile));
-    const bool masked = has_leads(row, begin, count);
-    Tile tile{begin, count, nullptr, nullptr, 0, 0};
-    tile.student = read(p_.student, row.student, begin, count, scratch_.student, masked, &tile.student_max);
-    if (held_.sample == row.sample) {
-      tile.teacher = scratch_.teacher;
-      tile.teacher_max = held_.teacher_max;
-    } else {
-      tile.teacher = read(p_.teacher, row.teacher, begin, count, scratch_.teacher, masked, &tile.teacher_max);
-    }
-    held_ = {};
-    return tile;
-  }
-
-  bool has_leads(const Row<T>& row, int64_t begin, int count) const {
-    for (int t = 0; t < o_.terms; ++t) {
-      const int leads = o_.term[t].groups() == 1 ? 0 : o_.term[t].leads();
-      for (int i = 0; i < leads; ++i)
-        if (row.members[t][i] >= begin && row.members[t][i] < begin + count) return true;
-    }
-    return false;
+    return {begin, count, read(p_.student, row.student, begin, count, scratch_.student),
+            read(p_.teacher, row.teacher, begin, count, scratch_.teacher)};
   }
 
   Exps<T> kept(const Row<T>& row, int t, int64_t begin) const {
@@ -798,40 +839,43 @@ class Worker {
             static_cast<const char*>(row.teacher) + bytes(p_.teacher), step(p_.student), step(p_.teacher)};
   }
 
-  // The logits of a leading group, gathered into whole vectors, and room for their gradient.
-  struct Leads {
-    int count;
-    T* student;
-    T* teacher;
-    T* gradient;
-  };
-  Leads gather(const Row<T>& row, int t, int g) {
+  // The logits of a leading group; after them there is room for a third array of the same size.
+  Tile<T> gather(const Row<T>& row, int t, int g) {
     const Term& term = o_.term[t];
-    const int first = term.group_begin(g), count = term.group_end(g) - first, size = padded<T>(count);
-    T* student = scratch_.leads.data(3 * size);
-    T* teacher = student + size;
-    std::fill_n(student, 2 * size, T(-INFINITY));
-    for (int i = 0; i < count; ++i) {
-      student[i] = value(p_.student, row.student, row.members[t][first + i]);
-      teacher[i] = value(p_.teacher, row.teacher, row.members[t][first + i]);
-    }
-    return {count, student, teacher, teacher + size};
+    const int64_t* members = row.members[t] + term.group_begin(g);
+    const int count = term.group_end(g) - term.group_begin(g), size = padded<T>(count);
+    T* sides = scratch_.leads.data(3 * size);
+    const auto collect = [&](const Matrix& matrix, const void* logits, T* to) {
+      with_dtype(matrix.dtype, [&](auto element) {
+        const auto* from = static_cast<const decltype(element)*>(logits);
+        for (int i = 0; i < count; ++i) to[i] = static_cast<T>(widen(from[members[i] * matrix.class_stride]));
+      });
+    };
+    collect(p_.student, row.student, sides);
+    collect(p_.teacher, row.teacher, sides + size);
+    return {0, count, sides, sides + size};
+  }
+
+  // Room for the exponentials of a leading group, if any are kept.
+  Exps<T> kept_leads(const Row<T>& row, int t, int g) {
+    if (!kept_[t].student) return {};
+    const int size = padded<T>(o_.term[t].leads()), groups = kMaxTerms * (kMaxGroups - 1);
+    T* next = scratch_.kept_leads.data(kBatch * groups * 3 * kept_leads_size_) + (row.lane * groups + 2 * t + g) * 3 * kept_leads_size_;
+    return {next, next + size, o_.term[t].wants_reverse() ? next + 2 * size : nullptr};
   }
 
   void add_leads(const Row<T>& row, int t, int g, GroupStats<double>& stats) {
-    const Leads leads = gather(row, t, g);
-    const int count = padded<T>(leads.count);
-    const bool single = leads.count == 1;
-    if (single && std::isfinite(*leads.student) && std::isfinite(*leads.teacher)) {
+    const Tile<T> leads = gather(row, t, g);
+    if (leads.count == 1 && std::isfinite(*leads.student) && std::isfinite(*leads.teacher)) {
       // Exact in double precision, so that the sums are exactly 1.
-      stats.student_max = origin_at<double>(*leads.student, exponent_[t]);
-      stats.teacher_max = origin_at<double>(*leads.teacher, exponent_[t]);
+      stats.student_origin = origin_at<double>(*leads.student, exponent_[t]);
+      stats.teacher_origin = origin_at<double>(*leads.teacher, exponent_[t]);
       stats.student_sum = stats.teacher_sum = 1;
-    } else {
-      stats.student_max = origin_at(tile_max(leads.student, count), exponent_[t]);
-      stats.teacher_max = origin_at(tile_max(leads.teacher, count), exponent_[t]);
-      add_sums_leads_[t](leads.student, leads.teacher, count, exponent_[t], stats, {}, ahead(row, 0));
+      return;
     }
+    const Classes all{leads.count};
+    const Exps<T> exps = kept_leads(row, t, g);
+    if (!add_hopefully(t, leads, all, exps, ahead(row, 0), stats)) add_carefully(t, leads, all, exps, ahead(row, 0), stats);
   }
 
   // What the leading classes' gradients get on top of the rest's sweep.
@@ -840,17 +884,25 @@ class Worker {
     list.clear();
     for (int t = 0; t < o_.terms; ++t) {
       const Term& term = o_.term[t];
-      const auto kernel = term.tilted() ? gradient_of_logits<T, false, true> : gradient_of_logits<T, false, false>;
+      const bool tilt = term.tilted();
       for (int g = 0; g + 1 < term.groups(); ++g) {
         const GroupGradient<T> group = weighed_group(row, t, g);
-        if (term.group_end(g) - term.group_begin(g) == 1 && std::isfinite(group.student_max) && std::isfinite(group.teacher_max)) {
-          list.emplace_back(group.by.student - group.by.teacher, row.members[t][term.group_begin(g)]);
+        const int count = term.group_end(g) - term.group_begin(g);
+        const int64_t* members = row.members[t] + term.group_begin(g);
+        if (count == 1 && std::isfinite(group.student_origin) && std::isfinite(group.teacher_origin)) {
+          list.emplace_back(group.by.student - group.by.teacher, *members);
           continue;
         }
-        const Leads leads = gather(row, t, g);
-        kernel(leads.student, leads.teacher, leads.count, exponent_[t], group, leads.gradient);
-        for (int i = 0; i < leads.count; ++i)
-          list.emplace_back(leads.gradient[i], row.members[t][term.group_begin(g) + i]);
+        const int size = padded<T>(count);
+        T* out = scratch_.leads.data(3 * size) + 2 * size;
+        if (const Exps<T> exps = kept_leads(row, t, g); exps.student) {
+          (tilt ? gradient_of_exps<T, false, true> : gradient_of_exps<T, false, false>)(exps, count, group.by, out);
+        } else {
+          const Tile<T> leads = gather(row, t, g);
+          (tilt ? gradient_of_logits<T, false, true> : gradient_of_logits<T, false, false>)(
+              leads.student, leads.teacher, Classes{count}, exponent_[t], group, out);
+        }
+        for (int i = 0; i < count; ++i) list.emplace_back(out[i], members[i]);
       }
     }
     if (o_.has_ce()) list.emplace_back(-static_cast<T>(o_.ce_weight) * row.weight, p_.target[row.sample]);
@@ -864,11 +916,11 @@ class Worker {
 
   // Coefficients for a tile's kept exponentials, which count from the maxima known when they were computed.
   GroupCoefficients<T> from_tile_origin(const Row<T>& row, const GroupGradient<T>& group, int t, int64_t begin) const {
-    const auto [student_max, teacher_max] = kept_origin_[t][row.lane + begin / kTile];
-    const double student_to = group.student_max, teacher_to = group.teacher_max;
-    const double student = rebase_factor(student_max, student_to, unit(t));
-    const double teacher = rebase_factor(teacher_max, teacher_to, unit(t));
-    const double gap = rebase_gap(student_max, student_to, teacher_max, teacher_to, unit(t));
+    const auto [student_origin, teacher_origin] = kept_origin_[t][row.lane + begin / kTile];
+    const double student_to = group.student_origin, teacher_to = group.teacher_origin;
+    const double student = rebase_factor(student_origin, student_to, unit(t));
+    const double teacher = rebase_factor(teacher_origin, teacher_to, unit(t));
+    const double gap = rebase_gap(student_origin, student_to, teacher_origin, teacher_to, unit(t));
     const GroupCoefficients<T>& by = group.by;
     const double level = by.tilt == 0 ? by.student : by.student + by.tilt * gap;
     return {T(student * level), T(student * by.tilt), T(teacher * by.teacher)};
@@ -879,12 +931,12 @@ class Worker {
   void save(const Row<T>& row) const {
     T* out = saved(row);
     *out++ = row.weight;
-    *out++ = row.ce_max;
+    *out++ = row.ce_origin;
     *out++ = row.ce_inverse;
     for (int t = 0; t < o_.terms; ++t)
       for (int g = 0; g < o_.term[t].groups(); ++g) {
         const GroupGradient<T>& group = row.group[t][g];
-        for (const T number : {group.student_max, group.teacher_max, group.by.student, group.by.tilt, group.by.teacher})
+        for (const T number : {group.student_origin, group.teacher_origin, group.by.student, group.by.tilt, group.by.teacher})
           *out++ = number;
       }
   }
@@ -892,27 +944,21 @@ class Worker {
   void restore(Row<T>& row) {
     const T* in = saved(row);
     row.weight = static_cast<T>(*in++ * p_.row_weight[row.sample]);
-    row.ce_max = *in++;
+    row.ce_origin = *in++;
     row.ce_inverse = *in++;
     for (int t = 0; t < o_.terms; ++t)
       for (int g = 0; g < o_.term[t].groups(); ++g, in += 5) row.group[t][g] = {in[0], in[1], {in[2], in[3], in[4]}};
     place_members(row);
   }
 
-  // The sample whose teacher's logits a selection left in scratch, if any.
-  struct Held {
-    int64_t sample = -1;
-    T teacher_max = 0;
-  };
-
   const RowsProblem& p_;
   const Objective& o_;
-  Held held_;
   Scratch<T>& scratch_;
   T exponent_[kMaxTerms];
-  AddSums<T> add_sums_[kMaxTerms], add_sums_leads_[kMaxTerms];
+  AddSums<T> add_[kMaxTerms], add_and_keep_[kMaxTerms], add_carefully_[kMaxTerms], add_and_keep_carefully_[kMaxTerms];
   Exps<T> kept_[kMaxTerms];  // of the batch's first row
   int64_t kept_row_ = 0;     // from row to row
+  int kept_leads_size_ = 0;  // of one array of a leading group
   // What they count from, a tile; only a batch of one has more than one tile.
   std::array<std::pair<double, double>, kKeptClasses / kTile> kept_origin_[kMaxTerms];
 };
@@ -931,7 +977,8 @@ void forward_split(const RowsProblem& problem, const Parallel& parallel) {
   const int64_t chunks = main.chunks();
   std::vector<Row<T>> rows;
   for (int64_t n = 0; n < p.samples; ++n) {
-    Row<T> row = main.row(n);
+    Row<T> row;
+    main.begin_row(row, n, 0);
     if (main.skip(row)) continue;
     main.place_members(row);
     rows.push_back(row);
