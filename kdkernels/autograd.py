@@ -12,23 +12,24 @@ from kdkernels import ops
 from kdkernels.validation import Call
 
 
-def fused_loss(call: Call, *, recompute: bool, parts: bool) -> tuple[Tensor, Tensor]:
+def fused_loss(call: Call, *, recompute: bool, parts: bool) -> tuple[Tensor, Tensor | None]:
     """``(loss, parts)`` of a checked call by the kernels, differentiable in the student's logits if that is asked for.
 
-    Without a gradient nothing of the logits' size is allocated. ``parts`` has its parts in the last dimension and is
-    empty unless asked for.
+    Without a gradient nothing of the logits' size is allocated. ``parts`` has its parts in the last dimension; None
+    unless asked for.
     """
     if not (call.student.requires_grad and torch.is_grad_enabled()):
         loss, values, *_ = ops.forward(call, gradient=False, save=False, parts=parts)
-        return loss, values
-    return DistillationFunction.apply(call.student, call, recompute, parts)
+        return loss, values if parts else None
+    result = DistillationFunction.apply(call.student, call, recompute, parts)
+    return result if parts else (result, None)
 
 
 class DistillationFunction(torch.autograd.Function):
     """Loss forward; backward scales the gradient that forward wrote, or recomputes it from what forward saved."""
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, call: Call, recompute: bool, parts: bool) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, student: Tensor, call: Call, recompute: bool, parts: bool) -> Any:
         if torch.compiler.is_compiling():
             call = call._replace(student=student)  # tracing knows a function's tensors by its arguments only
         recompute = recompute or _rounds_too_early(student.dtype, call.reduction)
@@ -43,26 +44,34 @@ class DistillationFunction(torch.autograd.Function):
         else:
             ctx.save_for_backward(gradient)
             ctx.class_dim = call.class_dim
-        return loss, values
+        return (loss, values) if parts else loss
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if grad_loss is None:
             return None, None, None, None
-        if ctx.recompute:
-            student, teacher, target, saved, members = ctx.saved_tensors
-            call = ctx.call._replace(student=student, teacher=teacher, target=target)
-            return ops.backward(call, grad_loss, saved, members), None, None, None
-        (gradient,) = ctx.saved_tensors
-        if torch.compiler.is_compiling() or _graph_is_kept():
-            # The buffer must survive for the next backward over this graph.
-            factor = grad_loss.unsqueeze(ctx.class_dim) if grad_loss.dim() else grad_loss
-            return (gradient * factor).to(gradient.dtype), None, None, None
-        # The graph is freed after this backward, so the buffer is ours to scale: no second N x C tensor.
-        if not (grad_loss.dim() == 0 and grad_loss.is_cpu and grad_loss.item() == 1):  # asks no device
-            ops.scale_(gradient, grad_loss, ctx.class_dim)
-        return gradient, None, None, None
+        # Grad mode is on only where a graph of the backward is asked for; the guard's own cost is not small.
+        gradient = _guarded_gradient if torch.is_grad_enabled() else _gradient
+        return gradient(ctx, grad_loss), None, None, None
+
+
+def _gradient(ctx: Any, grad_loss: Tensor) -> Tensor:
+    if ctx.recompute:
+        student, teacher, target, saved, members = ctx.saved_tensors
+        call = ctx.call._replace(student=student, teacher=teacher, target=target)
+        return ops.backward(call, grad_loss, saved, members)
+    (gradient,) = ctx.saved_tensors
+    if torch.compiler.is_compiling() or _graph_is_kept():
+        # The buffer must survive for the next backward over this graph.
+        factor = grad_loss.unsqueeze(ctx.class_dim) if grad_loss.dim() else grad_loss
+        return (gradient * factor).to(gradient.dtype)
+    # The graph is freed after this backward, so the buffer is ours to scale: no second N x C tensor.
+    if not (grad_loss.dim() == 0 and grad_loss.is_cpu and grad_loss.item() == 1):  # asks no device
+        ops.scale_(gradient, grad_loss, ctx.class_dim)
+    return gradient
+
+
+_guarded_gradient = once_differentiable(_gradient)
 
 
 def _rounds_too_early(dtype: torch.dtype, reduction: str) -> bool:

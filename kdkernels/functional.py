@@ -118,7 +118,7 @@ def distillation_loss(
             loss = autograd.OnceDifferentiable.apply(loss)
         return (loss, parts) if return_parts else loss
     loss, values = autograd.fused_loss(call, recompute=mode == "recompute", parts=return_parts)
-    return (loss, _named_parts(call.objective, values)) if return_parts else loss
+    return loss if values is None else (loss, _named_parts(call.objective, values))
 
 
 def _adjusted(

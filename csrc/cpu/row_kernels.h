@@ -8,7 +8,8 @@ constexpr int kTile = 2048;               // classes of a tile: both sides and t
 constexpr int64_t kChunk = 8 * kTile;     // classes of a chunk, the unit of work where a row is split over threads
 constexpr int64_t kKeptClasses = 65536;   // exponentials of rows up to here are kept for the gradient (they fit in L2)
 constexpr int64_t kSplitSamples = 16;     // fewer samples than this may be split over threads
-constexpr int kBatch = kLanes<double>;    // rows that take step 2 together
+constexpr int kBatch = kLanes<double>;    // rows that take step 2 together, at most
+constexpr int kBatchClasses = 4 * kTile;  // their classes, at most
 constexpr int64_t kGrainClasses = 16384;  // least work that is worth a thread
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -486,8 +487,10 @@ class Worker {
     row.ce_origin = row.ce_inverse = 0;
   }
 
-  // Rows that take step 2 together: their kept exponentials have to stay in cache until step 3.
-  int64_t batch() const { return std::clamp<int64_t>(kTile / p_.classes, 1, kBatch); }
+  // Rows that take step 2 together: rows of one tile, whose kept exponentials have to stay in cache until step 3.
+  int64_t batch() const {
+    return p_.classes > kTile ? 1 : std::clamp<int64_t>(kBatchClasses / p_.classes, 1, kBatch);
+  }
 
   // Steps 1 to 3 of a batch of rows.
   void forward(int64_t begin, int64_t end) {
