@@ -8,6 +8,8 @@ places as the repositories' does; on the logits of this benchmark it is right, a
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -84,6 +86,26 @@ def gdkd3_loss(
     top_kl = _group_kl(student, teacher, others=~top)
     rest_kl = _group_kl(student, teacher, others=~rest)
     return (w0 * masses_kl + w1 * top_kl + w2 * rest_kl) * temperature**2
+
+
+def by_class(logits: Tensor) -> Tensor:
+    """Perception reconstruction as in LumiNet's repository: each class against its mean and variance in the batch."""
+    variance = logits.var(0, unbiased=False, keepdim=True)
+    return (logits - logits.mean(0, keepdim=True)) / torch.sqrt(variance + 1e-5)
+
+
+def by_sample(logits: Tensor) -> Tensor:
+    """Logit standardisation as in its repository: each sample against its mean and deviation over the classes."""
+    return (logits - logits.mean(-1, keepdim=True)) / (logits.std(-1, keepdim=True) + 1e-7)
+
+
+def standardized(loss: Callable[..., Tensor], standardize: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    """``loss`` of standardised logits, student and teacher each with their own statistics."""
+
+    def of_standardized(student: Tensor, teacher: Tensor, target: Tensor, **numbers: float) -> Tensor:
+        return loss(standardize(student), standardize(teacher), target, **numbers)
+
+    return of_standardized
 
 
 def _masses_kl(student: Tensor, teacher: Tensor, masks: tuple[Tensor, ...]) -> Tensor:

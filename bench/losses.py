@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import eager
@@ -32,13 +32,9 @@ class Loss:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
-    def standardize(self) -> str | None:
-        return self.options.get("standardize")
-
-    @property
     def rows_are_independent(self) -> bool:
         """Whether a sample's loss and gradient depend on that sample alone."""
-        return self.standardize != "class"
+        return self.options.get("standardize") != "class"
 
     def call_ours(self, student: Tensor, teacher: Tensor, target: Tensor, **options: Any) -> Tensor:
         if self.takes_target:
@@ -63,6 +59,26 @@ LOSSES: dict[str, Loss] = {
     "dkd": Loss(kdkernels.dkd_loss, eager.dkd_loss, {"alpha": 1.0, "beta": 8.0, "temperature": 4.0}, takes_target=True),
     "gdkd": Loss(kdkernels.gdkd_loss, eager.gdkd_loss, {"k": 5, **_GDKD}),
     "gdkd3": Loss(kdkernels.gdkd3_loss, eager.gdkd3_loss, {"k": 4, **_GDKD}),
+}
+
+
+def _standardized(name: str, standardize: str, **numbers: float) -> Loss:
+    """The loss ``name`` of standardised logits, with other numbers if given."""
+    inside = LOSSES[name]
+    return replace(
+        inside,
+        eager=eager.standardized(inside.eager, {"class": eager.by_class, "sample": eager.by_sample}[standardize]),
+        numbers={**inside.numbers, **numbers},
+        options={"standardize": standardize},
+    )
+
+
+LOSSES |= {
+    "pr_kd": _standardized("kd", "class"),
+    "pr_dkd": _standardized("dkd", "class"),
+    "pr_gdkd": _standardized("gdkd", "class"),
+    "lskd": _standardized("kd", "sample", temperature=2.0),  # without its constant factor, 9
+    "ls_dkd": _standardized("dkd", "sample", temperature=2.0),
 }
 
 

@@ -60,8 +60,13 @@ struct Term {
   }
 };
 
+enum class Standardize : int { none = 0, by_class = 1, by_sample = 2 };
+
 struct Objective {
   double ce_weight;
+  Standardize standardize;
+  double correction;
+  double eps;
   int terms;
   Term term[kMaxTerms];
 
@@ -71,16 +76,27 @@ struct Objective {
     return count;
   }
   bool has_ce() const { return ce_weight != 0; }
+
+  // What a centred logit is multiplied by, from the moments of its class or sample. Without deviation and eps it is 0,
+  // as the logit is.
+  KDK_HOST_DEVICE double factor(double count, double m2) const {
+    const double variance = m2 / degrees(count);
+    const double deviation = standardize == Standardize::by_class ? std::sqrt(variance + eps) : std::sqrt(variance) + eps;
+    return deviation == 0 ? 0 : 1 / deviation;
+  }
+  KDK_HOST_DEVICE double degrees(double count) const { return count - correction > 1 ? count - correction : 1; }
 };
 
+// Numbers before the terms: the weight of the cross entropy, the standardisation, its correction and eps.
+constexpr int kEncodedHeader = 4;
 // Numbers of one encoded term: kind, k, largest, temperature, scale, mass, groups, mass part, group parts.
 constexpr int kEncodedTerm = 5 + 2 + 2 * kMaxGroups + 2 + 2 * kMaxGroups;
 
 // Reads what Objective.encode() of kdkernels/objective.py wrote; false if the length does not fit.
 inline bool decode(const double* numbers, int64_t count, Objective& objective) {
-  objective.terms = static_cast<int>((count - 1) / kEncodedTerm);
-  if (count < 1 || objective.terms < 1 || objective.terms > kMaxTerms) return false;
-  if (count != 1 + static_cast<int64_t>(objective.terms) * kEncodedTerm) return false;
+  objective.terms = static_cast<int>((count - kEncodedHeader) / kEncodedTerm);
+  if (count < kEncodedHeader || objective.terms < 1 || objective.terms > kMaxTerms) return false;
+  if (count != kEncodedHeader + static_cast<int64_t>(objective.terms) * kEncodedTerm) return false;
   const double* next = numbers;
   const auto weights = [&next] {
     const KlWeights pair{next[0], next[1]};
@@ -88,6 +104,9 @@ inline bool decode(const double* numbers, int64_t count, Objective& objective) {
     return pair;
   };
   objective.ce_weight = *next++;
+  objective.standardize = static_cast<Standardize>(static_cast<int>(*next++));
+  objective.correction = *next++;
+  objective.eps = *next++;
   for (int t = 0; t < objective.terms; ++t) {
     Term& term = objective.term[t];
     term.kind = static_cast<PartitionKind>(static_cast<int>(*next++));

@@ -100,4 +100,22 @@ KDK_HOST_DEVICE void merge(SoftmaxStats<R>& into, SoftmaxStats<R> other, R unit)
   into.sum += other.sum;
 }
 
+// Count, mean and sum of squared deviations of some numbers.
+template <class R>
+struct Moments {
+  R count{};
+  R mean{};
+  R m2{};
+};
+
+template <class R>
+KDK_HOST_DEVICE void merge(Moments<R>& into, const Moments<R>& other) {
+  const R count = into.count + other.count;
+  if (count == 0) return;
+  const R share = other.count / count, difference = other.mean - into.mean;
+  into.m2 += other.m2 + difference * difference * into.count * share;
+  into.mean += difference * share;
+  into.count = count;
+}
+
 }  // namespace kdk

@@ -166,18 +166,53 @@ void reduce(Reduction reduction, const double* values, int64_t columns, const st
   }
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_cpu(
-    const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& target,
-    const std::optional<Tensor>& sample_weight, const std::optional<Tensor>& denominator,
-    const std::vector<double>& objective, double scale, int64_t reduction_index, int64_t class_dim,
-    int64_t num_classes, int64_t ignore_index, bool gradient, bool save, bool parts) {
-  const auto reduction = static_cast<Reduction>(reduction_index);
+// What a call compares: both sides' logits, and the shape and layout they share.
+RowsProblem compared(const Tensor& student, const Tensor& teacher, int64_t num_classes, int64_t class_dim) {
   RowsProblem problem;
-  problem.objective = decoded(objective);
   problem.classes = num_classes;
   problem.gradient_classes = student.size(class_dim);
   problem.double_arithmetic =
       student.scalar_type() == ScalarType::Double || teacher.scalar_type() == ScalarType::Double;
+  return problem;
+}
+
+// What standardises by class, checked against the objective.
+void set_class_statistics(RowsProblem& problem, Arguments& arguments, const std::optional<Tensor>& moments,
+                          const std::optional<Tensor>& sums) {
+  const bool by_class = problem.objective.standardize == Standardize::by_class;
+  STD_TORCH_CHECK(by_class == moments.has_value(), "ValueError: moments must be given where, and only where, logits are ",
+                  "standardised by class");
+  STD_TORCH_CHECK(!moments || moments->numel() == 6 * problem.classes, "ValueError: moments must have 2 x 3 x ",
+                  problem.classes, " numbers");
+  STD_TORCH_CHECK(!sums || sums->numel() == 2 * problem.classes, "ValueError: sums must have 2 x ", problem.classes,
+                  " numbers");
+  problem.moments = arguments.array<double>(moments);
+  problem.sums = arguments.array<double>(sums);
+}
+
+// Count, mean and M2 of each class over the valid samples: of the student, then of the teacher.
+Tensor class_moments_cpu(const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& target,
+                         const std::optional<Tensor>& sample_weight, int64_t class_dim, int64_t num_classes,
+                         int64_t ignore_index) {
+  RowsProblem problem = compared(student, teacher, num_classes, class_dim);
+  set_layout(problem, {{&problem.student, &student}, {&problem.teacher, &teacher}}, class_dim);
+  Arguments arguments;
+  problem.target = arguments.array<int64_t>(target);
+  std::vector<double> weights = sample_weights(problem, arguments.array<double>(sample_weight), ignore_index);
+  problem.row_weight = weights.data();
+  Tensor moments = new_tensor(student, {2, 3, num_classes}, ScalarType::Double);
+  class_moments(problem, parallel(), static_cast<double*>(moments.data_ptr()));
+  return moments;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_cpu(
+    const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& target,
+    const std::optional<Tensor>& sample_weight, const std::optional<Tensor>& denominator,
+    const std::optional<Tensor>& moments, const std::vector<double>& objective, double scale, int64_t reduction_index, int64_t class_dim,
+    int64_t num_classes, int64_t ignore_index, bool gradient, bool save, bool parts) {
+  const auto reduction = static_cast<Reduction>(reduction_index);
+  RowsProblem problem = compared(student, teacher, num_classes, class_dim);
+  problem.objective = decoded(objective);
   const ScalarType dtype = problem.double_arithmetic ? ScalarType::Double : ScalarType::Float;
 
   Tensor grad = gradient ? new_gradient(student) : new_tensor(student, {0}, student.scalar_type());
@@ -187,6 +222,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_cpu(
   const int64_t samples = problem.samples;
 
   Arguments arguments;
+  set_class_statistics(problem, arguments, moments, std::nullopt);
+  STD_TORCH_CHECK(!gradient || problem.moments == nullptr,
+                  "ValueError: gradient must be left to backward where logits are standardised by class");
   problem.target = arguments.array<int64_t>(target);
   std::vector<double> weights = sample_weights(problem, arguments.array<double>(sample_weight), ignore_index);
   const double factor =
@@ -223,27 +261,52 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_cpu(
   return {loss, part_values, grad, saved, members};
 }
 
+// A backward step: the logits, and what forward saved of each sample, weighted by the upstream gradient.
+struct Backward {
+  RowsProblem problem;
+  Arguments arguments;
+  std::vector<double> weights;
+
+  Backward(const Tensor& grad_loss, const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& target,
+           const Tensor& saved, const Tensor& members, const std::vector<double>& objective, int64_t class_dim,
+           int64_t num_classes, Tensor* gradient)
+      : problem(compared(student, teacher, num_classes, class_dim)) {
+    problem.objective = decoded(objective);
+    std::vector<std::pair<Matrix*, const Tensor*>> sides{{&problem.student, &student}, {&problem.teacher, &teacher}};
+    if (gradient) sides.emplace_back(&problem.gradient, gradient);
+    set_layout(problem, sides, class_dim);
+    problem.target = arguments.array<int64_t>(target);
+    const double* factor = arguments.array<double>(grad_loss);
+    weights.resize(problem.samples);
+    for (int64_t n = 0; n < problem.samples; ++n) weights[n] = factor[grad_loss.dim() == 0 ? 0 : n];
+    problem.row_weight = weights.data();
+    problem.saved = saved.data_ptr();
+    problem.members = static_cast<int64_t*>(members.data_ptr());
+  }
+};
+
 Tensor backward_cpu(const Tensor& grad_loss, const Tensor& student, const Tensor& teacher,
                     const std::optional<Tensor>& target, const Tensor& saved, const Tensor& members,
+                    const std::optional<Tensor>& moments, const std::optional<Tensor>& sums,
                     const std::vector<double>& objective, int64_t class_dim, int64_t num_classes) {
-  RowsProblem problem;
-  problem.objective = decoded(objective);
-  problem.classes = num_classes;
-  problem.gradient_classes = student.size(class_dim);
-  problem.double_arithmetic = saved.scalar_type() == ScalarType::Double;
-  Tensor grad = new_gradient(student);
-  set_layout(problem,
-             {{&problem.student, &student}, {&problem.teacher, &teacher}, {&problem.gradient, &grad}}, class_dim);
-  Arguments arguments;
-  problem.target = arguments.array<int64_t>(target);
-  const double* factor = arguments.array<double>(grad_loss);
-  std::vector<double> weights(problem.samples);
-  for (int64_t n = 0; n < problem.samples; ++n) weights[n] = factor[grad_loss.dim() == 0 ? 0 : n];
-  problem.row_weight = weights.data();
-  problem.saved = saved.data_ptr();
-  problem.members = static_cast<int64_t*>(members.data_ptr());
-  backward_rows(problem, parallel());
-  return grad;
+  Tensor gradient = new_gradient(student);
+  Backward step(grad_loss, student, teacher, target, saved, members, objective, class_dim, num_classes, &gradient);
+  set_class_statistics(step.problem, step.arguments, moments, sums);
+  STD_TORCH_CHECK(moments.has_value() == sums.has_value(), "ValueError: sums must be given with moments");
+  backward_rows(step.problem, parallel());
+  return gradient;
+}
+
+// For each class, the sums over samples that its gradient needs.
+Tensor class_sums_cpu(const Tensor& grad_loss, const Tensor& student, const Tensor& teacher,
+                      const std::optional<Tensor>& target, const Tensor& saved, const Tensor& members,
+                      const Tensor& moments, const std::vector<double>& objective, int64_t class_dim,
+                      int64_t num_classes) {
+  Backward step(grad_loss, student, teacher, target, saved, members, objective, class_dim, num_classes, nullptr);
+  set_class_statistics(step.problem, step.arguments, moments, std::nullopt);
+  Tensor sums = new_tensor(student, {2, num_classes}, ScalarType::Double);
+  class_sums(step.problem, parallel(), static_cast<double*>(sums.data_ptr()));
+  return sums;
 }
 
 void scale_cpu(const Tensor& gradient, const Tensor& factor, int64_t class_dim) {
@@ -273,13 +336,19 @@ std::vector<int64_t> cpu_instruction_sets() {
 
 STABLE_TORCH_LIBRARY(kdkernels, m) {
   m.def(
+      "class_moments(Tensor student, Tensor teacher, Tensor? target, Tensor? sample_weight, int class_dim, "
+      "SymInt num_classes, int ignore_index) -> Tensor");
+  m.def(
       "forward(Tensor student, Tensor teacher, Tensor? target, Tensor? sample_weight, Tensor? denominator, "
-      "float[] objective, float scale, int reduction, int class_dim, SymInt num_classes, int ignore_index, "
+      "Tensor? moments, float[] objective, float scale, int reduction, int class_dim, SymInt num_classes, int ignore_index, "
       "bool gradient, bool save, bool parts) -> "
       "(Tensor loss, Tensor parts, Tensor gradient, Tensor saved, Tensor members)");
   m.def(
+      "class_sums(Tensor grad_loss, Tensor student, Tensor teacher, Tensor? target, Tensor saved, Tensor members, "
+      "Tensor moments, float[] objective, int class_dim, SymInt num_classes) -> Tensor");
+  m.def(
       "backward(Tensor grad_loss, Tensor student, Tensor teacher, Tensor? target, Tensor saved, Tensor members, "
-      "float[] objective, int class_dim, SymInt num_classes) -> Tensor");
+      "Tensor? moments, Tensor? sums, float[] objective, int class_dim, SymInt num_classes) -> Tensor");
   m.def("scale_(Tensor(a!) gradient, Tensor factor, int class_dim) -> ()");
   // Numbers a sample of the loss parts, of what forward saves, and of the leading classes.
   m.def("sizes(float[] objective) -> int[]");
@@ -289,7 +358,9 @@ STABLE_TORCH_LIBRARY(kdkernels, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(kdkernels, CPU, m) {
+  m.impl("class_moments", TORCH_BOX(&class_moments_cpu));
   m.impl("forward", TORCH_BOX(&forward_cpu));
+  m.impl("class_sums", TORCH_BOX(&class_sums_cpu));
   m.impl("backward", TORCH_BOX(&backward_cpu));
   m.impl("scale_", TORCH_BOX(&scale_cpu));
 }

@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import torch
@@ -29,7 +30,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import kdkernels
-from kdkernels import dispatch
+from kdkernels import dispatch, objective
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -60,11 +61,11 @@ def cross_entropy(student: Tensor, teacher: Tensor, target: Tensor, backend: str
     return F.cross_entropy(student, target)
 
 
-def distilled(loss: Callable[..., Tensor], *, learning_rate: float = 0.05, **numbers: float) -> Recipe:
+def distilled(loss: Callable[..., Tensor], *, learning_rate: float = 0.05, **arguments: Any) -> Recipe:
     """Cross entropy plus the given distillation loss."""
 
     def total(student: Tensor, teacher: Tensor, target: Tensor, backend: str) -> Tensor:
-        return loss(student, teacher, target=target, ce_weight=1.0, backend=backend, **numbers)
+        return loss(student, teacher, target=target, ce_weight=1.0, backend=backend, **arguments)
 
     return Recipe(total, learning_rate)
 
@@ -78,6 +79,12 @@ RECIPES: dict[str, Recipe] = {
     "DKD": distilled(kdkernels.dkd_loss, alpha=1.0, beta=2.0, temperature=4.0),
     "GDKD": distilled(kdkernels.gdkd_loss, k=3, w0=1.0, w1=1.0, w2=2.0, temperature=4.0),
     "GDKD3": distilled(kdkernels.gdkd3_loss, k=3, w0=1.0, w1=1.0, w2=2.0, temperature=4.0),
+    # Measured against the batch's own spread, the student's logits pass on smaller gradients: a higher rate.
+    "PR-KD": distilled(kdkernels.kd_loss, learning_rate=0.2, temperature=4.0, standardize="class"),
+    "PR-DKD": distilled(
+        kdkernels.dkd_loss, learning_rate=0.2, alpha=1.0, beta=2.0, temperature=4.0, standardize="class"
+    ),
+    "LSKD": distilled(kdkernels.distillation_loss, objective=objective.lskd(temperature=2.0, weight=9.0)),
 }
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kdkernels import ops
+from kdkernels import distributed, ops
 from kdkernels.validation import Call
 
 
@@ -19,27 +19,34 @@ def fused_loss(call: Call, *, recompute: bool, parts: bool) -> tuple[Tensor, Ten
     unless asked for.
     """
     if not (call.student.requires_grad and torch.is_grad_enabled()):
-        loss, values, *_ = ops.forward(call, gradient=False, save=False, parts=parts)
+        loss, values, *_ = ops.forward(call, _class_moments(call), gradient=False, save=False, parts=parts)
         return loss, values if parts else None
     result = DistillationFunction.apply(call.student, call, recompute, parts)
     return result if parts else (result, None)
 
 
 class DistillationFunction(torch.autograd.Function):
-    """Loss forward; backward scales the gradient that forward wrote, or recomputes it from what forward saved."""
+    """Loss forward; backward scales the gradient that forward wrote, or recomputes it from what forward saved.
+
+    Where logits are standardised by class it always recomputes: a sample's gradient needs sums over all samples, so
+    what forward could write would have to be read and written once more.
+    """
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, call: Call, recompute: bool, parts: bool) -> Any:
         if torch.compiler.is_compiling():
             call = call._replace(student=student)  # tracing knows a function's tensors by its arguments only
-        recompute = recompute or _rounds_too_early(student.dtype, call.reduction)
-        loss, values, gradient, saved, members = ops.forward(call, gradient=not recompute, save=recompute, parts=parts)
+        moments = _class_moments(call)
+        recompute = recompute or moments is not None or _rounds_too_early(student.dtype, call.reduction)
+        loss, values, gradient, saved, members = ops.forward(
+            call, moments, gradient=not recompute, save=recompute, parts=parts
+        )
         if parts:
             ctx.mark_non_differentiable(values)
         ctx.set_materialize_grads(False)
         ctx.recompute = recompute
         if recompute:
-            ctx.save_for_backward(student, call.teacher, call.target, saved, members)
+            ctx.save_for_backward(student, call.teacher, call.target, saved, members, moments)
             ctx.call = call._replace(student=None, teacher=None, target=None, sample_weight=None, denominator=None)
         else:
             ctx.save_for_backward(gradient)
@@ -57,9 +64,12 @@ class DistillationFunction(torch.autograd.Function):
 
 def _gradient(ctx: Any, grad_loss: Tensor) -> Tensor:
     if ctx.recompute:
-        student, teacher, target, saved, members = ctx.saved_tensors
+        student, teacher, target, saved, members, moments = ctx.saved_tensors
         call = ctx.call._replace(student=student, teacher=teacher, target=target)
-        return ops.backward(call, grad_loss, saved, members)
+        sums = None
+        if moments is not None:
+            sums = distributed.summed(ops.class_sums(call, grad_loss, saved, members, moments), call.process_group)
+        return ops.backward(call, grad_loss, saved, members, moments, sums)
     (gradient,) = ctx.saved_tensors
     if torch.compiler.is_compiling() or _graph_is_kept():
         # The buffer must survive for the next backward over this graph.
@@ -72,6 +82,13 @@ def _gradient(ctx: Any, grad_loss: Tensor) -> Tensor:
 
 
 _guarded_gradient = once_differentiable(_gradient)
+
+
+def _class_moments(call: Call) -> Tensor | None:
+    """The moments of the classes where they standardise the logits, over the batches of all processes."""
+    if call.objective.standardize != "class":
+        return None
+    return distributed.merged_moments(ops.class_moments(call), call.process_group)
 
 
 def _rounds_too_early(dtype: torch.dtype, reduction: str) -> bool:

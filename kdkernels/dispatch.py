@@ -23,7 +23,7 @@ _logged: set[str] = set()
 _MAX_DIMS = 9
 
 
-def why_not(backend: str, device_type: str, standardize: str | None = None, dims: int = 2) -> str | None:
+def why_not(backend: str, device_type: str, dims: int = 2) -> str | None:
     """Why ``backend`` cannot serve logits of ``dims`` dimensions on ``device_type``; None if it can."""
     if backend == "reference":
         return None
@@ -31,8 +31,6 @@ def why_not(backend: str, device_type: str, standardize: str | None = None, dims
         return f"it serves CPU tensors, and the logits are on {device_type}"
     if ops.unavailable is not None:
         return ops.unavailable
-    if standardize is not None:
-        return f"it does not standardise logits yet (standardize={standardize!r})"
     if dims > _MAX_DIMS:
         return f"it serves logits of up to {_MAX_DIMS} dimensions, and these have {dims}"
     return None
@@ -53,14 +51,14 @@ def choose(call: Call, requested: str = "auto") -> str:
     if requested == "auto":
         requested = os.environ.get(ENVIRONMENT, "auto")
         check_choice(f"the environment variable {ENVIRONMENT}", requested, BACKENDS)
-    device_type, standardize, dims = call.student.device.type, call.objective.standardize, call.student.dim()
+    device_type, dims = call.student.device.type, call.student.dim()
     if requested != "auto":
-        reason = why_not(requested, device_type, standardize, dims)
+        reason = why_not(requested, device_type, dims)
         if reason is not None:
             raise RuntimeError(f"backend {requested!r} cannot serve this call: {reason}")
         return requested
     for backend in preference(device_type):
-        reason = why_not(backend, device_type, standardize, dims)
+        reason = why_not(backend, device_type, dims)
         if reason is None:
             return backend
         _log_once(f"backend {backend!r} is passed over: {reason}")

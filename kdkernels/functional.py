@@ -9,6 +9,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from kdkernels import autograd, dispatch, objective, reference
+from kdkernels.distributed import ProcessGroup
 from kdkernels.objective import Objective, check_choice
 from kdkernels.validation import MODES, check_call, check_sample_values
 
@@ -29,6 +30,7 @@ class LossOptions(TypedDict, total=False):
     ignore_index: int
     class_dim: int
     num_classes: int | None
+    process_group: ProcessGroup | None
     mode: str
     backend: str
     return_parts: bool
@@ -50,6 +52,7 @@ def distillation_loss(
     ignore_index: int = -100,
     class_dim: int = 1,
     num_classes: int | None = None,
+    process_group: ProcessGroup | None = None,
     mode: str = "fused",
     backend: str = "auto",
     return_parts: bool = False,
@@ -75,8 +78,13 @@ def distillation_loss(
         ignore_index: samples with this target count nowhere either.
         class_dim: the class dimension of both logits; every other dimension counts samples.
         num_classes: compare only the first ``num_classes`` classes (padded vocabularies).
+        process_group: a ``torch.distributed.ProcessGroup`` whose processes share the statistics of
+            ``standardize="class"``, forward and backward, as in synchronised batch normalisation (one collective each).
+            The gradient is that of the sum of all processes' losses; each loss is reduced over its own batch, which may
+            be empty. None: each process has its own statistics.
         mode: ``"fused"`` computes the gradient together with the loss and keeps it (one buffer of the student's
-            size); ``"recompute"`` keeps a few numbers a sample and reads the logits again in backward. A fused
+            size); ``"recompute"`` keeps a few numbers a sample and reads the logits again in backward, as both do with
+            ``standardize="class"``. A fused
             bfloat16 gradient is rounded when written and again by an upstream factor that is no power of two.
         backend: ``"auto"``, ``"cpu"`` or ``"reference"``. ``auto`` follows the environment variable
             ``KDKERNELS_BACKEND`` if set, else picks the fastest that can serve the call.
@@ -109,6 +117,7 @@ def distillation_loss(
         class_dim,
         num_classes,
         ignore_index,
+        process_group,
     )
     if dispatch.choose(call, backend) == "reference":
         if not torch.compiler.is_compiling() and call.student.device.type == "cpu":

@@ -244,7 +244,10 @@ class Objective:
 
 
 def _encode(objective: Objective) -> tuple[float, ...]:
-    numbers: list[float] = [objective.ce_weight]
+    assert objective.correction is not None
+    assert objective.eps is not None
+    numbers: list[float] = [objective.ce_weight, _STANDARDIZE.index(objective.standardize)]
+    numbers += [objective.correction, objective.eps]
     for term in objective.terms:
         padding = (0.0, 0.0) * (_MAX_GROUPS - len(term.groups))
         mixes = term.part_mixes()
@@ -383,6 +386,59 @@ def dkd_top1(alpha: float = 1.0, beta: float = 8.0, temperature: float = 4.0, kl
     check_number("beta", beta, at_least=0.0)
     groups = ((0.0, 0.0), _weigh(beta, kl_type))
     return Objective((Term(temperature, Partition("topk", 1), (alpha, 0.0), groups),))
+
+
+@_memoized
+def pr_kd(temperature: float = 4.0) -> Objective:
+    """PR-KD: KD of logits standardised by class (Zhu & Zhu 2025, c-s-a 34(2):11-18; LumiNet, arXiv 2310.03669)."""
+    return adjust(kd(temperature), standardize="class")
+
+
+@_memoized
+def pr_dkd(alpha: float = 1.0, beta: float = 8.0, temperature: float = 4.0, kl_type: str = "forward") -> Objective:
+    """PR-DKD: DKD of logits standardised by class (Zhu & Zhu 2025, c-s-a 34(2):11-18)."""
+    return adjust(dkd(alpha, beta, temperature, kl_type), standardize="class")
+
+
+@_memoized
+def pr_gdkd(
+    k: int = 5,
+    w0: float = 1.0,
+    w1: float = 1.0,
+    w2: float = 8.0,
+    temperature: float = 4.0,
+    strategy: str = "best",
+    kl_type: str = "forward",
+) -> Objective:
+    """PR-GDKD: GDKD of logits standardised by class, the top k among them (Zhu & Zhu 2025, c-s-a 34(2):11-18)."""
+    return adjust(gdkd(k, w0, w1, w2, temperature, strategy, kl_type), standardize="class")
+
+
+@_memoized
+def lskd(temperature: float = 2.0, weight: float = 9.0) -> Objective:
+    """LSKD: weight * KD of logits standardised by sample (Sun et al., CVPR 2024)."""
+    check_number("weight", weight, at_least=0.0)
+    return Objective((Term(temperature, WHOLE, groups=((weight, 0.0),)),), standardize="sample")
+
+
+@_memoized
+def ls_dkd(alpha: float = 1.0, beta: float = 8.0, temperature: float = 2.0, kl_type: str = "forward") -> Objective:
+    """LS-DKD: DKD of logits standardised by sample (Sun et al., CVPR 2024)."""
+    return adjust(dkd(alpha, beta, temperature, kl_type), standardize="sample")
+
+
+@_memoized
+def ls_gdkd(
+    k: int = 5,
+    w0: float = 1.0,
+    w1: float = 1.0,
+    w2: float = 8.0,
+    temperature: float = 2.0,
+    strategy: str = "best",
+    kl_type: str = "forward",
+) -> Objective:
+    """LS-GDKD: GDKD of logits standardised by sample (Sun et al., CVPR 2024)."""
+    return adjust(gdkd(k, w0, w1, w2, temperature, strategy, kl_type), standardize="sample")
 
 
 def _weigh(weight: float, kl_type: str) -> tuple[float, float]:

@@ -41,11 +41,33 @@ def _translated(error: RuntimeError) -> Exception:
     return _ERROR_TYPES[match[1]](match[2]) if match else error
 
 
-def forward(call: Call, *, gradient: bool, save: bool, parts: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def class_moments(call: Call) -> Tensor:
+    """Count, mean and sum of squared deviations of each class over the valid samples, ``(2, 3, num_classes)`` float64.
+
+    The student's, then the teacher's. Logits of -inf (masked classes) are not counted.
+    """
+    try:
+        return torch.ops.kdkernels.class_moments.default(
+            call.student,
+            call.teacher,
+            call.target,
+            call.sample_weight,
+            call.class_dim,
+            call.num_classes,
+            call.ignore_index,
+        )
+    except RuntimeError as error:
+        raise _translated(error) from None
+
+
+def forward(
+    call: Call, moments: Tensor | None = None, *, gradient: bool, save: bool, parts: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``(loss, parts, gradient, saved, members)``; what was not asked for is empty.
 
-    ``gradient`` is that of the reduced loss in the student's logits; ``saved`` and ``members`` are what
-    :func:`backward` needs to compute it later.
+    ``moments`` are those of :func:`class_moments` where logits are standardised by class, else None. ``gradient`` is
+    that of the reduced loss in the student's logits; ``saved`` and ``members`` are what :func:`backward` needs to
+    compute it later, as it must where there are moments: the gradient needs sums over all samples.
     """
     try:
         return torch.ops.kdkernels.forward.default(
@@ -54,6 +76,7 @@ def forward(call: Call, *, gradient: bool, save: bool, parts: bool) -> tuple[Ten
             call.target,
             call.sample_weight,
             call.denominator,
+            moments,
             call.objective.encode(),
             call.scale,
             REDUCTIONS.index(call.reduction),
@@ -68,10 +91,37 @@ def forward(call: Call, *, gradient: bool, save: bool, parts: bool) -> tuple[Ten
         raise _translated(error) from None
 
 
-def backward(call: Call, grad_loss: Tensor, saved: Tensor, members: Tensor) -> Tensor:
+def class_sums(call: Call, grad_loss: Tensor, saved: Tensor, members: Tensor, moments: Tensor) -> Tensor:
+    """Sums over the samples of the gradient in each class's standardised logits and of its product with them.
+
+    ``(2, num_classes)`` float64; ``grad_loss`` is a scalar or has one value a sample.
+    """
+    return torch.ops.kdkernels.class_sums.default(
+        grad_loss,
+        call.student,
+        call.teacher,
+        call.target,
+        saved,
+        members,
+        moments,
+        call.objective.encode(),
+        call.class_dim,
+        call.num_classes,
+    )
+
+
+def backward(
+    call: Call,
+    grad_loss: Tensor,
+    saved: Tensor,
+    members: Tensor,
+    moments: Tensor | None = None,
+    sums: Tensor | None = None,
+) -> Tensor:
     """The gradient in the student's logits from what :func:`forward` saved.
 
-    ``grad_loss`` is a scalar or has one value a sample.
+    ``grad_loss`` is a scalar or has one value a sample; ``sums`` are those of :func:`class_sums` where there are
+    ``moments``.
     """
     return torch.ops.kdkernels.backward.default(
         grad_loss,
@@ -80,6 +130,8 @@ def backward(call: Call, grad_loss: Tensor, saved: Tensor, members: Tensor) -> T
         call.target,
         saved,
         members,
+        moments,
+        sums,
         call.objective.encode(),
         call.class_dim,
         call.num_classes,
@@ -116,6 +168,10 @@ def set_cpu_instruction_set(name: str) -> None:
 
 if unavailable is None:
 
+    @torch.library.register_fake("kdkernels::class_moments")
+    def _(student, teacher, target, sample_weight, class_dim, num_classes, ignore_index):
+        return student.new_empty((2, 3, num_classes), dtype=torch.float64)
+
     @torch.library.register_fake("kdkernels::forward")
     def _(
         student,
@@ -123,6 +179,7 @@ if unavailable is None:
         target,
         sample_weight,
         denominator,
+        moments,
         objective,
         scale,
         reduction,
@@ -148,8 +205,12 @@ if unavailable is None:
             empty((count, sizes[2]) if save else (0,), dtype=torch.int64),
         )
 
+    @torch.library.register_fake("kdkernels::class_sums")
+    def _(grad_loss, student, teacher, target, saved, members, moments, objective, class_dim, num_classes):
+        return student.new_empty((2, num_classes), dtype=torch.float64)
+
     @torch.library.register_fake("kdkernels::backward")
-    def _(grad_loss, student, teacher, target, saved, members, objective, class_dim, num_classes):
+    def _(grad_loss, student, teacher, target, saved, members, moments, sums, objective, class_dim, num_classes):
         return torch.empty_like(student)
 
     @torch.library.register_fake("kdkernels::scale_")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kdkernels.distributed import ProcessGroup, Sum
 from kdkernels.objective import Objective, Partition
 from kdkernels.validation import Call
 
@@ -39,13 +40,14 @@ def distillation_loss(call: Call) -> tuple[Tensor, dict[str, Tensor]]:
     # A sample that does not count may hold anything, NaN included: nothing of it may reach a product.
     student, teacher = (torch.where(valid[:, None], logits, 0.0) for logits in (student, teacher))
 
-    loss = torch.zeros_like(weight)
+    # 0, and tied to the student: without any weight the gradient is 0, not missing.
+    loss = torch.where(torch.zeros_like(valid), student[:, 0], 0.0)
     parts: dict[str, Tensor] = {}
     if objective.ce_weight:
         assert target is not None
         parts["ce"] = torch.nn.functional.cross_entropy(student, target, reduction="none")
         loss = loss + objective.ce_weight * parts["ce"]
-    student, teacher = (standardize(logits, valid, objective) for logits in (student, teacher))
+    student, teacher = (standardize(logits, valid, objective, call.process_group) for logits in (student, teacher))
     for term, names in zip(objective.terms, objective.part_names(), strict=True):
         groups = partition_masks(term.partition, teacher, target)
         a, b = student / term.temperature, teacher / term.temperature
@@ -62,22 +64,34 @@ def distillation_loss(call: Call) -> tuple[Tensor, dict[str, Tensor]]:
     return reduced(loss), {name: reduced(part.detach()) for name, part in parts.items()}
 
 
-def standardize(logits: Tensor, valid: Tensor, objective: Objective) -> Tensor:
-    """Standardised ``(N, C)`` logits: by class over the valid samples, by sample over its classes, or untouched."""
-    if objective.standardize == "class":
-        rows = valid[:, None].to(logits.dtype)
-        count = rows.sum()
-        mean = (logits * rows).sum(0) / count.clamp(min=1)
-        centred = (logits - mean) * rows
-        variance = centred.square().sum(0) / (count - objective.correction).clamp(min=1)
-        return centred / (variance + objective.eps).sqrt()
-    if objective.standardize == "sample":
-        centred = logits - logits.mean(-1, keepdim=True)
-        variance = centred.square().sum(-1, keepdim=True) / max(logits.shape[-1] - objective.correction, 1)
-        # The root's slope at 0 is infinite; a constant row stays 0 with a finite gradient.
-        deviation = torch.where(variance > 0, torch.where(variance > 0, variance, 1.0).sqrt(), 0.0)
-        return centred / (deviation + objective.eps)
-    return logits
+def standardize(
+    logits: Tensor, valid: Tensor, objective: Objective, process_group: ProcessGroup | None = None
+) -> Tensor:
+    """Standardised ``(N, C)`` logits: by class over the valid samples, by sample over its classes, or untouched.
+
+    Logits of -inf (masked classes) stay what they are and count for nothing.
+    """
+    if objective.standardize is None:
+        return logits
+    by_class = objective.standardize == "class"
+    there = valid[:, None] & (logits != -torch.inf)
+
+    def total(values: Tensor) -> Tensor:
+        return Sum.apply(values.sum(0), process_group) if by_class else values.sum(1, keepdim=True)
+
+    assert objective.eps is not None
+    count = total(there.to(logits.dtype))
+    known = torch.where(there, logits, 0.0)
+    centred = torch.where(there, known - total(known) / count.clamp(min=1), 0.0)
+    variance = total(centred.square()) / (count - objective.correction).clamp(min=1)
+    deviation = _root(variance + objective.eps) if by_class else _root(variance) + objective.eps
+    scaled = torch.where(deviation == 0, 0.0, centred / torch.where(deviation == 0, 1.0, deviation))
+    return torch.where(logits == -torch.inf, logits, scaled)
+
+
+def _root(x: Tensor) -> Tensor:
+    """The square root, with slope 0 at 0 in place of an infinite one."""
+    return torch.where(x > 0, torch.where(x > 0, x, 1.0).sqrt(), torch.where(x == 0, 0.0, x))
 
 
 def partition_masks(partition: Partition, teacher: Tensor, target: Tensor | None) -> list[Tensor]:

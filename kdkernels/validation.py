@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kdkernels.distributed import ProcessGroup, is_process_group
 from kdkernels.objective import Objective, check_choice, check_integer, check_number
 
 LOGIT_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -35,6 +36,7 @@ class Call(NamedTuple):
     class_dim: int
     num_classes: int
     ignore_index: int
+    process_group: ProcessGroup | None = None
 
 
 def describe(value: object) -> str:
@@ -55,12 +57,15 @@ def check_call(
     class_dim: int,
     num_classes: int | None,
     ignore_index: int,
+    process_group: ProcessGroup | None = None,
 ) -> Call:
     """The call with every argument checked against the others; TypeError or ValueError otherwise."""
     if not isinstance(objective, Objective):
         raise TypeError(f"objective must be a kdkernels.Objective, got {describe(objective)}")
     check_choice("reduction", reduction, REDUCTIONS)
     check_integer("ignore_index", ignore_index)
+    if process_group is not None:
+        _check_process_group(process_group, objective)
     class_dim, num_classes = _check_logits(student, teacher, class_dim, num_classes)
     if num_classes < objective.smallest_class_count:
         k = objective.smallest_class_count - 1
@@ -94,7 +99,21 @@ def check_call(
         class_dim,
         num_classes,
         ignore_index,
+        process_group,
     )
+
+
+def _check_process_group(process_group: object, objective: Objective) -> None:
+    if not is_process_group(process_group):
+        raise TypeError(
+            "process_group must be None or a torch.distributed.ProcessGroup this process is in, "
+            f"got {describe(process_group)}"
+        )
+    if objective.standardize != "class":
+        raise ValueError(
+            "process_group shares the statistics of standardize='class', got it with "
+            f"standardize={objective.standardize!r}"
+        )
 
 
 def _check_logits(student: Tensor, teacher: Tensor, class_dim: int, num_classes: int | None) -> tuple[int, int]:

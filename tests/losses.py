@@ -155,6 +155,61 @@ _CASES = (
 
 LOSSES: dict[str, Case] = {case.name: case for case in _CASES}
 
+_STANDARDIZED = (
+    Case(
+        "pr_kd",
+        objective.pr_kd(4.0),
+        partial(kdkernels.kd_loss, temperature=4.0, standardize="class"),
+        ("whole",),
+    ),
+    # The divergences see the standardised logits, the cross entropy the raw ones.
+    Case(
+        "pr_dkd",
+        objective.adjust(objective.pr_dkd(), ce_weight=1.0),
+        partial(kdkernels.dkd_loss, standardize="class", ce_weight=1.0),
+        ("ce", *_DKD),
+        needs_target=True,
+    ),
+    Case("pr_gdkd", objective.pr_gdkd(), partial(kdkernels.gdkd_loss, standardize="class"), _GDKD),
+    Case(
+        "pr_bdd",
+        objective.adjust(objective.bdd(0.7, 1.5, 4.0, 2.0), standardize="class", correction=1),
+        partial(
+            kdkernels.bdd_loss,
+            forward_weight=0.7,
+            reverse_weight=1.5,
+            forward_temperature=4.0,
+            reverse_temperature=2.0,
+            standardize="class",
+            correction=1,
+        ),
+        _BDD,
+    ),
+    _by_objective("lskd", objective.lskd(), ("whole",)),
+    Case(
+        "ls_dkd",
+        objective.ls_dkd(),
+        partial(kdkernels.dkd_loss, temperature=2.0, standardize="sample"),
+        _DKD,
+        needs_target=True,
+    ),
+    Case(
+        "ls_gdkd",
+        objective.ls_gdkd(),
+        partial(kdkernels.gdkd_loss, temperature=2.0, standardize="sample"),
+        _GDKD,
+    ),
+    Case(
+        "ls_reverse",
+        objective.adjust(objective.reverse_kd(3.0), standardize="sample"),
+        partial(kdkernels.reverse_kd_loss, temperature=3.0, standardize="sample"),
+        ("whole",),
+    ),
+)
+
+#: The losses that standardise the logits first, by class (a batch at a time) or by sample.
+STANDARDIZED: dict[str, Case] = {case.name: case for case in _STANDARDIZED}
+
 #: For tests in which the loss is not what varies: one, two and three groups, both directions, one and two terms, CE.
 SOME_LOSSES: dict[str, Case] = {
     name: LOSSES[name] for name in ("kd", "reverse_kd", "bdd_two_temperatures", "dkd", "gdkd", "gdkd3", "everything")

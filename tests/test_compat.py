@@ -7,10 +7,11 @@ import inspect
 import literal
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import assert_gradient, assert_values, make_inputs
 from torch import Tensor
 
-from kdkernels.compat import gdkd, mdistiller
+from kdkernels.compat import gdkd, luminet, mdistiller
 
 STUDENT, TEACHER, Y = make_inputs((6, 23), torch.float64, scale=2.0)
 
@@ -78,6 +79,40 @@ def test_gdkd_dkdmod_is_around_the_target_by_default() -> None:
     assert_matches(got, want, student, reference)
 
 
+@pytest.mark.parametrize(("alpha", "temperature"), [(33.0, 4.0), (0.5, 1), (-2, 2.5)])
+def test_luminet(alpha: float, temperature: float) -> None:
+    student, reference = leaves()
+    got = luminet.luminet_loss(student, TEACHER, Y, alpha, temperature)
+    got.backward()
+
+    def perception(logits: Tensor) -> Tensor:
+        return (logits - logits.mean(0)) / (logits.var(0, correction=0) + 1e-5).sqrt()
+
+    log_student = F.log_softmax(perception(reference) / temperature, dim=1)
+    soft_teacher = F.softmax(perception(TEACHER) / temperature, dim=1)
+    want = F.kl_div(log_student, soft_teacher, reduction="batchmean") * alpha**2
+    want.backward()
+    assert got.shape == ()
+    assert student.grad is not None
+    assert reference.grad is not None
+    torch.testing.assert_close(got.detach(), want.detach(), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(student.grad, reference.grad, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("alpha", "error", "message"),
+    [
+        ("2", TypeError, "alpha must be a number, got '2'"),
+        (True, TypeError, "alpha must be a number, got True"),
+        (float("nan"), ValueError, "alpha must be finite, got nan"),
+        (1e200, ValueError, r"alpha\^2 must be finite, got inf"),
+    ],
+)
+def test_luminet_checks_alpha(alpha: object, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        luminet.luminet_loss(STUDENT, TEACHER, Y, alpha, 4.0)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("function", "names"),
     [
@@ -88,15 +123,16 @@ def test_gdkd_dkdmod_is_around_the_target_by_default() -> None:
             gdkd.dkd_loss,
             "logits_student logits_teacher target alpha beta temperature mask_magnitude kl_type strategy",
         ),
+        (luminet.luminet_loss, "logits_student logits_teacher target alpha temperature"),
     ],
-    ids=["mdistiller.kd_loss", "mdistiller.dkd_loss", "gdkd.gdkd_loss", "gdkd.dkd_loss"],
+    ids=["mdistiller.kd_loss", "mdistiller.dkd_loss", "gdkd.gdkd_loss", "gdkd.dkd_loss", "luminet.luminet_loss"],
 )
 def test_argument_names(function: object, names: str) -> None:
     """Name for name and in order: positional and keyword calls both keep working."""
     assert " ".join(inspect.signature(function).parameters) == names
 
 
-@pytest.mark.parametrize("name", ["kd", "dkd", "gdkd", "dkdmod"])
+@pytest.mark.parametrize("name", ["kd", "dkd", "gdkd", "dkdmod", "luminet"])
 def test_a_teacher_with_grad_is_detached(name: str) -> None:
     """Those repositories differentiate the teacher's side at most by accident; here it gets nothing."""
     student, _ = leaves()
@@ -106,6 +142,7 @@ def test_a_teacher_with_grad_is_detached(name: str) -> None:
         "dkd": lambda: mdistiller.dkd_loss(student, teacher, Y, 1.0, 8.0, 4.0),
         "gdkd": lambda: gdkd.gdkd_loss(student, teacher, Y, 5, "best", 1.0, 1.0, 8.0, 4.0, "forward")[0],
         "dkdmod": lambda: gdkd.dkd_loss(student, teacher, Y, 1.0, 8.0, 4.0, 1000, "forward")[0],
+        "luminet": lambda: luminet.luminet_loss(student, teacher, Y, 33.0, 4.0),
     }[name]()
     loss.backward()
     assert student.grad is not None

@@ -58,15 +58,15 @@ def forward_arguments(
     classes = num_classes or student.shape[class_dim]
     tensors = (student, teacher, target, sample_weight, denominator)
     flags = (gradient, save, parts)
-    return (*tensors, numbers, scale, REDUCTIONS.index(reduction), class_dim, classes, -100, *flags)
+    return (*tensors, None, numbers, scale, REDUCTIONS.index(reduction), class_dim, classes, -100, *flags)
 
 
 def backward_arguments(arguments: tuple[Any, ...], grad_loss: Tensor) -> tuple[Any, ...]:
     """Arguments of ``torch.ops.kdkernels.backward`` after a forward that saved."""
-    student, teacher, target, _, _, numbers, _, _, class_dim, classes, *_ = arguments
+    student, teacher, target, _, _, _, numbers, _, _, class_dim, classes, *_ = arguments
     with torch.no_grad():
         *_, saved, members = torch.ops.kdkernels.forward(*arguments)
-    return grad_loss, student, teacher, target, saved, members, numbers, class_dim, classes
+    return grad_loss, student, teacher, target, saved, members, None, None, numbers, class_dim, classes
 
 
 FLAGS = {

@@ -77,6 +77,14 @@ void forward_rows(const RowsProblem& problem, const Parallel& parallel) { kernel
 
 void backward_rows(const RowsProblem& problem, const Parallel& parallel) { kernels().backward(problem, parallel); }
 
+void class_moments(const RowsProblem& problem, const Parallel& parallel, double* moments) {
+  kernels().class_moments(problem, parallel, moments);
+}
+
+void class_sums(const RowsProblem& problem, const Parallel& parallel, double* sums) {
+  kernels().class_sums(problem, parallel, sums);
+}
+
 void scale_rows(const RowsProblem& problem, const double* factor, bool per_sample, const Parallel& parallel) {
   kernels().scale(problem, factor, per_sample, parallel);
 }

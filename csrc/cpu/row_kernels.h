@@ -1,379 +1,15 @@
-// The row kernels, built once per instruction set (see simd.h): tiles of a row are loaded, widened and summed or
-// differentiated; rows, and chunks of long rows, are spread over threads.
+// The row kernels, built once per instruction set (see simd.h): tiles of a row are loaded, widened, standardised and
+// summed or differentiated; rows, and chunks of long rows, are spread over threads.
 //
 // A chunk has a fixed number of classes and partial statistics merge in the order of the classes, so that results
 // depend neither on the number of threads nor on who computed what.
 
-constexpr int kTile = 2048;               // classes of a tile: both sides and the gradient stay in L1
 constexpr int64_t kChunk = 8 * kTile;     // classes of a chunk, the unit of work where a row is split over threads
 constexpr int64_t kKeptClasses = 65536;   // exponentials of rows up to here are kept for the gradient (they fit in L2)
 constexpr int64_t kSplitSamples = 16;     // fewer samples than this may be split over threads
 constexpr int kBatch = kLanes<double>;    // rows that take step 2 together, at most
 constexpr int kBatchClasses = 4 * kTile;  // their classes, at most
 constexpr int64_t kGrainClasses = 16384;  // least work that is worth a thread
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-template <class T>
-inline int padded(int64_t count) {
-  return static_cast<int>(ceil_div(count, kLanes<T>) * kLanes<T>);
-}
-
-inline int64_t dtype_size(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
-
-// Calls body with a value of the element type that `dtype` names.
-template <class Body>
-inline void with_dtype(DType dtype, const Body& body) {
-  switch (dtype) {
-    case DType::f32: return body(float{});
-    case DType::f64: return body(double{});
-    case DType::f16: return body(Half{});
-    case DType::bf16: return body(BFloat16{});
-  }
-}
-
-// Where a sample starts, in elements.
-inline int64_t sample_offset(const RowsProblem& problem, const Matrix& matrix, int64_t sample) {
-  int64_t offset = 0;
-  for (int d = problem.dims - 1; d > 0; --d) {
-    offset += sample % problem.sample_size[d] * matrix.sample_stride[d];
-    sample /= problem.sample_size[d];
-  }
-  return offset + sample * matrix.sample_stride[0];
-}
-
-// A growing array of whole vectors.
-template <class T>
-class Buffer {
- public:
-  T* data(int64_t count) {
-    if (count > size_) {
-      data_.reset(static_cast<T*>(std::aligned_alloc(64, ceil_div(count * sizeof(T), 64) * 64)));
-      if (!data_) throw std::bad_alloc();
-      size_ = count;
-    }
-    return data_.get();
-  }
-
- private:
-  struct Free {
-    void operator()(T* pointer) const { std::free(pointer); }
-  };
-  std::unique_ptr<T[], Free> data_;
-  int64_t size_ = 0;
-};
-
-// Kernels on tiles -------------------------------------------------------------------------------------------------
-
-// Classes of a tile: the first `count`, without the `hidden` ones (ascending).
-struct Classes {
-  int count;
-  const int* hidden = nullptr;
-  int hidden_count = 0;
-};
-
-// Calls body(i, lanes, chain) for each vector of classes; two chains of dependent operations keep the pipelines full.
-template <class T, class Body>
-inline __attribute__((always_inline)) void each_vector(const Classes& classes, const Body& body) {
-  constexpr int W = kLanes<T>;
-  constexpr AllLanes all;
-  const int *hidden = classes.hidden, *hidden_end = hidden + classes.hidden_count;
-  for (int i = 0; i < classes.count;) {
-    const int whole = (hidden < hidden_end ? *hidden : classes.count) / W * W;
-    for (; i + 2 * W <= whole; i += 2 * W) {
-      body(i, all, 0);
-      body(i + W, all, 1);
-    }
-    if (i < whole) {
-      body(i, all, 0);
-      i += W;
-    }
-    if (i == classes.count) break;
-    Lanes lanes = (uint64_t{1} << std::min(W, classes.count - i)) - 1;
-    for (; hidden < hidden_end && *hidden < i + W; ++hidden) lanes &= ~(1u << (*hidden - i));
-    body(i, lanes, 1);
-    i += W;
-  }
-}
-
-#define KDK_INLINE_LAMBDA __attribute__((always_inline))
-
-template <class T>
-T tile_max(const T* x, const Classes& classes) {
-  Vec<T> m[2] = {broadcast(T(-INFINITY)), broadcast(T(-INFINITY))};
-  each_vector<T>(classes, [&](int i, auto lanes, int chain) KDK_INLINE_LAMBDA { m[chain] = max(load(x + i, lanes), m[chain]); });
-  return horizontal_max<T>(max(m[0], m[1]));
-}
-
-// The exponentials of a tile, kept for its gradient.
-template <class T>
-struct Exps {
-  T* student = nullptr;
-  T* teacher = nullptr;
-  T* gap = nullptr;
-};
-
-// Memory that the next tile will come from: fetched while the arithmetic on this one leaves the load ports idle.
-struct Ahead {
-  const char* student = nullptr;
-  const char* teacher = nullptr;
-  int student_step = 0, teacher_step = 0;  // bytes a vector
-
-  void fetch(int vector) const {
-    __builtin_prefetch(student + vector * student_step);
-    __builtin_prefetch(teacher + vector * teacher_step);
-  }
-};
-
-// Adds a tile's sums to statistics. `Careful` is right for every logit, if the origins are no smaller than the tile's
-// maxima; without, sums that pass `plausible` are right, for any origins.
-template <class T, bool Forward, bool Reverse, bool Keep, bool Careful>
-void add_sums(const T* student, const T* teacher, const Classes& classes, T k, GroupStats<double>& stats,
-              const Exps<T>& exps, const Ahead& ahead) {
-  const Vec<T> student_start = broadcast(T(start(stats.student_origin)));
-  const Vec<T> teacher_start = broadcast(T(start(stats.teacher_origin)));
-  Vec<T> student_sum[2]{}, teacher_sum[2]{}, teacher_gap[2]{}, student_gap[2]{};
-  each_vector<T>(classes, [&](int i, auto lanes, int chain) KDK_INLINE_LAMBDA {
-    ahead.fetch(i / kLanes<T>);
-    const Vec<T> xs = exponents(load(student + i, lanes), student_start, k);
-    const Vec<T> xt = exponents(load(teacher + i, lanes), teacher_start, k);
-    const Vec<T> es = exp2(xs), et = exp2(xt), gap = xt - xs;
-    student_sum[chain] += es;
-    teacher_sum[chain] += et;
-    // A class without probability adds nothing, however infinite its gap.
-    constexpr bool may_be_zero = Careful || !std::is_same_v<decltype(lanes), AllLanes>;
-    const auto add = [&](Vec<T>& sum, Vec<T> e) KDK_INLINE_LAMBDA {
-      sum = may_be_zero ? (e == 0 ? sum : sum + e * gap) : sum + e * gap;
-    };
-    if constexpr (Forward) add(teacher_gap[chain], et);
-    if constexpr (Reverse) add(student_gap[chain], es);
-    if constexpr (Keep) {
-      store(exps.student + i, es);
-      store(exps.teacher + i, et);
-      if constexpr (Reverse) store(exps.gap + i, gap);
-    }
-  });
-  stats.student_sum += horizontal_sum(student_sum[0] + student_sum[1]);
-  stats.teacher_sum += horizontal_sum(teacher_sum[0] + teacher_sum[1]);
-  if constexpr (Forward) stats.teacher_gap += horizontal_sum(teacher_gap[0] + teacher_gap[1]);
-  if constexpr (Reverse) stats.student_gap += horizontal_sum(student_gap[0] + student_gap[1]);
-}
-
-// Whether nothing overflowed and no infinity met a zero: exponents far above their origin are as good as any others.
-inline bool plausible(const GroupStats<double>& stats) {
-  constexpr double limit = 0x1p80;
-  return stats.student_sum + stats.teacher_sum + std::abs(stats.teacher_gap) + std::abs(stats.student_gap) < limit;
-}
-
-template <class T>
-using AddSums = void (*)(const T*, const T*, const Classes&, T, GroupStats<double>&, const Exps<T>&, const Ahead&);
-
-template <class T, bool Keep, bool Careful>
-AddSums<T> choose_add_sums(const Term& term) {
-  const bool forward = term.wants_forward(), reverse = term.wants_reverse();
-  if (forward && reverse) return add_sums<T, true, true, Keep, Careful>;
-  return reverse ? add_sums<T, false, true, Keep, Careful> : add_sums<T, true, false, Keep, Careful>;
-}
-
-// Adds a tile to the student's softmax at T = 1. It counts from a logit, so that a sure class has an exponential of 1.
-template <class T>
-void add_softmax(const T* student, const Classes& classes, SoftmaxStats<double>& stats) {
-  constexpr T k = kLog2E;
-  const double origin = tile_max(student, classes);
-  if (origin > stats.origin) rebase(stats, origin, double(k));
-  const Vec<T> from = broadcast(T(start(stats.origin)));
-  Vec<T> sum[2]{};
-  each_vector<T>(classes, [&](int i, auto lanes, int chain) KDK_INLINE_LAMBDA {
-    sum[chain] += exp2((load(student + i, lanes) - from) * k);
-  });
-  stats.sum += horizontal_sum(sum[0] + sum[1]);
-}
-
-// A class and its value in one integer: larger where the value is larger, then where the index is lower; NaN before all.
-template <class T>
-struct KeyOf;
-template <>
-struct KeyOf<float> {
-  using bits = uint32_t;
-  using type = uint64_t;
-};
-template <>
-struct KeyOf<double> {
-  using bits = uint64_t;
-  using type = unsigned __int128;
-};
-template <class T>
-using Key = typename KeyOf<T>::type;
-template <class T>
-using Ranking = std::vector<Key<T>>;  // best first
-
-template <class T>
-inline Key<T> key_of(T value, int64_t index) {
-  using Bits = typename KeyOf<T>::bits;
-  constexpr int width = 8 * sizeof(T);
-  constexpr Bits sign = Bits{1} << (width - 1);
-  value += T(0);  // -0 is 0
-  Bits bits;
-  __builtin_memcpy(&bits, &value, sizeof value);
-  bits ^= (Bits{} - (bits >> (width - 1))) | sign;
-  if (value != value) bits = ~Bits{};
-  return static_cast<Key<T>>(bits) << width | static_cast<Bits>(~static_cast<Bits>(index));
-}
-template <class T>
-inline int64_t index_of(Key<T> key) {
-  using Bits = typename KeyOf<T>::bits;
-  return static_cast<int64_t>(static_cast<Bits>(~static_cast<Bits>(key)));
-}
-template <class T>
-inline T value_of(Key<T> key) {
-  using Bits = typename KeyOf<T>::bits;
-  constexpr int width = 8 * sizeof(T);
-  constexpr Bits sign = Bits{1} << (width - 1);
-  Bits bits = static_cast<Bits>(key >> width);
-  bits = bits & sign ? bits & ~sign : ~bits;
-  T value;
-  __builtin_memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
-// Sorts a few distinct numbers, descending, by counting for each how many are larger: no branch to mispredict.
-template <class N>
-inline void sort_few(const N* from, int count, N* to) {
-  for (int i = 0; i < count; ++i) {
-    int larger = 0;
-    for (int j = 0; j < count; ++j) larger += from[j] > from[i];
-    to[larger] = from[i];
-  }
-}
-
-template <class N>
-void keep_best(std::vector<N>& ranking, size_t k) {
-  constexpr size_t kFew = 32;
-  const size_t count = ranking.size();
-  if (count <= kFew) {
-    N unsorted[kFew];
-    std::copy(ranking.begin(), ranking.end(), unsorted);
-    sort_few(unsorted, static_cast<int>(count), ranking.data());
-  } else {
-    std::partial_sort(ranking.begin(), ranking.begin() + std::min(k, count), ranking.end(), std::greater<>());
-  }
-  if (count > k) ranking.resize(k);
-}
-
-// The values a selection ranks: the k largest of them are wanted, or, as their opposites, the k smallest.
-template <class T, bool Largest>
-struct Ranked {
-  const T* values;
-
-  T operator[](int i) const { return Largest ? values[i] : -values[i]; }
-  template <class Which>
-  Vec<T> at(int i, Which lanes) const {
-    const Vec<T> v = load(values + i, lanes);
-    return Largest ? v : -v;
-  }
-};
-
-// A number that at least k of the values reach, close to the k-th largest: the k-th largest among the maxima of some
-// subsets, at least twice as many as k. -inf where that would not pay.
-template <class T, bool Largest>
-T lower_bound_of_best(Ranked<T, Largest> ranked, int count, int k) {
-  constexpr int W = kLanes<T>, kSubsets = 64;
-  if (k > kSubsets / 2 || count < kSubsets) return -INFINITY;
-  Vec<T> maxima[kSubsets / W];
-  for (Vec<T>& m : maxima) m = broadcast(T(-INFINITY));
-  for (int i = 0; i + kSubsets <= count; i += kSubsets)
-    for (int j = 0; j < kSubsets / W; ++j) maxima[j] = max(ranked.at(i + j * W, AllLanes{}), maxima[j]);
-  int vectors = kSubsets / W;
-  for (; vectors > 1 && vectors / 2 * W >= 2 * k; vectors /= 2)
-    for (int j = 0; j < vectors / 2; ++j) maxima[j] = max(maxima[j], maxima[j + vectors / 2]);
-  T all[kSubsets];
-  for (int j = 0; j < vectors; ++j) store(all + j * W, maxima[j]);
-  Vec<T> bound = broadcast(T(-INFINITY));
-  for (int j = 0; j < vectors; ++j) {
-    typename VecOf<T>::bits larger{};
-    for (int i = 0; i < vectors * W; ++i) larger -= broadcast(all[i]) > maxima[j];
-    bound = max(larger >= k - 1 ? maxima[j] : bound, bound);
-  }
-  return horizontal_max<T>(bound);
-}
-
-// Calls found(i) for the values that are not below a bound, in order.
-template <class T, bool Largest, class Found>
-inline void each_not_below(Ranked<T, Largest> ranked, int count, T bound, const Found& found) {
-  constexpr int W = kLanes<T>, kBlock = 4 * W;
-  const Vec<T> bounds = broadcast(bound);
-  const auto report = [&](Lanes hits, int i) {
-    for (; hits; hits &= hits - 1) found(i + __builtin_ctz(hits));
-  };
-  int i = 0;
-  for (; i + kBlock <= count; i += kBlock) {
-    const auto hits = [&](int j) { return not_less<T>(ranked.at(i + j * W, AllLanes{}), bounds); };
-    if ((hits(0) | hits(1) | hits(2) | hits(3)) == 0) continue;
-    for (int j = 0; j < 4; ++j) report(hits(j), i + j * W);
-  }
-  for (; i < count; i += W) {
-    const Lanes there = (uint64_t{1} << std::min(W, count - i)) - 1;
-    report(not_less<T>(ranked.at(i, there), bounds) & there, i);
-  }
-}
-
-// What the gradient of one group needs: where its exponentials count from, and the coefficients.
-template <class T>
-struct GroupGradient {
-  T student_origin;
-  T teacher_origin;
-  GroupCoefficients<T> by;
-};
-
-// Writes or adds value(i, lanes) for each vector of classes to out; hidden ones get what value makes of them.
-template <class T, bool Add, class Value>
-inline __attribute__((always_inline)) void write_vectors(const Classes& classes, T* out, const Value& value) {
-  each_vector<T>(classes, [&](int i, auto lanes, int) KDK_INLINE_LAMBDA {
-    const Vec<T> v = value(i, lanes);
-    if (std::is_same_v<decltype(lanes), AllLanes> || i + kLanes<T> <= classes.count) {
-      store(out + i, Add ? v + load(out + i) : v);
-    } else {
-      const int count = classes.count - i;
-      store(out + i, Add ? v + load(out + i, (Lanes{1} << count) - 1) : v, count);
-    }
-  });
-}
-
-// Writes (or adds) a tile's gradient from its kept exponentials.
-template <class T, bool Add, bool Tilt>
-void gradient_of_exps(const Exps<T>& exps, int count, const GroupCoefficients<T>& by, T* out) {
-  write_vectors<T, Add>({count}, out, [&](int i, auto) KDK_INLINE_LAMBDA {
-    const Vec<T> es = load(exps.student + i), et = load(exps.teacher + i);
-    if constexpr (!Tilt) return es * by.student - et * by.teacher;
-    const Vec<T> tilted = es == 0 ? Vec<T>{} : es * (by.student + by.tilt * load(exps.gap + i));
-    return tilted - et * by.teacher;
-  });
-}
-
-// The same from the logits.
-template <class T, bool Add, bool Tilt>
-void gradient_of_logits(const T* student, const T* teacher, const Classes& classes, T k, const GroupGradient<T>& group,
-                        T* out) {
-  const Vec<T> student_start = broadcast(start(group.student_origin));
-  const Vec<T> teacher_start = broadcast(start(group.teacher_origin));
-  const GroupCoefficients<T> by = group.by;
-  write_vectors<T, Add>(classes, out, [&](int i, auto lanes) KDK_INLINE_LAMBDA {
-    const Vec<T> xs = exponents(load(student + i, lanes), student_start, k);
-    const Vec<T> xt = exponents(load(teacher + i, lanes), teacher_start, k);
-    const Vec<T> es = exp2(xs), et = exp2(xt);
-    if constexpr (!Tilt) return es * by.student - et * by.teacher;
-    const Vec<T> tilted = es == 0 ? Vec<T>{} : es * (by.student + by.tilt * (xt - xs));
-    return tilted - et * by.teacher;
-  });
-}
-
-// Adds the softmax's part of the cross entropy's gradient.
-template <class T>
-void add_softmax_gradient(const T* student, int count, T origin, T factor, T* out) {
-  const Vec<T> from = broadcast(start(origin));
-  write_vectors<T, true>({count}, out, [&](int i, auto lanes) KDK_INLINE_LAMBDA {
-    return exp2((load(student + i, lanes) - from) * T(kLog2E)) * factor;
-  });
-}
 
 // Rows ---------------------------------------------------------------------------------------------------------------
 
@@ -383,6 +19,7 @@ struct Scratch {
   alignas(64) T student[kTile];
   alignas(64) T teacher[kTile];
   alignas(64) T gradient[kTile];
+  alignas(64) T raw[kTile];
   Buffer<T> leads, kept, kept_leads;
   std::vector<int64_t> members;
   Ranking<T> found, merged;
@@ -427,6 +64,9 @@ struct Row {
   int64_t* members[kMaxTerms];  // classes that lead, by rank
   T weight, ce_origin, ce_inverse;
   GroupGradient<T> group[kMaxTerms][kMaxGroups];
+  // Where samples are standardised: how, student and teacher, and the slope of the chain rule for a sum of 1.
+  Affine<T> affine[2];
+  T unit_slope;
 };
 
 // Classes of a row from `begin` on, as the kernels take them.
@@ -441,8 +81,8 @@ struct Tile {
 template <class T>
 class Worker {
  public:
-  explicit Worker(const RowsProblem& problem)
-      : p_(problem), o_(problem.objective), scratch_(Scratch<T>::of_this_thread()) {
+  Worker(const RowsProblem& problem, const ClassStandardization<T>& classes)
+      : p_(problem), o_(problem.objective), by_class_(classes), scratch_(Scratch<T>::of_this_thread()) {
     for (int t = 0; t < o_.terms; ++t) {
       exponent_[t] = static_cast<T>(o_.term[t].exponent());
       const Term& term = o_.term[t];
@@ -469,9 +109,14 @@ class Worker {
   // Whether exponentials are kept: they must fit in cache, and rows that may be split over threads never keep them,
   // so that the arithmetic is a matter of the shape alone.
   static bool keeps(const RowsProblem& p) {
-    const bool may_split = p.samples < kSplitSamples && p.classes > kChunk;
-    return p.gradient.data != nullptr && p.row_loss != nullptr && !may_split &&
+    return p.gradient.data != nullptr && p.row_loss != nullptr && !may_split(p) &&
            p.classes * kept_arrays(p.objective) <= 2 * kKeptClasses;
+  }
+
+  // Whether rows are few and long enough to be split over threads, if those are more. A standardised sample is not: its
+  // own moments would have to be settled between the threads first.
+  static bool may_split(const RowsProblem& p) {
+    return p.samples < kSplitSamples && p.classes > kChunk && p.objective.standardize == Standardize::none;
   }
 
   int64_t chunks() const { return std::max<int64_t>(ceil_div(p_.classes, kChunk), 1); }
@@ -481,9 +126,9 @@ class Worker {
   void begin_row(Row<T>& row, int64_t sample, int lane) const {
     row.sample = sample;
     row.lane = lane;
-    row.student = element(p_.student, sample);
-    row.teacher = element(p_.teacher, sample);
-    row.gradient = p_.gradient.data ? element(p_.gradient, sample) : nullptr;
+    row.student = element(p_, p_.student, sample);
+    row.teacher = element(p_, p_.teacher, sample);
+    row.gradient = p_.gradient.data ? element(p_, p_.gradient, sample) : nullptr;
     row.ce_origin = row.ce_inverse = 0;
   }
 
@@ -502,6 +147,7 @@ class Worker {
       begin_row(row, n, count);
       if (skip(row)) continue;
       ++count;
+      if (o_.standardize == Standardize::by_sample) standardize_sample(row);
       place_members(row);
       for (int t = 0; t < o_.terms; ++t) {
         if (!selects(t)) continue;
@@ -528,12 +174,25 @@ class Worker {
   void backward(int64_t sample) {
     Row<T> row;
     begin_row(row, sample, 0);
-    restore(row);
-    if (row.weight == 0) {
+    if (!restore(row)) {
       clear(row);
       return;
     }
     for (int64_t c = 0; c < chunks(); ++c) gradient(row, c);
+  }
+
+  // Adds a whole row's share in the sums over samples of each class, from what was saved.
+  void add_class_sums(int64_t sample, int64_t begin, int64_t end, double* sums, double* products) {
+    Row<T> row;
+    begin_row(row, sample, 0);
+    if (!restore(row) || row.weight == 0) return;
+    compute_lead_gradients(row);
+    const Tile<T> tile = term_gradient(row, begin, end, scratch_.gradient);
+    each_vector<T>({tile.count}, [&](int i, auto lanes, int) KDK_INLINE_LAMBDA {
+      const Vec<T> h = load(tile.student + i, lanes), gradient = h == -INFINITY ? Vec<T>{} : load(scratch_.gradient + i);
+      add_widened(sums + i, gradient);
+      add_widened(products + i, gradient, h == -INFINITY ? Vec<T>{} : h);
+    });
   }
 
   // Handles a sample that does not count; false if it does.
@@ -580,7 +239,7 @@ class Worker {
     const int64_t end = std::min(p.classes, (chunk + 1) * kChunk);
     for (int64_t begin = chunk * kChunk; begin < end; begin += kTile) {
       const int count = static_cast<int>(std::min<int64_t>(end - begin, kTile));
-      const Ranked<T, Largest> ranked{worker.read(p.teacher, row.teacher, begin, count, worker.scratch_.teacher)};
+      const Ranked<T, Largest> ranked{worker.logits(row, 1, begin, count)};
       const bool enough = found.size() >= static_cast<size_t>(k);
       const T bound = enough ? value_of<T>(found.back()) : lower_bound_of_best(ranked, count, k);
       each_not_below(ranked, count, bound, [&](int i) { found.push_back(key_of(ranked[i], begin + i)); });
@@ -603,7 +262,7 @@ class Worker {
     bool careful[kMaxTerms] = {};
     for (int64_t begin = chunk * kChunk; begin < end; begin += kTile) {
       const Tile<T> tile = load_tile(row, begin, end);
-      if (o_.has_ce()) add_softmax(tile.student, {tile.count}, stats.ce);
+      if (o_.has_ce()) add_softmax(raw_student(row, tile), {tile.count}, stats.ce);
       for (int t = 0; t < o_.terms; ++t) {
         const Classes classes = rest_classes(row, t, tile);
         const Ahead next = ahead(row, begin + tile.count);
@@ -711,38 +370,90 @@ class Worker {
   // Step 3 for one chunk.
   void gradient(const Row<T>& row, int64_t chunk) {
     const int64_t end = std::min(p_.classes, (chunk + 1) * kChunk);
-    const bool direct = p_.gradient.class_stride == 1 && is_arithmetic(p_.gradient.dtype);
-    const bool reads_logits = kept_[0].student == nullptr || o_.has_ce();
+    const bool direct = p_.gradient.class_stride == 1 && is_arithmetic<T>(p_.gradient.dtype);
     compute_lead_gradients(row);
+    const T slope = o_.standardize == Standardize::by_sample ? row.unit_slope * product_sum(row) : 0;
     for (int64_t begin = chunk * kChunk; begin < end; begin += kTile) {
-      Tile<T> tile{begin, static_cast<int>(std::min<int64_t>(end - begin, kTile)), nullptr, nullptr};
-      if (reads_logits) tile = load_tile(row, begin, end);
       T* out = direct ? static_cast<T*>(row.gradient) + begin : scratch_.gradient;
-      for (int t = 0; t < o_.terms; ++t) {
-        const bool tilt = o_.term[t].tilted();
-        const GroupGradient<T> rest = weighed_group(row, t, o_.term[t].groups() - 1);
-        if (kept_[t].student) {
-          const auto kernel = t == 0 ? (tilt ? gradient_of_exps<T, false, true> : gradient_of_exps<T, false, false>)
-                                     : (tilt ? gradient_of_exps<T, true, true> : gradient_of_exps<T, true, false>);
-          kernel(kept(row, t, begin), tile.count, from_tile_origin(row, rest, t, begin), out);
-        } else {
-          const auto kernel = t == 0 ? (tilt ? gradient_of_logits<T, false, true> : gradient_of_logits<T, false, false>)
-                                     : (tilt ? gradient_of_logits<T, true, true> : gradient_of_logits<T, true, false>);
-          kernel(tile.student, tile.teacher, rest_classes(row, t, tile), exponent_[t], rest, out);
-        }
-      }
+      const Tile<T> tile = term_gradient(row, begin, end, out);
+      if (o_.standardize == Standardize::by_class) by_class_.apply_chain(tile.student, begin, tile.count, out);
+      if (o_.standardize == Standardize::by_sample) apply_chain(row, slope, tile, out);
       if (o_.has_ce()) {
         const T factor = static_cast<T>(o_.ce_weight) * row.weight;
-        add_softmax_gradient(tile.student, tile.count, row.ce_origin, factor * row.ce_inverse, out);
+        add_softmax_gradient(raw_student(row, tile), tile.count, row.ce_origin, factor * row.ce_inverse, out);
+        const int64_t target = p_.target[row.sample] - begin;
+        if (0 <= target && target < tile.count) out[target] -= factor;
       }
-      for (const auto& [added, index] : scratch_.lead_gradients)
-        if (index >= begin && index < begin + tile.count) out[index - begin] += added;
       if (!direct) write(p_.gradient, row.gradient, begin, tile.count, scratch_.gradient);
     }
     if (end == p_.classes) clear_beyond(row, p_.classes);
   }
 
  private:
+  // The terms' gradient in the logits they see, for the tile from `begin` on. Follows compute_lead_gradients(row).
+  Tile<T> term_gradient(const Row<T>& row, int64_t begin, int64_t end, T* out) {
+    const bool reads_logits = kept_[0].student == nullptr || o_.has_ce() || o_.standardize != Standardize::none;
+    Tile<T> tile{begin, static_cast<int>(std::min<int64_t>(end - begin, kTile)), nullptr, nullptr};
+    if (reads_logits) tile = load_tile(row, begin, end);
+    for (int t = 0; t < o_.terms; ++t) {
+      const bool tilt = o_.term[t].tilted();
+      const GroupGradient<T> rest = weighed_group(row, t, o_.term[t].groups() - 1);
+      if (kept_[t].student) {
+        const auto kernel = t == 0 ? (tilt ? gradient_of_exps<T, false, true> : gradient_of_exps<T, false, false>)
+                                   : (tilt ? gradient_of_exps<T, true, true> : gradient_of_exps<T, true, false>);
+        kernel(kept(row, t, begin), tile.count, from_tile_origin(row, rest, t, begin), out);
+      } else {
+        const auto kernel = t == 0 ? (tilt ? gradient_of_logits<T, false, true> : gradient_of_logits<T, false, false>)
+                                   : (tilt ? gradient_of_logits<T, true, true> : gradient_of_logits<T, true, false>);
+        kernel(tile.student, tile.teacher, rest_classes(row, t, tile), exponent_[t], rest, out);
+      }
+    }
+    for (const auto& [added, index] : scratch_.lead_gradients)
+      if (index >= begin && index < begin + tile.count) out[index - begin] += added;
+    return tile;
+  }
+
+  // A sample's own moments, for both sides.
+  void standardize_sample(Row<T>& row) {
+    for (int side = 0; side < 2; ++side) {
+      const Matrix& matrix = side ? p_.teacher : p_.student;
+      Moments<double> moments;
+      for (int64_t begin = 0; begin < p_.classes; begin += kTile) {
+        const int count = static_cast<int>(std::min<int64_t>(p_.classes - begin, kTile));
+        merge(moments, moments_of(read_classes(matrix, side ? row.teacher : row.student, begin, count, scratch_.teacher), count));
+      }
+      const double factor = o_.factor(moments.count, moments.m2);
+      row.affine[side] = {moments.mean, factor};
+      if (side == 1) continue;
+      const double deviation = std::sqrt(moments.m2 / o_.degrees(moments.count));
+      row.unit_slope = static_cast<T>(deviation == 0 ? 0 : 1 / (deviation * factor * o_.degrees(moments.count)));
+    }
+  }
+
+  // The sum of the terms' gradient times the standardised logits of a sample. Follows compute_lead_gradients(row).
+  T product_sum(const Row<T>& row) {
+    double total = 0;
+    for (int64_t begin = 0; begin < p_.classes; begin += kTile) {
+      const Tile<T> tile = term_gradient(row, begin, p_.classes, scratch_.gradient);
+      Vec<T> sum[2]{};
+      each_vector<T>({tile.count}, [&](int i, auto lanes, int chain) KDK_INLINE_LAMBDA {
+        const Vec<T> h = load(tile.student + i, lanes);
+        sum[chain] += h == -INFINITY ? Vec<T>{} : h * load(scratch_.gradient + i);
+      });
+      total += horizontal_sum(sum[0] + sum[1]);
+    }
+    return static_cast<T>(total);
+  }
+
+  // The chain rule through a sample's standardisation. The terms do not change when all its logits move together, so the
+  // mean of their gradient is 0.
+  void apply_chain(const Row<T>& row, T slope, const Tile<T>& tile, T* gradient) const {
+    const Vec<T> slopes = broadcast(slope), factors = broadcast(row.affine[0].factor);
+    write_vectors<T, false>({tile.count}, gradient, [&](int i, auto lanes) KDK_INLINE_LAMBDA {
+      return chain<T>(load(gradient + i, lanes), load(tile.student + i, lanes), Vec<T>{}, slopes, factors);
+    });
+  }
+
   // The classes of a tile without those that lead in a term. Valid until the next call.
   Classes rest_classes(const Row<T>& row, int t, const Tile<T>& tile) {
     const Term& term = o_.term[t];
@@ -766,30 +477,10 @@ class Worker {
     return arrays;
   }
 
-  static bool is_arithmetic(DType dtype) { return dtype == (sizeof(T) == 8 ? DType::f64 : DType::f32); }
-
   // Whether this term's leading classes are those of an earlier term.
   bool repeats(int t) const {
     const Term &term = o_.term[t], &first = o_.term[0];
     return t > 0 && term.by_rank() && first.by_rank() && term.k == first.k && term.largest == first.largest;
-  }
-
-  void* element(const Matrix& matrix, int64_t sample) const {
-    return static_cast<char*>(matrix.data) + sample_offset(p_, matrix, sample) * dtype_size(matrix.dtype);
-  }
-
-  // Classes of a row: in place, or in `to` where they have to be converted or gathered.
-  const T* read(const Matrix& matrix, const void* row, int64_t begin, int count, T* to) const {
-    if (matrix.class_stride == 1 && is_arithmetic(matrix.dtype)) return static_cast<const T*>(row) + begin;
-    with_dtype(matrix.dtype, [&](auto element) {
-      const auto* from = static_cast<const decltype(element)*>(row) + begin * matrix.class_stride;
-      if (matrix.class_stride == 1) {
-        widen_all(from, count, to);
-      } else {
-        for (int i = 0; i < count; ++i) to[i] = static_cast<T>(widen(from[i * matrix.class_stride]));
-      }
-    });
-    return to;
   }
 
   void write(const Matrix& matrix, void* row, int64_t begin, int count, const T* from) const {
@@ -820,10 +511,28 @@ class Worker {
   }
   void clear(const Row<T>& row) const { clear_beyond(row, 0); }
 
-  Tile<T> load_tile(const Row<T>& row, int64_t begin, int64_t end) {
+  // Classes of one side (0 student, 1 teacher) as the terms see them: in place, or in scratch.
+  const T* logits(const Row<T>& row, int side, int64_t begin, int count) const {
+    T* to = side ? scratch_.teacher : scratch_.student;
+    const T* raw = side ? read_classes(p_.teacher, row.teacher, begin, count, to)
+                        : read_classes(p_.student, row.student, begin, count, to);
+    switch (o_.standardize) {
+      case Standardize::none: return raw;
+      case Standardize::by_class: standardize(raw, count, by_class_[side].from(begin), to); break;
+      case Standardize::by_sample: standardize(raw, count, row.affine[side], to); break;
+    }
+    return to;
+  }
+
+  Tile<T> load_tile(const Row<T>& row, int64_t begin, int64_t end) const {
     const int count = static_cast<int>(std::min<int64_t>(end - begin, kTile));
-    return {begin, count, read(p_.student, row.student, begin, count, scratch_.student),
-            read(p_.teacher, row.teacher, begin, count, scratch_.teacher)};
+    return {begin, count, logits(row, 0, begin, count), logits(row, 1, begin, count)};
+  }
+
+  // What the cross entropy sees of a tile.
+  const T* raw_student(const Row<T>& row, const Tile<T>& tile) const {
+    if (o_.standardize == Standardize::none) return tile.student;
+    return read_classes(p_.student, row.student, tile.begin, tile.count, scratch_.raw);
   }
 
   Exps<T> kept(const Row<T>& row, int t, int64_t begin) const {
@@ -856,6 +565,11 @@ class Worker {
     };
     collect(p_.student, row.student, sides);
     collect(p_.teacher, row.teacher, sides + size);
+    if (o_.standardize != Standardize::none)
+      for (int side = 0; side < 2; ++side)
+        for (T* logit = sides + side * size; logit < sides + side * size + count; ++logit)
+          *logit = o_.standardize == Standardize::by_sample ? row.affine[side](*logit)
+                                                            : by_class_[side](members[logit - sides - side * size], *logit);
     return {0, count, sides, sides + size};
   }
 
@@ -908,7 +622,6 @@ class Worker {
         for (int i = 0; i < count; ++i) list.emplace_back(out[i], members[i]);
       }
     }
-    if (o_.has_ce()) list.emplace_back(-static_cast<T>(o_.ce_weight) * row.weight, p_.target[row.sample]);
   }
 
   GroupGradient<T> weighed_group(const Row<T>& row, int t, int g) const {
@@ -942,20 +655,36 @@ class Worker {
         for (const T number : {group.student_origin, group.teacher_origin, group.by.student, group.by.tilt, group.by.teacher})
           *out++ = number;
       }
+    if (o_.standardize != Standardize::by_sample) return;
+    for (const Affine<T>& affine : row.affine)
+      for (const T number : {affine.high, affine.factor, affine.offset}) *out++ = number;
+    *out = row.unit_slope;
   }
 
-  void restore(Row<T>& row) {
+  // Reads what was saved; false if the sample does not count.
+  bool restore(Row<T>& row) {
     const T* in = saved(row);
+    if (*in == 0) return false;
     row.weight = static_cast<T>(*in++ * p_.row_weight[row.sample]);
     row.ce_origin = *in++;
     row.ce_inverse = *in++;
     for (int t = 0; t < o_.terms; ++t)
       for (int g = 0; g < o_.term[t].groups(); ++g, in += 5) row.group[t][g] = {in[0], in[1], {in[2], in[3], in[4]}};
+    if (o_.standardize == Standardize::by_sample) {
+      for (Affine<T>& affine : row.affine) {
+        affine.high = *in++;
+        affine.factor = *in++;
+        affine.offset = *in++;
+      }
+      row.unit_slope = *in;
+    }
     place_members(row);
+    return true;
   }
 
   const RowsProblem& p_;
   const Objective& o_;
+  const ClassStandardization<T>& by_class_;
   Scratch<T>& scratch_;
   T exponent_[kMaxTerms];
   AddSums<T> add_[kMaxTerms], add_and_keep_[kMaxTerms], add_carefully_[kMaxTerms], add_and_keep_carefully_[kMaxTerms];
@@ -976,7 +705,8 @@ void forward_split(const RowsProblem& problem, const Parallel& parallel) {
   RowsProblem p = problem;
   std::vector<int64_t> members(p.samples * members_size(p.objective));
   if (!p.members) p.members = members.data();
-  Worker<T> main(p);
+  const ClassStandardization<T> classes(p, parallel);
+  Worker<T> main(p, classes);
   const int64_t chunks = main.chunks();
   std::vector<Row<T>> rows;
   for (int64_t n = 0; n < p.samples; ++n) {
@@ -989,7 +719,7 @@ void forward_split(const RowsProblem& problem, const Parallel& parallel) {
   const int64_t tasks = static_cast<int64_t>(rows.size()) * chunks;
   const auto each_chunk = [&](auto body) {
     parallel.run(0, tasks, 1, [&](int64_t begin, int64_t end) {
-      Worker<T> worker(p);
+      Worker<T> worker(p, classes);
       for (int64_t i = begin; i < end; ++i) body(worker, i / chunks, i % chunks);
     });
   };
@@ -1018,22 +748,42 @@ void forward_split(const RowsProblem& problem, const Parallel& parallel) {
 
 template <class T>
 void forward_typed(const RowsProblem& p, const Parallel& parallel) {
-  if (p.samples < parallel.threads && p.samples < kSplitSamples && p.classes > kChunk) {
+  if (p.samples < parallel.threads && Worker<T>::may_split(p)) {
     forward_split<T>(p, parallel);
     return;
   }
+  const ClassStandardization<T> classes(p, parallel);
   parallel.run(0, p.samples, row_grain(p), [&](int64_t begin, int64_t end) {
-    Worker<T> worker(p);
+    Worker<T> worker(p, classes);
     for (int64_t n = begin; n < end; n += worker.batch()) worker.forward(n, std::min(n + worker.batch(), end));
   });
 }
 
 template <class T>
 void backward_typed(const RowsProblem& p, const Parallel& parallel) {
+  const ClassStandardization<T> classes(p, parallel);
   parallel.run(0, p.samples, row_grain(p), [&](int64_t begin, int64_t end) {
-    Worker<T> worker(p);
+    Worker<T> worker(p, classes);
     for (int64_t n = begin; n < end; ++n) worker.backward(n);
   });
+}
+
+template <class T>
+void class_sums_typed(const RowsProblem& p, const Parallel& parallel, double* out) {
+  const ClassStandardization<T> classes(p, parallel);
+  const Blocks work(p);
+  const int64_t size = 2 * p.classes;
+  std::vector<double> partial(work.blocks * size);
+  work.each(parallel, [&](int64_t begin, int64_t end, int64_t first, int64_t last, int64_t block) {
+    alignas(64) double sums[kTile] = {}, products[kTile] = {};
+    Worker<T> worker(p, classes);
+    for (int64_t n = first; n < last; ++n) worker.add_class_sums(n, begin, end, sums, products);
+    std::copy_n(sums, end - begin, partial.data() + block * size + begin);
+    std::copy_n(products, end - begin, partial.data() + block * size + p.classes + begin);
+  });
+  std::fill_n(out, size, 0.0);
+  for (int64_t block = 0; block < work.blocks; ++block)
+    for (int64_t j = 0; j < size; ++j) out[j] += partial[block * size + j];
 }
 
 inline void forward(const RowsProblem& p, const Parallel& parallel) {
@@ -1042,6 +792,14 @@ inline void forward(const RowsProblem& p, const Parallel& parallel) {
 
 inline void backward(const RowsProblem& p, const Parallel& parallel) {
   (p.double_arithmetic ? backward_typed<double> : backward_typed<float>)(p, parallel);
+}
+
+inline void class_moments(const RowsProblem& p, const Parallel& parallel, double* moments) {
+  (p.double_arithmetic ? class_moments_typed<double> : class_moments_typed<float>)(p, parallel, moments);
+}
+
+inline void class_sums(const RowsProblem& p, const Parallel& parallel, double* sums) {
+  (p.double_arithmetic ? class_sums_typed<double> : class_sums_typed<float>)(p, parallel, sums);
 }
 
 inline void scale(const RowsProblem& p, const double* factor, bool per_sample, const Parallel& parallel) {
@@ -1062,4 +820,4 @@ inline void scale(const RowsProblem& p, const double* factor, bool per_sample, c
   });
 }
 
-constexpr RowKernels kRowKernels{forward, backward, scale};
+constexpr RowKernels kRowKernels{forward, backward, class_moments, class_sums, scale};

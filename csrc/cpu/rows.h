@@ -38,12 +38,15 @@ struct RowsProblem {
   double* row_parts = nullptr;    // out, unweighted, objective.parts() a sample
   void* saved = nullptr;          // float or double, saved_size() a sample
   int64_t* members = nullptr;     // leading classes by rank, members_size() a sample
+  // Where logits are standardised by class:
+  const double* moments = nullptr;  // count, mean and M2 of each class, of the student, then of the teacher
+  const double* sums = nullptr;     // see class_sums
 };
 
 // Numbers that a sample's gradient needs besides the logits: its weight, the cross entropy's maximum and inverse sum,
-// and for each group of each term both maxima and the coefficients.
+// for each group of each term both origins and the coefficients, and what standardises the sample.
 inline int64_t saved_size(const Objective& objective) {
-  int64_t size = 3;
+  int64_t size = objective.standardize == Standardize::by_sample ? 3 + 7 : 3;
   for (int t = 0; t < objective.terms; ++t) size += 5 * objective.term[t].groups();
   return size;
 }
@@ -70,6 +73,14 @@ void forward_rows(const RowsProblem& problem, const Parallel& parallel);
 // Step 3 alone, from problem.saved and problem.members.
 void backward_rows(const RowsProblem& problem, const Parallel& parallel);
 
+// Count, mean and M2 of each class over the samples of weight > 0, without logits of -inf: 3 x classes numbers of the
+// student, then of the teacher.
+void class_moments(const RowsProblem& problem, const Parallel& parallel, double* moments);
+
+// Sums over the samples, for each class, of the gradient in the standardised logit and of its product with that logit:
+// 2 x classes. backward_rows needs them, over all processes, where logits are standardised by class.
+void class_sums(const RowsProblem& problem, const Parallel& parallel, double* sums);
+
 // gradient *= factor, one factor for all samples or one a sample.
 void scale_rows(const RowsProblem& problem, const double* factor, bool per_sample, const Parallel& parallel);
 
@@ -83,6 +94,8 @@ bool set_isa(int isa);
 struct RowKernels {
   void (*forward)(const RowsProblem&, const Parallel&);
   void (*backward)(const RowsProblem&, const Parallel&);
+  void (*class_moments)(const RowsProblem&, const Parallel&, double*);
+  void (*class_sums)(const RowsProblem&, const Parallel&, double*);
   void (*scale)(const RowsProblem&, const double*, bool, const Parallel&);
 };
 

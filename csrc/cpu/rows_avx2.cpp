@@ -12,6 +12,8 @@ namespace {
 // clang-format off
 #include "simd.h"
 #include "../evaluate.h"
+#include "tile_kernels.h"
+#include "standardize.h"
 #include "row_kernels.h"
 // clang-format on
 }  // namespace

@@ -246,6 +246,22 @@ inline uint32_t not_less(Vec<T> v, Vec<T> bound) {
 #endif
 }
 
+// Bit i is set where v[i] == w[i].
+template <class T>
+inline Lanes equal(Vec<T> v, Vec<T> w) {
+#if defined(KDK_AVX512)
+  if constexpr (sizeof(T) == 4) return _mm512_cmp_ps_mask(v, w, _CMP_EQ_OQ);
+  if constexpr (sizeof(T) == 8) return _mm512_cmp_pd_mask(v, w, _CMP_EQ_OQ);
+#elif defined(KDK_AVX2)
+  if constexpr (sizeof(T) == 4) return _mm256_movemask_ps(_mm256_cmp_ps(v, w, _CMP_EQ_OQ));
+  if constexpr (sizeof(T) == 8) return _mm256_movemask_pd(_mm256_cmp_pd(v, w, _CMP_EQ_OQ));
+#else
+  Lanes mask = 0;
+  for (int i = 0; i < kLanes<T>; ++i) mask |= static_cast<Lanes>(v[i] == w[i]) << i;
+  return mask;
+#endif
+}
+
 // 16-bit floats ----------------------------------------------------------------------------------------------------
 
 struct Half {

@@ -1,0 +1,428 @@
+// Kernels on tiles, some classes of one row that fit in L1: sums, selections and gradients. Built once per instruction
+// set (see simd.h).
+
+constexpr int kTile = 2048;  // classes of a tile: both sides and the gradient stay in L1
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+template <class T>
+inline int padded(int64_t count) {
+  return static_cast<int>(ceil_div(count, kLanes<T>) * kLanes<T>);
+}
+
+inline int64_t dtype_size(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
+
+// Calls body with a value of the element type that `dtype` names.
+template <class Body>
+inline void with_dtype(DType dtype, const Body& body) {
+  switch (dtype) {
+    case DType::f32: return body(float{});
+    case DType::f64: return body(double{});
+    case DType::f16: return body(Half{});
+    case DType::bf16: return body(BFloat16{});
+  }
+}
+
+// Where a sample starts, in elements.
+inline int64_t sample_offset(const RowsProblem& problem, const Matrix& matrix, int64_t sample) {
+  int64_t offset = 0;
+  for (int d = problem.dims - 1; d > 0; --d) {
+    offset += sample % problem.sample_size[d] * matrix.sample_stride[d];
+    sample /= problem.sample_size[d];
+  }
+  return offset + sample * matrix.sample_stride[0];
+}
+
+inline void* element(const RowsProblem& problem, const Matrix& matrix, int64_t sample) {
+  return static_cast<char*>(matrix.data) + sample_offset(problem, matrix, sample) * dtype_size(matrix.dtype);
+}
+
+// Whether the arithmetic is in this type.
+template <class T>
+inline bool is_arithmetic(DType dtype) {
+  return dtype == (sizeof(T) == 8 ? DType::f64 : DType::f32);
+}
+
+// Classes of a row: in place, or in `to` where they have to be converted or gathered.
+template <class T>
+const T* read_classes(const Matrix& matrix, const void* row, int64_t begin, int count, T* to) {
+  if (matrix.class_stride == 1 && is_arithmetic<T>(matrix.dtype)) return static_cast<const T*>(row) + begin;
+  with_dtype(matrix.dtype, [&](auto element) {
+    const auto* from = static_cast<const decltype(element)*>(row) + begin * matrix.class_stride;
+    if (matrix.class_stride == 1) {
+      widen_all(from, count, to);
+    } else {
+      for (int i = 0; i < count; ++i) to[i] = static_cast<T>(widen(from[i * matrix.class_stride]));
+    }
+  });
+  return to;
+}
+
+// A growing array of whole vectors.
+template <class T>
+class Buffer {
+ public:
+  T* data(int64_t count) {
+    if (count > size_) {
+      data_.reset(static_cast<T*>(std::aligned_alloc(64, ceil_div(count * sizeof(T), 64) * 64)));
+      if (!data_) throw std::bad_alloc();
+      size_ = count;
+    }
+    return data_.get();
+  }
+
+ private:
+  struct Free {
+    void operator()(T* pointer) const { std::free(pointer); }
+  };
+  std::unique_ptr<T[], Free> data_;
+  int64_t size_ = 0;
+};
+
+// Kernels on tiles -------------------------------------------------------------------------------------------------
+
+// Classes of a tile: the first `count`, without the `hidden` ones (ascending).
+struct Classes {
+  int count;
+  const int* hidden = nullptr;
+  int hidden_count = 0;
+};
+
+// Calls body(i, lanes, chain) for each vector of classes; two chains of dependent operations keep the pipelines full.
+// Calls flush() now and then, at the end too, so that chains of roundings can be kept short.
+template <class T, class Body, class Flush>
+inline __attribute__((always_inline)) void each_vector(const Classes& classes, const Body& body, const Flush& flush) {
+  constexpr int W = kLanes<T>, kRun = 32 * W;
+  constexpr AllLanes all;
+  const int *hidden = classes.hidden, *hidden_end = hidden + classes.hidden_count;
+  for (int i = 0; i < classes.count;) {
+    const int whole = (hidden < hidden_end ? *hidden : classes.count) / W * W;
+    while (i + 2 * W <= whole) {
+      for (const int end = std::min(whole, i + kRun); i + 2 * W <= end; i += 2 * W) {
+        body(i, all, 0);
+        body(i + W, all, 1);
+      }
+      flush();
+    }
+    if (i < whole) {
+      body(i, all, 0);
+      i += W;
+    }
+    if (i == classes.count) break;
+    Lanes lanes = (uint64_t{1} << std::min(W, classes.count - i)) - 1;
+    for (; hidden < hidden_end && *hidden < i + W; ++hidden) lanes &= ~(1u << (*hidden - i));
+    body(i, lanes, 1);
+    i += W;
+  }
+  flush();
+}
+template <class T, class Body>
+inline __attribute__((always_inline)) void each_vector(const Classes& classes, const Body& body) {
+  each_vector<T>(classes, body, [] {});
+}
+
+#define KDK_INLINE_LAMBDA __attribute__((always_inline))
+
+template <class T>
+T tile_max(const T* x, const Classes& classes) {
+  Vec<T> m[2] = {broadcast(T(-INFINITY)), broadcast(T(-INFINITY))};
+  each_vector<T>(classes, [&](int i, auto lanes, int chain) KDK_INLINE_LAMBDA { m[chain] = max(load(x + i, lanes), m[chain]); });
+  return horizontal_max<T>(max(m[0], m[1]));
+}
+
+// The exponentials of a tile, kept for its gradient.
+template <class T>
+struct Exps {
+  T* student = nullptr;
+  T* teacher = nullptr;
+  T* gap = nullptr;
+};
+
+// Memory that the next tile will come from: fetched while the arithmetic on this one leaves the load ports idle.
+struct Ahead {
+  const char* student = nullptr;
+  const char* teacher = nullptr;
+  int student_step = 0, teacher_step = 0;  // bytes a vector
+
+  void fetch(int vector) const {
+    __builtin_prefetch(student + vector * student_step);
+    __builtin_prefetch(teacher + vector * teacher_step);
+  }
+};
+
+// A sum of vectors in two chains, carried on in double precision: a few thousand roundings in float would show.
+template <class T>
+struct ChainedSum {
+  Vec<T> chain[2]{};
+  Vec<double> low{}, high{};
+
+  void flush() {
+    const Vec<T> sum = chain[0] + chain[1];
+    if constexpr (sizeof(T) == 8) {
+      low += sum;
+    } else {
+      low += __builtin_convertvector(half<float, kLanes<float>>(sum, 0), Vec<double>);
+      high += __builtin_convertvector(half<float, kLanes<float>>(sum, 1), Vec<double>);
+    }
+    chain[0] = chain[1] = Vec<T>{};
+  }
+  double total() const { return horizontal_sum(low + high); }
+};
+
+// Adds a tile's sums to statistics. `Careful` is right for every logit, if the origins are no smaller than the tile's
+// maxima; without, sums that pass `plausible` are right, for any origins.
+template <class T, bool Forward, bool Reverse, bool Keep, bool Careful>
+void add_sums(const T* student, const T* teacher, const Classes& classes, T k, GroupStats<double>& stats,
+              const Exps<T>& exps, const Ahead& ahead) {
+  const Vec<T> student_start = broadcast(T(start(stats.student_origin)));
+  const Vec<T> teacher_start = broadcast(T(start(stats.teacher_origin)));
+  ChainedSum<T> student_sum, teacher_sum, teacher_gap, student_gap;
+  each_vector<T>(classes, [&](int i, auto lanes, int chain) KDK_INLINE_LAMBDA {
+    ahead.fetch(i / kLanes<T>);
+    const Vec<T> xs = exponents(load(student + i, lanes), student_start, k);
+    const Vec<T> xt = exponents(load(teacher + i, lanes), teacher_start, k);
+    const Vec<T> es = exp2(xs), et = exp2(xt), gap = xt - xs;
+    student_sum.chain[chain] += es;
+    teacher_sum.chain[chain] += et;
+    // A class without probability adds nothing, however infinite its gap.
+    constexpr bool may_be_zero = Careful || !std::is_same_v<decltype(lanes), AllLanes>;
+    const auto add = [&](Vec<T>& sum, Vec<T> e) KDK_INLINE_LAMBDA {
+      sum = may_be_zero ? (e == 0 ? sum : sum + e * gap) : sum + e * gap;
+    };
+    if constexpr (Forward) add(teacher_gap.chain[chain], et);
+    if constexpr (Reverse) add(student_gap.chain[chain], es);
+    if constexpr (Keep) {
+      store(exps.student + i, es);
+      store(exps.teacher + i, et);
+      if constexpr (Reverse) store(exps.gap + i, gap);
+    }
+  }, [&]() KDK_INLINE_LAMBDA {
+    student_sum.flush();
+    teacher_sum.flush();
+    if constexpr (Forward) teacher_gap.flush();
+    if constexpr (Reverse) student_gap.flush();
+  });
+  stats.student_sum += student_sum.total();
+  stats.teacher_sum += teacher_sum.total();
+  if constexpr (Forward) stats.teacher_gap += teacher_gap.total();
+  if constexpr (Reverse) stats.student_gap += student_gap.total();
+}
+
+// Whether nothing overflowed and no infinity met a zero: exponents far above their origin are as good as any others.
+inline bool plausible(const GroupStats<double>& stats) {
+  constexpr double limit = 0x1p80;
+  return stats.student_sum + stats.teacher_sum + std::abs(stats.teacher_gap) + std::abs(stats.student_gap) < limit;
+}
+
+template <class T>
+using AddSums = void (*)(const T*, const T*, const Classes&, T, GroupStats<double>&, const Exps<T>&, const Ahead&);
+
+template <class T, bool Keep, bool Careful>
+AddSums<T> choose_add_sums(const Term& term) {
+  const bool forward = term.wants_forward(), reverse = term.wants_reverse();
+  if (forward && reverse) return add_sums<T, true, true, Keep, Careful>;
+  return reverse ? add_sums<T, false, true, Keep, Careful> : add_sums<T, true, false, Keep, Careful>;
+}
+
+// Adds a tile to the student's softmax at T = 1. It counts from a logit, so that a sure class has an exponential of 1.
+template <class T>
+void add_softmax(const T* student, const Classes& classes, SoftmaxStats<double>& stats) {
+  constexpr T k = kLog2E;
+  const double origin = tile_max(student, classes);
+  if (origin > stats.origin) rebase(stats, origin, double(k));
+  const Vec<T> from = broadcast(T(start(stats.origin)));
+  ChainedSum<T> sum;
+  each_vector<T>(
+      classes,
+      [&](int i, auto lanes, int chain) KDK_INLINE_LAMBDA {
+        sum.chain[chain] += exp2((load(student + i, lanes) - from) * k);
+      },
+      [&]() KDK_INLINE_LAMBDA { sum.flush(); });
+  stats.sum += sum.total();
+}
+
+// A class and its value in one integer: larger where the value is larger, then where the index is lower; NaN before all.
+template <class T>
+struct KeyOf;
+template <>
+struct KeyOf<float> {
+  using bits = uint32_t;
+  using type = uint64_t;
+};
+template <>
+struct KeyOf<double> {
+  using bits = uint64_t;
+  using type = unsigned __int128;
+};
+template <class T>
+using Key = typename KeyOf<T>::type;
+template <class T>
+using Ranking = std::vector<Key<T>>;  // best first
+
+template <class T>
+inline Key<T> key_of(T value, int64_t index) {
+  using Bits = typename KeyOf<T>::bits;
+  constexpr int width = 8 * sizeof(T);
+  constexpr Bits sign = Bits{1} << (width - 1);
+  value += T(0);  // -0 is 0
+  Bits bits;
+  __builtin_memcpy(&bits, &value, sizeof value);
+  bits ^= (Bits{} - (bits >> (width - 1))) | sign;
+  if (value != value) bits = ~Bits{};
+  return static_cast<Key<T>>(bits) << width | static_cast<Bits>(~static_cast<Bits>(index));
+}
+template <class T>
+inline int64_t index_of(Key<T> key) {
+  using Bits = typename KeyOf<T>::bits;
+  return static_cast<int64_t>(static_cast<Bits>(~static_cast<Bits>(key)));
+}
+template <class T>
+inline T value_of(Key<T> key) {
+  using Bits = typename KeyOf<T>::bits;
+  constexpr int width = 8 * sizeof(T);
+  constexpr Bits sign = Bits{1} << (width - 1);
+  Bits bits = static_cast<Bits>(key >> width);
+  bits = bits & sign ? bits & ~sign : ~bits;
+  T value;
+  __builtin_memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+// Sorts a few distinct numbers, descending, by counting for each how many are larger: no branch to mispredict.
+template <class N>
+inline void sort_few(const N* from, int count, N* to) {
+  for (int i = 0; i < count; ++i) {
+    int larger = 0;
+    for (int j = 0; j < count; ++j) larger += from[j] > from[i];
+    to[larger] = from[i];
+  }
+}
+
+template <class N>
+void keep_best(std::vector<N>& ranking, size_t k) {
+  constexpr size_t kFew = 32;
+  const size_t count = ranking.size();
+  if (count <= kFew) {
+    N unsorted[kFew];
+    std::copy(ranking.begin(), ranking.end(), unsorted);
+    sort_few(unsorted, static_cast<int>(count), ranking.data());
+  } else {
+    std::partial_sort(ranking.begin(), ranking.begin() + std::min(k, count), ranking.end(), std::greater<>());
+  }
+  if (count > k) ranking.resize(k);
+}
+
+// The values a selection ranks: the k largest of them are wanted, or, as their opposites, the k smallest.
+template <class T, bool Largest>
+struct Ranked {
+  const T* values;
+
+  T operator[](int i) const { return Largest ? values[i] : -values[i]; }
+  template <class Which>
+  Vec<T> at(int i, Which lanes) const {
+    const Vec<T> v = load(values + i, lanes);
+    return Largest ? v : -v;
+  }
+};
+
+// A number that at least k of the values reach, close to the k-th largest: the k-th largest among the maxima of some
+// subsets, at least twice as many as k. -inf where that would not pay.
+template <class T, bool Largest>
+T lower_bound_of_best(Ranked<T, Largest> ranked, int count, int k) {
+  constexpr int W = kLanes<T>, kSubsets = 64;
+  if (k > kSubsets / 2 || count < kSubsets) return -INFINITY;
+  Vec<T> maxima[kSubsets / W];
+  for (Vec<T>& m : maxima) m = broadcast(T(-INFINITY));
+  for (int i = 0; i + kSubsets <= count; i += kSubsets)
+    for (int j = 0; j < kSubsets / W; ++j) maxima[j] = max(ranked.at(i + j * W, AllLanes{}), maxima[j]);
+  int vectors = kSubsets / W;
+  for (; vectors > 1 && vectors / 2 * W >= 2 * k; vectors /= 2)
+    for (int j = 0; j < vectors / 2; ++j) maxima[j] = max(maxima[j], maxima[j + vectors / 2]);
+  T all[kSubsets];
+  for (int j = 0; j < vectors; ++j) store(all + j * W, maxima[j]);
+  Vec<T> bound = broadcast(T(-INFINITY));
+  for (int j = 0; j < vectors; ++j) {
+    typename VecOf<T>::bits larger{};
+    for (int i = 0; i < vectors * W; ++i) larger -= broadcast(all[i]) > maxima[j];
+    bound = max(larger >= k - 1 ? maxima[j] : bound, bound);
+  }
+  return horizontal_max<T>(bound);
+}
+
+// Calls found(i) for the values that are not below a bound, in order.
+template <class T, bool Largest, class Found>
+inline void each_not_below(Ranked<T, Largest> ranked, int count, T bound, const Found& found) {
+  constexpr int W = kLanes<T>, kBlock = 4 * W;
+  const Vec<T> bounds = broadcast(bound);
+  const auto report = [&](Lanes hits, int i) {
+    for (; hits; hits &= hits - 1) found(i + __builtin_ctz(hits));
+  };
+  int i = 0;
+  for (; i + kBlock <= count; i += kBlock) {
+    const auto hits = [&](int j) { return not_less<T>(ranked.at(i + j * W, AllLanes{}), bounds); };
+    if ((hits(0) | hits(1) | hits(2) | hits(3)) == 0) continue;
+    for (int j = 0; j < 4; ++j) report(hits(j), i + j * W);
+  }
+  for (; i < count; i += W) {
+    const Lanes there = (uint64_t{1} << std::min(W, count - i)) - 1;
+    report(not_less<T>(ranked.at(i, there), bounds) & there, i);
+  }
+}
+
+// What the gradient of one group needs: where its exponentials count from, and the coefficients.
+template <class T>
+struct GroupGradient {
+  T student_origin;
+  T teacher_origin;
+  GroupCoefficients<T> by;
+};
+
+// Writes or adds value(i, lanes) for each vector of classes to out; hidden ones get what value makes of them.
+template <class T, bool Add, class Value>
+inline __attribute__((always_inline)) void write_vectors(const Classes& classes, T* out, const Value& value) {
+  each_vector<T>(classes, [&](int i, auto lanes, int) KDK_INLINE_LAMBDA {
+    const Vec<T> v = value(i, lanes);
+    if (std::is_same_v<decltype(lanes), AllLanes> || i + kLanes<T> <= classes.count) {
+      store(out + i, Add ? v + load(out + i) : v);
+    } else {
+      const int count = classes.count - i;
+      store(out + i, Add ? v + load(out + i, (Lanes{1} << count) - 1) : v, count);
+    }
+  });
+}
+
+// Writes (or adds) a tile's gradient from its kept exponentials.
+template <class T, bool Add, bool Tilt>
+void gradient_of_exps(const Exps<T>& exps, int count, const GroupCoefficients<T>& by, T* out) {
+  write_vectors<T, Add>({count}, out, [&](int i, auto) KDK_INLINE_LAMBDA {
+    const Vec<T> es = load(exps.student + i), et = load(exps.teacher + i);
+    if constexpr (!Tilt) return es * by.student - et * by.teacher;
+    const Vec<T> tilted = es == 0 ? Vec<T>{} : es * (by.student + by.tilt * load(exps.gap + i));
+    return tilted - et * by.teacher;
+  });
+}
+
+// The same from the logits.
+template <class T, bool Add, bool Tilt>
+void gradient_of_logits(const T* student, const T* teacher, const Classes& classes, T k, const GroupGradient<T>& group,
+                        T* out) {
+  const Vec<T> student_start = broadcast(start(group.student_origin));
+  const Vec<T> teacher_start = broadcast(start(group.teacher_origin));
+  const GroupCoefficients<T> by = group.by;
+  write_vectors<T, Add>(classes, out, [&](int i, auto lanes) KDK_INLINE_LAMBDA {
+    const Vec<T> xs = exponents(load(student + i, lanes), student_start, k);
+    const Vec<T> xt = exponents(load(teacher + i, lanes), teacher_start, k);
+    const Vec<T> es = exp2(xs), et = exp2(xt);
+    if constexpr (!Tilt) return es * by.student - et * by.teacher;
+    const Vec<T> tilted = es == 0 ? Vec<T>{} : es * (by.student + by.tilt * (xt - xs));
+    return tilted - et * by.teacher;
+  });
+}
+
+// Adds the softmax's part of the cross entropy's gradient.
+template <class T>
+void add_softmax_gradient(const T* student, int count, T origin, T factor, T* out) {
+  const Vec<T> from = broadcast(start(origin));
+  write_vectors<T, true>({count}, out, [&](int i, auto lanes) KDK_INLINE_LAMBDA {
+    return exp2((load(student + i, lanes) - from) * T(kLog2E)) * factor;
+  });
+}

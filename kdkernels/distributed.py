@@ -1,0 +1,55 @@
+"""Class statistics over the batches of all processes, for ``standardize="class"`` with ``process_group=``.
+
+One collective in forward (every process's moments, merged exactly) and one in backward (a sum), as in synchronised
+batch normalisation. Every process of the group has to make the same calls; its batch may be empty.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+ProcessGroup = Any  # torch.distributed.ProcessGroup, which a torch built without distributed lacks
+
+
+def is_process_group(value: object) -> bool:
+    """Whether ``value`` is a group of this process's."""
+    return dist.is_available() and isinstance(value, dist.ProcessGroup)
+
+
+def merged_moments(moments: Tensor, group: ProcessGroup | None) -> Tensor:
+    """The moments over all processes of ``group`` from each one's, ``(sides, 3, classes)``: count, mean and M2.
+
+    The merge is that of Chan et al., from means and not from sums of squares. None for the group: ``moments``.
+    """
+    if group is None:
+        return moments
+    parts = [torch.empty_like(moments) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, moments, group=group)
+    counts, means, m2s = torch.stack(parts).unbind(2)
+    count = counts.sum(0)
+    mean = (counts * means).sum(0) / count.clamp(min=1)
+    return torch.stack([count, mean, (m2s + counts * (means - mean).square()).sum(0)], 1)
+
+
+def summed(values: Tensor, group: ProcessGroup | None) -> Tensor:
+    """``values``, summed in place over all processes of ``group``; None for the group: as they are."""
+    if group is not None:
+        dist.all_reduce(values, group=group)
+    return values
+
+
+class Sum(torch.autograd.Function):
+    """:func:`summed` out of place, differentiable: the gradient of a sum over processes is a sum over processes."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, group: ProcessGroup | None) -> Tensor:
+        ctx.group = group
+        return summed(values.clone(), group)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return summed(gradient.clone(), ctx.group), None
