@@ -215,16 +215,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_cpu(
   problem.objective = decoded(objective);
   const ScalarType dtype = problem.double_arithmetic ? ScalarType::Double : ScalarType::Float;
 
-  Tensor grad = gradient ? new_gradient(student) : new_tensor(student, {0}, student.scalar_type());
+  const bool by_class = moments.has_value();
+  STD_TORCH_CHECK(save || !by_class || !gradient, "ValueError: save must go with gradient where there are moments");
+  Tensor grad = !gradient  ? new_tensor(student, {0}, student.scalar_type())
+                : by_class ? new_tensor(student, {2, num_classes}, ScalarType::Double)
+                           : new_gradient(student);
+  if (gradient && by_class) problem.sums_out = static_cast<double*>(grad.data_ptr());
   std::vector<std::pair<Matrix*, const Tensor*>> sides{{&problem.student, &student}, {&problem.teacher, &teacher}};
-  if (gradient) sides.emplace_back(&problem.gradient, &grad);
+  if (gradient && !by_class) sides.emplace_back(&problem.gradient, &grad);
   set_layout(problem, sides, class_dim);
   const int64_t samples = problem.samples;
 
   Arguments arguments;
   set_class_statistics(problem, arguments, moments, std::nullopt);
-  STD_TORCH_CHECK(!gradient || problem.moments == nullptr,
-                  "ValueError: gradient must be left to backward where logits are standardised by class");
   problem.target = arguments.array<int64_t>(target);
   std::vector<double> weights = sample_weights(problem, arguments.array<double>(sample_weight), ignore_index);
   const double factor =

@@ -29,7 +29,7 @@ class DistillationFunction(torch.autograd.Function):
     """Loss forward; backward scales the gradient that forward wrote, or recomputes it from what forward saved.
 
     Where logits are standardised by class it always recomputes: a sample's gradient needs sums over all samples, so
-    what forward could write would have to be read and written once more.
+    what forward could write would have to be read and written once more. Forward computes those sums instead.
     """
 
     @staticmethod
@@ -37,16 +37,22 @@ class DistillationFunction(torch.autograd.Function):
         if torch.compiler.is_compiling():
             call = call._replace(student=student)  # tracing knows a function's tensors by its arguments only
         moments = _class_moments(call)
-        recompute = recompute or moments is not None or _rounds_too_early(student.dtype, call.reduction)
-        loss, values, gradient, saved, members = ops.forward(
-            call, moments, gradient=not recompute, save=recompute, parts=parts
-        )
+        if moments is not None:
+            # Sums for an upstream gradient that is one number can be had now; with one a sample they are weighted.
+            now = not recompute and call.reduction != "none"
+            recompute = True
+        else:
+            recompute = recompute or _rounds_too_early(student.dtype, call.reduction)
+            now = not recompute
+        loss, values, gradient, saved, members = ops.forward(call, moments, gradient=now, save=recompute, parts=parts)
         if parts:
             ctx.mark_non_differentiable(values)
         ctx.set_materialize_grads(False)
         ctx.recompute = recompute
         if recompute:
-            ctx.save_for_backward(student, call.teacher, call.target, saved, members, moments)
+            ctx.save_for_backward(
+                student, call.teacher, call.target, saved, members, moments, gradient if now else None
+            )
             ctx.call = call._replace(student=None, teacher=None, target=None, sample_weight=None, denominator=None)
         else:
             ctx.save_for_backward(gradient)
@@ -64,11 +70,11 @@ class DistillationFunction(torch.autograd.Function):
 
 def _gradient(ctx: Any, grad_loss: Tensor) -> Tensor:
     if ctx.recompute:
-        student, teacher, target, saved, members, moments = ctx.saved_tensors
+        student, teacher, target, saved, members, moments, sums = ctx.saved_tensors
         call = ctx.call._replace(student=student, teacher=teacher, target=target)
-        sums = None
         if moments is not None:
-            sums = distributed.summed(ops.class_sums(call, grad_loss, saved, members, moments), call.process_group)
+            sums = ops.class_sums(call, grad_loss, saved, members, moments) if sums is None else sums * grad_loss
+            sums = distributed.summed(sums, call.process_group)
         return ops.backward(call, grad_loss, saved, members, moments, sums)
     (gradient,) = ctx.saved_tensors
     if torch.compiler.is_compiling() or _graph_is_kept():

@@ -67,7 +67,7 @@ def forward(
 
     ``moments`` are those of :func:`class_moments` where logits are standardised by class, else None. ``gradient`` is
     that of the reduced loss in the student's logits; ``saved`` and ``members`` are what :func:`backward` needs to
-    compute it later, as it must where there are moments: the gradient needs sums over all samples.
+    compute it later, as it must where there are moments: then ``gradient`` is the :func:`class_sums` it needs too.
     """
     try:
         return torch.ops.kdkernels.forward.default(
@@ -168,6 +168,11 @@ def set_cpu_instruction_set(name: str) -> None:
 
 if unavailable is None:
 
+    def _fake_gradient(student, moments, num_classes):
+        if moments is None:
+            return torch.empty_like(student)
+        return student.new_empty((2, num_classes), dtype=torch.float64)
+
     @torch.library.register_fake("kdkernels::class_moments")
     def _(student, teacher, target, sample_weight, class_dim, num_classes, ignore_index):
         return student.new_empty((2, 3, num_classes), dtype=torch.float64)
@@ -200,7 +205,7 @@ if unavailable is None:
         return (
             empty(reduced, dtype=dtype),
             empty((*reduced, sizes[0]) if parts else (0,), dtype=dtype),
-            torch.empty_like(student) if gradient else empty((0,)),
+            _fake_gradient(student, moments, num_classes) if gradient else empty((0,)),
             empty((count, sizes[1]) if save else (0,), dtype=dtype),
             empty((count, sizes[2]) if save else (0,), dtype=torch.int64),
         )

@@ -381,8 +381,8 @@ def test_class_moments(shape: tuple[int, int], dtype: torch.dtype) -> None:
     for side, logits in zip(got, (student, teacher), strict=True):
         valid = logits[target != -100].double()
         assert torch.equal(side[0], torch.full((shape[1],), float(len(valid)), dtype=torch.float64))
-        # Deviations from the first sample are taken in the arithmetic's precision.
-        precision = 1e-13 if dtype == torch.float64 else 2e-7
+        # Deviations are added up, a few at a time, in the arithmetic's precision.
+        precision = 1e-13 if dtype == torch.float64 else 4e-7
         torch.testing.assert_close(side[1], valid.mean(0), rtol=precision, atol=precision)
         torch.testing.assert_close(side[2], valid.var(0, correction=0) * len(valid), rtol=precision, atol=1e-12)
 

@@ -74,22 +74,26 @@ template <class T>
 struct Tile {
   int64_t begin;
   int count;
-  const T* student;
-  const T* teacher;
+  Source<T> student;
+  Source<T> teacher;
 };
 
 template <class T>
 class Worker {
+  using AddSumsOfTerm = std::array<std::array<AddSums<T>, 2>, 2>;  // by whether careful, whether to keep
+
  public:
   Worker(const RowsProblem& problem, const ClassStandardization<T>& classes)
       : p_(problem), o_(problem.objective), by_class_(classes), scratch_(Scratch<T>::of_this_thread()) {
     for (int t = 0; t < o_.terms; ++t) {
       exponent_[t] = static_cast<T>(o_.term[t].exponent());
       const Term& term = o_.term[t];
-      add_[t] = choose_add_sums<T, false, false>(term);
-      add_and_keep_[t] = choose_add_sums<T, true, false>(term);
-      add_carefully_[t] = choose_add_sums<T, false, true>(term);
-      add_and_keep_carefully_[t] = choose_add_sums<T, true, true>(term);
+      for (const bool careful : {false, true})
+        for (const bool keep : {false, true}) {
+          add_leads_[t][careful][keep] = choose_add_sums<T, false>(term, keep, careful);
+          add_rest_[t][careful][keep] = problem.moments ? choose_add_sums<T, true>(term, keep, careful)
+                                                        : add_leads_[t][careful][keep];
+        }
       if (term.groups() > 1) kept_leads_size_ = std::max(kept_leads_size_, padded<T>(term.leads()));
     }
     if (keeps(problem)) {
@@ -109,9 +113,12 @@ class Worker {
   // Whether exponentials are kept: they must fit in cache, and rows that may be split over threads never keep them,
   // so that the arithmetic is a matter of the shape alone.
   static bool keeps(const RowsProblem& p) {
-    return p.gradient.data != nullptr && p.row_loss != nullptr && !may_split(p) &&
-           p.classes * kept_arrays(p.objective) <= 2 * kKeptClasses;
+    if ((!p.gradient.data && !p.sums_out) || !p.row_loss || may_split(p)) return false;
+    return sums_in_forward(p) || (!p.moments && p.classes * kept_arrays(p.objective) <= 2 * kKeptClasses);
   }
+
+  // Whether forward can add up the sums over samples on its way: the rows are short enough.
+  static bool sums_in_forward(const RowsProblem& p) { return p.sums_out && p.classes <= kTile; }
 
   // Whether rows are few and long enough to be split over threads, if those are more. A standardised sample is not: its
   // own moments would have to be settled between the threads first.
@@ -132,9 +139,10 @@ class Worker {
     row.ce_origin = row.ce_inverse = 0;
   }
 
-  // Rows that take step 2 together: rows of one tile, whose kept exponentials have to stay in cache until step 3.
+  // Rows that take step 2 together: the exponentials kept of them have to stay in cache until step 3.
   int64_t batch() const {
-    return p_.classes > kTile ? 1 : std::clamp<int64_t>(kBatchClasses / p_.classes, 1, kBatch);
+    if (p_.classes <= kTile) return std::clamp<int64_t>(kBatchClasses / p_.classes, 1, kBatch);
+    return p_.moments ? kBatch : 1;  // what standardises a chunk of classes serves several rows
   }
 
   // Steps 1 to 3 of a batch of rows.
@@ -155,44 +163,49 @@ class Worker {
         for (int64_t c = 0; c < chunks(); ++c) select(row, t, c, scratch_.merged);
         rank(row, t, scratch_.merged);
       }
-      PartialStats total;
-      add_chunk(row, 0, total);
-      for (int64_t c = 1; c < chunks(); ++c) {
-        PartialStats part;
-        add_chunk(row, c, part);
-        merge_into(total, part);
-      }
-      collect(row, total, stats);
     }
+    PartialStats total[kBatch];
+    for (int64_t c = 0; c < chunks(); ++c)
+      for (int i = 0; i < count; ++i) {
+        if (c == 0) {
+          add_chunk(rows[i], c, total[i]);
+        } else {
+          PartialStats part;
+          add_chunk(rows[i], c, part);
+          merge_into(total[i], part);
+        }
+      }
+    for (int i = 0; i < count; ++i) collect(rows[i], total[i], stats);
     finish(rows, count, stats);
     if (p_.gradient.data)
-      for (int i = 0; i < count; ++i)
-        for (int64_t c = 0; c < chunks(); ++c) gradient(rows[i], c);
+      for (int i = 0; i < count; ++i) gradient(rows[i], 0, p_.classes);
+    if (sums_in_forward(p_))
+      for (int i = 0; i < count; ++i) add_class_sums(rows[i], 0, p_.classes);
   }
 
-  // A whole row, step 3 from what was saved.
-  void backward(int64_t sample) {
+  // Step 3 of some classes of a row, from what was saved.
+  void backward(int64_t sample, int64_t begin, int64_t end) {
     Row<T> row;
     begin_row(row, sample, 0);
-    if (!restore(row)) {
-      clear(row);
-      return;
+    if (restore(row)) {
+      gradient(row, begin, end);
+    } else {
+      clear(row, begin, end);
     }
-    for (int64_t c = 0; c < chunks(); ++c) gradient(row, c);
   }
 
-  // Adds a whole row's share in the sums over samples of each class, from what was saved.
-  void add_class_sums(int64_t sample, int64_t begin, int64_t end, double* sums, double* products) {
-    Row<T> row;
-    begin_row(row, sample, 0);
-    if (!restore(row) || row.weight == 0) return;
+  // Adds a row's share in the sums over samples of some classes: at most a tile.
+  void add_class_sums(const Row<T>& row, int64_t begin, int64_t end) {
     compute_lead_gradients(row);
     const Tile<T> tile = term_gradient(row, begin, end, scratch_.gradient);
-    each_vector<T>({tile.count}, [&](int i, auto lanes, int) KDK_INLINE_LAMBDA {
-      const Vec<T> h = load(tile.student + i, lanes), gradient = h == -INFINITY ? Vec<T>{} : load(scratch_.gradient + i);
-      add_widened(sums + i, gradient);
-      add_widened(products + i, gradient, h == -INFINITY ? Vec<T>{} : h);
-    });
+    GradientSums<T>::of_this_thread().add(tile.student, scratch_.gradient);
+  }
+
+  // The same from what was saved.
+  void add_class_sums(int64_t sample, int64_t begin, int64_t end) {
+    Row<T> row;
+    begin_row(row, sample, 0);
+    if (restore(row) && row.weight != 0) add_class_sums(row, begin, end);
   }
 
   // Handles a sample that does not count; false if it does.
@@ -202,7 +215,7 @@ class Worker {
     if (p_.row_parts) std::fill_n(p_.row_parts + row.sample * o_.parts(), o_.parts(), 0.0);
     if (p_.saved) std::fill_n(saved(row), saved_size(o_), T(0));
     if (p_.members) std::fill_n(p_.members + row.sample * members_size(o_), members_size(o_), 0);
-    if (row.gradient) clear(row);
+    if (row.gradient) clear(row, 0, p_.classes);
     return true;
   }
 
@@ -239,7 +252,7 @@ class Worker {
     const int64_t end = std::min(p.classes, (chunk + 1) * kChunk);
     for (int64_t begin = chunk * kChunk; begin < end; begin += kTile) {
       const int count = static_cast<int>(std::min<int64_t>(end - begin, kTile));
-      const Ranked<T, Largest> ranked{worker.logits(row, 1, begin, count)};
+      const Ranked<T, Largest> ranked{worker.teacher_logits(row, begin, count)};
       const bool enough = found.size() >= static_cast<size_t>(k);
       const T bound = enough ? value_of<T>(found.back()) : lower_bound_of_best(ranked, count, k);
       each_not_below(ranked, count, bound, [&](int i) { found.push_back(key_of(ranked[i], begin + i)); });
@@ -267,8 +280,8 @@ class Worker {
         const Classes classes = rest_classes(row, t, tile);
         const Ahead next = ahead(row, begin + tile.count);
         const Exps<T> exps = kept(row, t, begin);
-        careful[t] = careful[t] || !add_hopefully(t, tile, classes, exps, next, stats.rest[t]);
-        if (careful[t]) add_carefully(t, tile, classes, exps, next, stats.rest[t]);
+        careful[t] = careful[t] || !add_hopefully(t, add_rest_[t], tile, classes, exps, next, stats.rest[t]);
+        if (careful[t]) add_carefully(t, add_rest_[t], tile, classes, exps, next, stats.rest[t]);
         if (kept_[t].student)
           kept_origin_[t][row.lane + begin / kTile] = {stats.rest[t].student_origin, stats.rest[t].teacher_origin};
       }
@@ -277,7 +290,7 @@ class Worker {
 
   // Adds a tile that counts from the origins so far, or from those of its first classes: nearly always good enough, and
   // it spares a search for the maxima. False, and nothing added, where it is not.
-  bool add_hopefully(int t, const Tile<T>& tile, const Classes& classes, const Exps<T>& exps, const Ahead& next,
+  bool add_hopefully(int t, const AddSumsOfTerm& add, const Tile<T>& tile, const Classes& classes, const Exps<T>& exps, const Ahead& next,
                      GroupStats<double>& stats) const {
     const GroupStats<double> before = stats;
     if (stats.student_origin == -INFINITY || stats.teacher_origin == -INFINITY) {
@@ -288,20 +301,19 @@ class Worker {
       const double teacher_origin = origin_at(tile_max(tile.teacher, first), exponent_[t]);
       rebase(stats, std::max(stats.student_origin, student_origin), std::max(stats.teacher_origin, teacher_origin), unit(t));
     }
-    (exps.student ? add_and_keep_[t] : add_[t])(tile.student, tile.teacher, classes, exponent_[t], stats, exps, next);
+    add[false][exps.student != nullptr](tile.student, tile.teacher, classes, exponent_[t], stats, exps, next);
     if (std::isfinite(stats.student_origin) && std::isfinite(stats.teacher_origin) && plausible(stats)) return true;
     stats = before;
     return false;
   }
 
   // Adds a tile that counts from its maxima.
-  void add_carefully(int t, const Tile<T>& tile, const Classes& classes, const Exps<T>& exps, const Ahead& next,
+  void add_carefully(int t, const AddSumsOfTerm& add, const Tile<T>& tile, const Classes& classes, const Exps<T>& exps, const Ahead& next,
                      GroupStats<double>& stats) const {
     const double student_origin = origin_at(tile_max(tile.student, classes), exponent_[t]);
     const double teacher_origin = origin_at(tile_max(tile.teacher, classes), exponent_[t]);
     rebase(stats, std::max(stats.student_origin, student_origin), std::max(stats.teacher_origin, teacher_origin), unit(t));
-    (exps.student ? add_and_keep_carefully_[t] : add_carefully_[t])(tile.student, tile.teacher, classes, exponent_[t],
-                                                                    stats, exps, next);
+    add[true][exps.student != nullptr](tile.student, tile.teacher, classes, exponent_[t], stats, exps, next);
   }
 
   void merge_into(PartialStats& into, const PartialStats& part) const {
@@ -367,13 +379,12 @@ class Worker {
       for (int i = 0; i < count; ++i) save(rows[i]);
   }
 
-  // Step 3 for one chunk.
-  void gradient(const Row<T>& row, int64_t chunk) {
-    const int64_t end = std::min(p_.classes, (chunk + 1) * kChunk);
+  // Step 3 for the classes in [first, end).
+  void gradient(const Row<T>& row, int64_t first, int64_t end) {
     const bool direct = p_.gradient.class_stride == 1 && is_arithmetic<T>(p_.gradient.dtype);
     compute_lead_gradients(row);
     const T slope = o_.standardize == Standardize::by_sample ? row.unit_slope * product_sum(row) : 0;
-    for (int64_t begin = chunk * kChunk; begin < end; begin += kTile) {
+    for (int64_t begin = first; begin < end; begin += kTile) {
       T* out = direct ? static_cast<T*>(row.gradient) + begin : scratch_.gradient;
       const Tile<T> tile = term_gradient(row, begin, end, out);
       if (o_.standardize == Standardize::by_class) by_class_.apply_chain(tile.student, begin, tile.count, out);
@@ -386,15 +397,16 @@ class Worker {
       }
       if (!direct) write(p_.gradient, row.gradient, begin, tile.count, scratch_.gradient);
     }
-    if (end == p_.classes) clear_beyond(row, p_.classes);
+    if (end == p_.classes) clear(row, p_.classes, p_.gradient_classes);
   }
 
  private:
   // The terms' gradient in the logits they see, for the tile from `begin` on. Follows compute_lead_gradients(row).
   Tile<T> term_gradient(const Row<T>& row, int64_t begin, int64_t end, T* out) {
     const bool reads_logits = kept_[0].student == nullptr || o_.has_ce() || o_.standardize != Standardize::none;
-    Tile<T> tile{begin, static_cast<int>(std::min<int64_t>(end - begin, kTile)), nullptr, nullptr};
-    if (reads_logits) tile = load_tile(row, begin, end);
+    Tile<T> tile{begin, static_cast<int>(std::min<int64_t>(end - begin, kTile)), {}, {}};
+    if (reads_logits) tile.student = source(row, 0, begin, tile.count);
+    if (!kept_[0].student) tile.teacher = source(row, 1, begin, tile.count);
     for (int t = 0; t < o_.terms; ++t) {
       const bool tilt = o_.term[t].tilted();
       const GroupGradient<T> rest = weighed_group(row, t, o_.term[t].groups() - 1);
@@ -403,8 +415,8 @@ class Worker {
                                    : (tilt ? gradient_of_exps<T, true, true> : gradient_of_exps<T, true, false>);
         kernel(kept(row, t, begin), tile.count, from_tile_origin(row, rest, t, begin), out);
       } else {
-        const auto kernel = t == 0 ? (tilt ? gradient_of_logits<T, false, true> : gradient_of_logits<T, false, false>)
-                                   : (tilt ? gradient_of_logits<T, true, true> : gradient_of_logits<T, true, false>);
+        const auto kernel =
+            p_.moments ? choose_gradient_of_logits<T, true>(t > 0, tilt) : choose_gradient_of_logits<T, false>(t > 0, tilt);
         kernel(tile.student, tile.teacher, rest_classes(row, t, tile), exponent_[t], rest, out);
       }
     }
@@ -437,7 +449,7 @@ class Worker {
       const Tile<T> tile = term_gradient(row, begin, p_.classes, scratch_.gradient);
       Vec<T> sum[2]{};
       each_vector<T>({tile.count}, [&](int i, auto lanes, int chain) KDK_INLINE_LAMBDA {
-        const Vec<T> h = load(tile.student + i, lanes);
+        const Vec<T> h = tile.student.template at<false>(i, lanes);
         sum[chain] += h == -INFINITY ? Vec<T>{} : h * load(scratch_.gradient + i);
       });
       total += horizontal_sum(sum[0] + sum[1]);
@@ -450,7 +462,7 @@ class Worker {
   void apply_chain(const Row<T>& row, T slope, const Tile<T>& tile, T* gradient) const {
     const Vec<T> slopes = broadcast(slope), factors = broadcast(row.affine[0].factor);
     write_vectors<T, false>({tile.count}, gradient, [&](int i, auto lanes) KDK_INLINE_LAMBDA {
-      return chain<T>(load(gradient + i, lanes), load(tile.student + i, lanes), Vec<T>{}, slopes, factors);
+      return chain<T>(load(gradient + i, lanes), tile.student.template at<false>(i, lanes), Vec<T>{}, slopes, factors);
     });
   }
 
@@ -502,36 +514,45 @@ class Worker {
     return result;
   }
 
-  void clear_beyond(const Row<T>& row, int64_t first) const {
-    if (first == p_.gradient_classes) return;
+  // No gradient for classes in [begin, end); with the last of those compared go those beyond.
+  void clear(const Row<T>& row, int64_t begin, int64_t end) const {
+    if (end == p_.classes) end = p_.gradient_classes;
+    if (begin == end) return;
     with_dtype(p_.gradient.dtype, [&](auto element) {
       auto* to = static_cast<decltype(element)*>(row.gradient);
-      for (int64_t i = first; i < p_.gradient_classes; ++i) to[i * p_.gradient.class_stride] = decltype(element){};
+      for (int64_t i = begin; i < end; ++i) to[i * p_.gradient.class_stride] = decltype(element){};
     });
   }
-  void clear(const Row<T>& row) const { clear_beyond(row, 0); }
 
   // Classes of one side (0 student, 1 teacher) as the terms see them: in place, or in scratch.
-  const T* logits(const Row<T>& row, int side, int64_t begin, int count) const {
+  Source<T> source(const Row<T>& row, int side, int64_t begin, int count) const {
     T* to = side ? scratch_.teacher : scratch_.student;
     const T* raw = side ? read_classes(p_.teacher, row.teacher, begin, count, to)
                         : read_classes(p_.student, row.student, begin, count, to);
     switch (o_.standardize) {
-      case Standardize::none: return raw;
-      case Standardize::by_class: standardize(raw, count, by_class_[side].from(begin), to); break;
-      case Standardize::by_sample: standardize(raw, count, row.affine[side], to); break;
+      case Standardize::none: break;
+      case Standardize::by_class: return {raw, by_class_[side].from(begin)};
+      case Standardize::by_sample: standardize(raw, count, row.affine[side], to); return {to};
     }
-    return to;
+    return {raw};
+  }
+
+  // The teacher's, for a selection.
+  const T* teacher_logits(const Row<T>& row, int64_t begin, int count) const {
+    const Source<T> teacher = source(row, 1, begin, count);
+    if (!teacher.affine.high) return teacher.logits;
+    standardize(teacher.logits, count, teacher.affine, scratch_.teacher);
+    return scratch_.teacher;
   }
 
   Tile<T> load_tile(const Row<T>& row, int64_t begin, int64_t end) const {
     const int count = static_cast<int>(std::min<int64_t>(end - begin, kTile));
-    return {begin, count, logits(row, 0, begin, count), logits(row, 1, begin, count)};
+    return {begin, count, source(row, 0, begin, count), source(row, 1, begin, count)};
   }
 
   // What the cross entropy sees of a tile.
   const T* raw_student(const Row<T>& row, const Tile<T>& tile) const {
-    if (o_.standardize == Standardize::none) return tile.student;
+    if (o_.standardize == Standardize::none) return tile.student.logits;
     return read_classes(p_.student, row.student, tile.begin, tile.count, scratch_.raw);
   }
 
@@ -570,7 +591,7 @@ class Worker {
         for (T* logit = sides + side * size; logit < sides + side * size + count; ++logit)
           *logit = o_.standardize == Standardize::by_sample ? row.affine[side](*logit)
                                                             : by_class_[side](members[logit - sides - side * size], *logit);
-    return {0, count, sides, sides + size};
+    return {0, count, {sides}, {sides + size}};
   }
 
   // Room for the exponentials of a leading group, if any are kept.
@@ -583,16 +604,17 @@ class Worker {
 
   void add_leads(const Row<T>& row, int t, int g, GroupStats<double>& stats) {
     const Tile<T> leads = gather(row, t, g);
-    if (leads.count == 1 && std::isfinite(*leads.student) && std::isfinite(*leads.teacher)) {
+    if (leads.count == 1 && std::isfinite(*leads.student.logits) && std::isfinite(*leads.teacher.logits)) {
       // Exact in double precision, so that the sums are exactly 1.
-      stats.student_origin = origin_at<double>(*leads.student, exponent_[t]);
-      stats.teacher_origin = origin_at<double>(*leads.teacher, exponent_[t]);
+      stats.student_origin = origin_at<double>(*leads.student.logits, exponent_[t]);
+      stats.teacher_origin = origin_at<double>(*leads.teacher.logits, exponent_[t]);
       stats.student_sum = stats.teacher_sum = 1;
       return;
     }
     const Classes all{leads.count};
     const Exps<T> exps = kept_leads(row, t, g);
-    if (!add_hopefully(t, leads, all, exps, ahead(row, 0), stats)) add_carefully(t, leads, all, exps, ahead(row, 0), stats);
+    if (!add_hopefully(t, add_leads_[t], leads, all, exps, ahead(row, 0), stats))
+      add_carefully(t, add_leads_[t], leads, all, exps, ahead(row, 0), stats);
   }
 
   // What the leading classes' gradients get on top of the rest's sweep.
@@ -616,8 +638,7 @@ class Worker {
           (tilt ? gradient_of_exps<T, false, true> : gradient_of_exps<T, false, false>)(exps, count, group.by, out);
         } else {
           const Tile<T> leads = gather(row, t, g);
-          (tilt ? gradient_of_logits<T, false, true> : gradient_of_logits<T, false, false>)(
-              leads.student, leads.teacher, Classes{count}, exponent_[t], group, out);
+          choose_gradient_of_logits<T, false>(false, tilt)(leads.student, leads.teacher, {count}, exponent_[t], group, out);
         }
         for (int i = 0; i < count; ++i) list.emplace_back(out[i], members[i]);
       }
@@ -687,7 +708,7 @@ class Worker {
   const ClassStandardization<T>& by_class_;
   Scratch<T>& scratch_;
   T exponent_[kMaxTerms];
-  AddSums<T> add_[kMaxTerms], add_and_keep_[kMaxTerms], add_carefully_[kMaxTerms], add_and_keep_carefully_[kMaxTerms];
+  AddSumsOfTerm add_rest_[kMaxTerms], add_leads_[kMaxTerms];
   Exps<T> kept_[kMaxTerms];  // of the batch's first row
   int64_t kept_row_ = 0;     // from row to row
   int kept_leads_size_ = 0;  // of one array of a leading group
@@ -743,29 +764,9 @@ void forward_split(const RowsProblem& problem, const Parallel& parallel) {
     main.finish(&rows[r], 1, batch);
   }
   if (p.gradient.data)
-    each_chunk([&](Worker<T>& worker, int64_t r, int64_t c) { worker.gradient(rows[r], c); });
-}
-
-template <class T>
-void forward_typed(const RowsProblem& p, const Parallel& parallel) {
-  if (p.samples < parallel.threads && Worker<T>::may_split(p)) {
-    forward_split<T>(p, parallel);
-    return;
-  }
-  const ClassStandardization<T> classes(p, parallel);
-  parallel.run(0, p.samples, row_grain(p), [&](int64_t begin, int64_t end) {
-    Worker<T> worker(p, classes);
-    for (int64_t n = begin; n < end; n += worker.batch()) worker.forward(n, std::min(n + worker.batch(), end));
-  });
-}
-
-template <class T>
-void backward_typed(const RowsProblem& p, const Parallel& parallel) {
-  const ClassStandardization<T> classes(p, parallel);
-  parallel.run(0, p.samples, row_grain(p), [&](int64_t begin, int64_t end) {
-    Worker<T> worker(p, classes);
-    for (int64_t n = begin; n < end; ++n) worker.backward(n);
-  });
+    each_chunk([&](Worker<T>& worker, int64_t r, int64_t c) {
+      worker.gradient(rows[r], c * kChunk, std::min((c + 1) * kChunk, p.classes));
+    });
 }
 
 template <class T>
@@ -775,15 +776,65 @@ void class_sums_typed(const RowsProblem& p, const Parallel& parallel, double* ou
   const int64_t size = 2 * p.classes;
   std::vector<double> partial(work.blocks * size);
   work.each(parallel, [&](int64_t begin, int64_t end, int64_t first, int64_t last, int64_t block) {
-    alignas(64) double sums[kTile] = {}, products[kTile] = {};
+    auto& sums = GradientSums<T>::of_this_thread();
+    sums.start(static_cast<int>(end - begin));
     Worker<T> worker(p, classes);
-    for (int64_t n = first; n < last; ++n) worker.add_class_sums(n, begin, end, sums, products);
-    std::copy_n(sums, end - begin, partial.data() + block * size + begin);
-    std::copy_n(products, end - begin, partial.data() + block * size + p.classes + begin);
+    for (int64_t n = first; n < last; ++n) worker.add_class_sums(n, begin, end);
+    sums.write(partial.data() + block * size + begin, partial.data() + block * size + p.classes + begin);
   });
-  std::fill_n(out, size, 0.0);
-  for (int64_t block = 0; block < work.blocks; ++block)
-    for (int64_t j = 0; j < size; ++j) out[j] += partial[block * size + j];
+  work.add_up(partial, size, out);
+}
+
+// Forward where the sums over samples are wanted too: rows in blocks, in the same order whatever the threads.
+template <class T>
+void forward_with_sums(const RowsProblem& p, const Parallel& parallel) {
+  const ClassStandardization<T> classes(p, parallel);
+  const Blocks work(p);
+  const int64_t size = 2 * p.classes;
+  std::vector<double> partial(work.blocks * size);
+  work.each(parallel, [&](int64_t, int64_t end, int64_t first, int64_t last, int64_t block) {
+    auto& sums = GradientSums<T>::of_this_thread();
+    sums.start(static_cast<int>(end));
+    Worker<T> worker(p, classes);
+    for (int64_t n = first; n < last; n += worker.batch()) worker.forward(n, std::min(n + worker.batch(), last));
+    sums.write(partial.data() + block * size, partial.data() + block * size + p.classes);
+  });
+  work.add_up(partial, size, p.sums_out);
+}
+
+template <class T>
+void forward_typed(const RowsProblem& p, const Parallel& parallel) {
+  if (p.samples < parallel.threads && Worker<T>::may_split(p)) {
+    forward_split<T>(p, parallel);
+    return;
+  }
+  if (Worker<T>::sums_in_forward(p)) {
+    forward_with_sums<T>(p, parallel);
+    return;
+  }
+  const ClassStandardization<T> classes(p, parallel);
+  parallel.run(0, p.samples, row_grain(p), [&](int64_t begin, int64_t end) {
+    Worker<T> worker(p, classes);
+    for (int64_t n = begin; n < end; n += worker.batch()) worker.forward(n, std::min(n + worker.batch(), end));
+  });
+  if (!p.sums_out) return;
+  RowsProblem saved = p;
+  std::vector<double> ones(p.samples, 1.0);
+  saved.row_weight = ones.data();
+  saved.row_loss = nullptr;
+  class_sums_typed<T>(saved, parallel, p.sums_out);
+}
+
+template <class T>
+void backward_typed(const RowsProblem& p, const Parallel& parallel) {
+  const ClassStandardization<T> classes(p, parallel);
+  // What standardises a chunk of classes serves all samples.
+  const int64_t step = p.moments ? kChunk : p.classes;
+  parallel.run(0, p.samples, row_grain(p), [&](int64_t first, int64_t last) {
+    Worker<T> worker(p, classes);
+    for (int64_t begin = 0; begin < p.classes; begin += step)
+      for (int64_t n = first; n < last; ++n) worker.backward(n, begin, std::min(begin + step, p.classes));
+  });
 }
 
 inline void forward(const RowsProblem& p, const Parallel& parallel) {

@@ -40,7 +40,8 @@ struct RowsProblem {
   int64_t* members = nullptr;     // leading classes by rank, members_size() a sample
   // Where logits are standardised by class:
   const double* moments = nullptr;  // count, mean and M2 of each class, of the student, then of the teacher
-  const double* sums = nullptr;     // see class_sums
+  const double* sums = nullptr;     // see class_sums; backward needs them
+  double* sums_out = nullptr;       // the same, for forward to write
 };
 
 // Numbers that a sample's gradient needs besides the logits: its weight, the cross entropy's maximum and inverse sum,

@@ -2,32 +2,6 @@
 //
 // Logits of -inf are no part of the moments and stay -inf: such a class is masked.
 
-// A standardised logit is (logit - high) * factor + offset, with the mean split in two, high and a small rest in the
-// offset: logit - high is exact where the mean is large against the deviation.
-template <class T>
-struct Affine {
-  T high = 0, factor = 0, offset = 0;
-
-  Affine() = default;
-  Affine(double mean, double scale)
-      : high(static_cast<T>(mean)), factor(static_cast<T>(scale)), offset(static_cast<T>((high - mean) * scale)) {}
-
-  T operator()(T logit) const { return (logit - high) * factor + offset; }
-  Vec<T> at(int, Vec<T> logits) const { return (logits - high) * factor + offset; }
-};
-
-// One of them a class, in whole vectors.
-template <class T>
-struct ClassAffines {
-  const T* high = nullptr;
-  const T* factor = nullptr;
-  const T* offset = nullptr;
-
-  ClassAffines from(int64_t begin) const { return {high + begin, factor + begin, offset + begin}; }
-  T operator()(int64_t j, T logit) const { return (logit - high[j]) * factor[j] + offset[j]; }
-  Vec<T> at(int i, Vec<T> logits) const { return (logits - load(high + i)) * load(factor + i) + load(offset + i); }
-};
-
 // Standardises the classes of a tile into `to`, which has room for whole vectors and may be where they are.
 template <class T, class AffineMap>
 void standardize(const T* logits, int count, const AffineMap& affine, T* to) {
@@ -48,10 +22,14 @@ class ClassStandardization {
   ClassStandardization(const RowsProblem& p, const Parallel& parallel) {
     if (p.objective.standardize != Standardize::by_class) return;
     const int64_t size = padded<T>(p.classes);
-    data_.resize(size * (p.sums ? 8 : 6));
-    T* next = data_.data();
+    T* next = data_.data(size * (p.sums ? 8 : 6));
     T* columns[8] = {};
     for (int c = 0; c < (p.sums ? 8 : 6); ++c, next += size) columns[c] = next;
+    for (int side = 0; side < 2; ++side)
+      for (int64_t j = p.classes; j < size; ++j) {  // -inf stays -inf in the lanes beyond the classes
+        columns[3 * side][j] = columns[3 * side + 2][j] = 0;
+        columns[3 * side + 1][j] = 1;
+      }
     side_[0] = {columns[0], columns[1], columns[2]};
     side_[1] = {columns[3], columns[4], columns[5]};
     level_ = columns[6];
@@ -81,36 +59,28 @@ class ClassStandardization {
   const ClassAffines<T>& operator[](int side) const { return side_[side]; }
 
   // The gradient in the logits of classes from `begin` on, from that in the standardised ones.
-  void apply_chain(const T* h, int64_t begin, int count, T* gradient) const {
-    write_vectors<T, false>({count}, gradient, [&](int i, auto lanes) KDK_INLINE_LAMBDA {
-      const int64_t j = begin + i;
-      return chain<T>(load(gradient + i, lanes), load(h + i, lanes), load(level_ + j), load(slope_ + j), load(side_[0].factor + j));
+  void apply_chain(const Source<T>& student, int64_t begin, int count, T* gradient) const {
+    write_vectors<T, false>({count}, gradient, [&, student, level = level_ + begin, slope = slope_ + begin](
+                                                   int i, auto lanes) KDK_INLINE_LAMBDA {
+      const Vec<T> h = student.template at<true>(i, lanes);
+      return chain<T>(load(gradient + i, lanes), h, load(level + i), load(slope + i), load(student.affine.factor + i));
     });
   }
 
  private:
-  std::vector<T> data_;
+  Buffer<T> data_;
   ClassAffines<T> side_[2];
   T* level_ = nullptr;
   T* slope_ = nullptr;
 };
 
-// Adds a vector, or the product of two, to as many doubles.
+// Adds a vector to as many doubles.
 inline void add_widened(double* to, Vec<float> v) {
   constexpr int W = kLanes<double>;
   store(to, load(to) + __builtin_convertvector(half<float, 2 * W>(v, 0), Vec<double>));
   store(to + W, load(to + W) + __builtin_convertvector(half<float, 2 * W>(v, 1), Vec<double>));
 }
 inline void add_widened(double* to, Vec<double> v) { store(to, load(to) + v); }
-inline void add_widened(double* to, Vec<float> a, Vec<float> b) {
-  constexpr int W = kLanes<double>;
-  for (int i = 0; i < 2; ++i) {
-    const Vec<double> x = __builtin_convertvector(half<float, 2 * W>(a, i), Vec<double>);
-    const Vec<double> y = __builtin_convertvector(half<float, 2 * W>(b, i), Vec<double>);
-    store(to + i * W, load(to + i * W) + x * y);
-  }
-}
-inline void add_widened(double* to, Vec<double> a, Vec<double> b) { store(to, load(to) + a * b); }
 
 // Moments of some classes of one sample.
 template <class T>
@@ -138,7 +108,57 @@ Moments<double> moments_of(const T* logits, int count) {
   return {there, centre + sum / there, std::max(square - sum * sum / there, 0.0)};
 }
 
-// Work of class moments and class sums: some samples (a block) and some classes (a strip). Both are a matter of the
+// Sums over samples, for some classes, of the gradient in standardised logits and of its product with them.
+template <class T>
+class GradientSums {
+ public:
+  static GradientSums& of_this_thread() {
+    static thread_local GradientSums sums;
+    return sums;
+  }
+
+  void start(int count) {
+    count_ = count;
+    samples_ = 0;
+    for (double* total : {total_[0], total_[1]}) std::fill_n(total, padded<T>(count), 0.0);
+    for (T* part : {part_[0], part_[1]}) std::fill_n(part, padded<T>(count), T(0));
+  }
+
+  void add(const Source<T>& student, const T* gradient) {
+    each_vector<T>({count_}, [&, student](int i, auto lanes, int) KDK_INLINE_LAMBDA {
+      const Vec<T> logit = student.template at<true>(i, lanes), g = load(gradient + i, lanes);
+      // Nothing comes from masked classes.
+      const Vec<T> sum = load(part_[0] + i) + (logit == -INFINITY ? Vec<T>{} : g);
+      const Vec<T> product = load(part_[1] + i) + (logit == -INFINITY ? Vec<T>{} : g * logit);
+      store(part_[0] + i, sum);
+      store(part_[1] + i, product);
+    });
+    if (++samples_ % kGroup == 0) flush();
+  }
+
+  void write(double* sums, double* products) {
+    flush();
+    std::copy_n(total_[0], count_, sums);
+    std::copy_n(total_[1], count_, products);
+  }
+
+ private:
+  static constexpr int kGroup = 16;  // samples that are added up in T before they go on in double precision
+
+  void flush() {
+    for (int which = 0; which < 2; ++which)
+      for (int i = 0; i < count_; i += kLanes<T>) {
+        add_widened(total_[which] + i, load(part_[which] + i));
+        store(part_[which] + i, Vec<T>{});
+      }
+  }
+
+  int count_ = 0, samples_ = 0;
+  alignas(64) T part_[2][kTile];
+  alignas(64) double total_[2][kTile];
+};
+
+// Work of what runs over samples class by class: some samples (a block) and some classes (a strip). Both are a matter of the
 // shape alone, so that no sum depends on the number of threads.
 struct Blocks {
   static constexpr int64_t kMostBlocks = 16, kLeastSamples = 32;
@@ -147,6 +167,13 @@ struct Blocks {
   explicit Blocks(const RowsProblem& p) : samples(p.samples), classes(p.classes) {
     strips = ceil_div(classes, kTile);
     blocks = std::clamp<int64_t>(samples / kLeastSamples, 1, std::max<int64_t>(kMostBlocks / strips, 1));
+  }
+
+  // Adds up what the blocks have, in their order.
+  void add_up(const std::vector<double>& partial, int64_t size, double* out) const {
+    std::fill_n(out, size, 0.0);
+    for (int64_t block = 0; block < blocks; ++block)
+      for (int64_t j = 0; j < size; ++j) out[j] += partial[block * size + j];
   }
 
   // Runs body(strip_begin, strip_end, sample_begin, sample_end, block) for each.
@@ -162,37 +189,92 @@ struct Blocks {
   }
 };
 
-// Moments of some classes over some samples of one side. `sum` and `square` are scratch of whole vectors.
+// Sums over samples of deviations from a centre, and of their squares, class by class.
 template <class T>
-void class_moments_of(const RowsProblem& p, const Matrix& matrix, int64_t begin, int count, int64_t first, int64_t last,
-                      T* scratch, T* centre, double* sum, double* square, double* counts, double* means, double* m2s) {
-  std::fill_n(sum, padded<T>(count), 0.0);
-  std::fill_n(square, padded<T>(count), 0.0);
-  std::fill_n(counts, count, 0.0);
-  int64_t valid = 0;
-  for (int64_t n = first; n < last; ++n) {
-    if (p.row_weight[n] == 0) continue;
-    const T* logits = read_classes(matrix, element(p, matrix, n), begin, count, scratch);
-    // Deviations from the first sample's logits are small against a common mean, and doubles bear the rest.
-    if (valid++ == 0)
-      for (int j = 0; j < padded<T>(count); ++j) centre[j] = j < count && logits[j] != -INFINITY ? logits[j] : T(0);
+struct Deviations {
+  static constexpr int kGroup = 16;  // samples that are added up in T before they go on in double precision
+  alignas(64) T logits[kGroup][kTile];
+  alignas(64) T centre[kTile];
+  alignas(64) double sum[kTile];
+  alignas(64) double square[kTile];
+  double missing[kTile];  // logits of -inf
+
+  static Deviations& of_this_thread() {
+    static thread_local Deviations deviations;
+    return deviations;
+  }
+
+  // Takes the mean of some samples for a centre: nothing will cancel in the squares. Equal logits give just themselves.
+  void centre_on(const T* const* rows, int samples, int count) {
+    const T share = T(1) / samples;
+    for (int j = 0; j < count; ++j) centre[j] = T(0);
+    for (int r = 0; r < samples; ++r)
+      for (int j = 0; j < count; ++j) centre[j] += rows[r][j] == -INFINITY ? T(0) : (rows[r][j] - rows[0][j]) * share;
+    for (int j = 0; j < count; ++j) {
+      const T c = rows[0][j] + centre[j];
+      centre[j] = c - c == 0 ? c : T(0);
+    }
+  }
+
+  void add(const T* const* rows, int samples, int count) {
     each_vector<T>({count}, [&](int i, auto lanes, int) KDK_INLINE_LAMBDA {
-      const Vec<T> v = load(logits + i, lanes);
-      const Lanes gone = equal<T>(v, broadcast(T(-INFINITY)));
-      Vec<T> d = v - load(centre + i);
-      if (gone != 0) {
-        d = v == -INFINITY ? Vec<T>{} : d;
-        for (int j = i; j < std::min(i + kLanes<T>, count); ++j) counts[j] -= gone >> (j - i) & 1;
+      const Vec<T> c = load(centre + i);
+      Vec<T> s{}, q{};
+      for (int r = 0; r < samples; ++r) {
+        const Vec<T> d = load(rows[r] + i, lanes) - c;
+        s += d;
+        q += d * d;
       }
-      add_widened(sum + i, d);
-      add_widened(square + i, d, d);
+      // What is no number may be a masked class (or lanes beyond the last class, which do not matter).
+      if (std::is_same_v<decltype(lanes), AllLanes> && equal<T>(s - s, Vec<T>{}) == (uint64_t{1} << kLanes<T>) - 1) {
+        add_widened(sum + i, s);
+        add_widened(square + i, q);
+      } else {
+        for (int r = 0; r < samples; ++r) add_carefully(rows[r], i, std::min(i + kLanes<T>, count));
+      }
     });
   }
+  void add_carefully(const T* row, int begin, int end) {
+    for (int j = begin; j < end; ++j) {
+      if (row[j] == -INFINITY) {
+        ++missing[j];
+        continue;
+      }
+      const T d = row[j] - centre[j];
+      sum[j] += d;
+      square[j] += double(d) * d;
+    }
+  }
+};
+
+// Moments of the classes from `begin` on over some samples of one side.
+template <class T>
+void class_moments_of(const RowsProblem& p, const Matrix& matrix, int64_t begin, int count, int64_t first, int64_t last,
+                      double* counts, double* means, double* m2s) {
+  auto& deviations = Deviations<T>::of_this_thread();
+  std::fill_n(deviations.sum, count, 0.0);
+  std::fill_n(deviations.square, count, 0.0);
+  std::fill_n(deviations.missing, count, 0.0);
+  int64_t valid = 0;
+  const T* rows[Deviations<T>::kGroup];
+  int held = 0;
+  for (int64_t n = first; n < last; ++n) {
+    if (p.row_weight[n] != 0) {
+      rows[held] = read_classes(matrix, element(p, matrix, n), begin, count, deviations.logits[held]);
+      ++held;
+    }
+    if (held == Deviations<T>::kGroup || (n == last - 1 && held > 0)) {
+      if (valid == 0) deviations.centre_on(rows, std::min(held, 4), count);
+      deviations.add(rows, held, count);
+      valid += held;
+      held = 0;
+    }
+  }
   for (int j = 0; j < count; ++j) {
-    counts[j] += valid;
-    const double there = std::max(counts[j], 1.0);
-    means[j] = counts[j] == 0 ? 0 : centre[j] + sum[j] / there;
-    const double m2 = square[j] - sum[j] * sum[j] / there;
+    counts[j] = static_cast<double>(valid) - deviations.missing[j];
+    const double there = std::max(counts[j], 1.0), sum = deviations.sum[j];
+    means[j] = counts[j] == 0 ? 0 : deviations.centre[j] + sum / there;
+    const double m2 = deviations.square[j] - sum * sum / there;
     m2s[j] = m2 < 0 ? 0 : m2;
   }
 }
@@ -204,12 +286,10 @@ void class_moments_typed(const RowsProblem& p, const Parallel& parallel, double*
   std::vector<double> partial(work.blocks > 1 ? work.blocks * size : 0);
   double* first_block = work.blocks > 1 ? partial.data() : moments;
   work.each(parallel, [&](int64_t begin, int64_t end, int64_t first, int64_t last, int64_t block) {
-    alignas(64) T logits[kTile], centre[kTile];
-    alignas(64) double sum[kTile], square[kTile];
     for (int side = 0; side < 2; ++side) {
       double* out = first_block + block * size + side * 3 * p.classes + begin;
-      class_moments_of<T>(p, side ? p.teacher : p.student, begin, static_cast<int>(end - begin), first, last, logits,
-                          centre, sum, square, out, out + p.classes, out + 2 * p.classes);
+      class_moments_of<T>(p, side ? p.teacher : p.student, begin, static_cast<int>(end - begin), first, last, out,
+                          out + p.classes, out + 2 * p.classes);
     }
   });
   if (work.blocks == 1) return;

@@ -122,11 +122,57 @@ inline __attribute__((always_inline)) void each_vector(const Classes& classes, c
 
 #define KDK_INLINE_LAMBDA __attribute__((always_inline))
 
+// A standardised logit is (logit - high) * factor + offset, with the mean split in two, high and a small rest in the
+// offset: logit - high is exact where the mean is large against the deviation.
 template <class T>
-T tile_max(const T* x, const Classes& classes) {
+struct Affine {
+  T high = 0, factor = 0, offset = 0;
+
+  Affine() = default;
+  Affine(double mean, double scale)
+      : high(static_cast<T>(mean)), factor(static_cast<T>(scale)), offset(static_cast<T>((high - mean) * scale)) {}
+
+  T operator()(T logit) const { return (logit - high) * factor + offset; }
+  Vec<T> at(int, Vec<T> logits) const { return (logits - high) * factor + offset; }
+};
+
+// One of them a class, in whole vectors.
+template <class T>
+struct ClassAffines {
+  const T* high = nullptr;
+  const T* factor = nullptr;
+  const T* offset = nullptr;
+
+  ClassAffines from(int64_t begin) const { return {high + begin, factor + begin, offset + begin}; }
+  T operator()(int64_t j, T logit) const { return (logit - high[j]) * factor[j] + offset[j]; }
+  Vec<T> at(int i, Vec<T> logits) const { return (logits - load(high + i)) * load(factor + i) + load(offset + i); }
+};
+
+// Logits of a tile as a kernel reads them: as they are, or standardised by class on the way.
+template <class T>
+struct Source {
+  const T* logits = nullptr;
+  ClassAffines<T> affine = {};
+
+  template <bool ByClass, class Which>
+  Vec<T> at(int i, Which lanes) const {
+    const Vec<T> v = load(logits + i, lanes);
+    if constexpr (ByClass) return affine.at(i, v);
+    return v;
+  }
+};
+
+template <class T, bool ByClass>
+T max_of(const Source<T>& source, const Classes& classes) {
   Vec<T> m[2] = {broadcast(T(-INFINITY)), broadcast(T(-INFINITY))};
-  each_vector<T>(classes, [&](int i, auto lanes, int chain) KDK_INLINE_LAMBDA { m[chain] = max(load(x + i, lanes), m[chain]); });
+  each_vector<T>(classes, [&](int i, auto lanes, int chain) KDK_INLINE_LAMBDA {
+    m[chain] = max(source.template at<ByClass>(i, lanes), m[chain]);
+  });
   return horizontal_max<T>(max(m[0], m[1]));
+}
+template <class T>
+T tile_max(const Source<T>& source, const Classes& classes) {
+  return source.affine.high ? max_of<T, true>(source, classes) : max_of<T, false>(source, classes);
 }
 
 // The exponentials of a tile, kept for its gradient.
@@ -170,16 +216,16 @@ struct ChainedSum {
 
 // Adds a tile's sums to statistics. `Careful` is right for every logit, if the origins are no smaller than the tile's
 // maxima; without, sums that pass `plausible` are right, for any origins.
-template <class T, bool Forward, bool Reverse, bool Keep, bool Careful>
-void add_sums(const T* student, const T* teacher, const Classes& classes, T k, GroupStats<double>& stats,
+template <class T, bool ByClass, bool Forward, bool Reverse, bool Keep, bool Careful>
+void add_sums(const Source<T>& student, const Source<T>& teacher, const Classes& classes, T k, GroupStats<double>& stats,
               const Exps<T>& exps, const Ahead& ahead) {
   const Vec<T> student_start = broadcast(T(start(stats.student_origin)));
   const Vec<T> teacher_start = broadcast(T(start(stats.teacher_origin)));
   ChainedSum<T> student_sum, teacher_sum, teacher_gap, student_gap;
-  each_vector<T>(classes, [&](int i, auto lanes, int chain) KDK_INLINE_LAMBDA {
+  each_vector<T>(classes, [&, student, teacher](int i, auto lanes, int chain) KDK_INLINE_LAMBDA {
     ahead.fetch(i / kLanes<T>);
-    const Vec<T> xs = exponents(load(student + i, lanes), student_start, k);
-    const Vec<T> xt = exponents(load(teacher + i, lanes), teacher_start, k);
+    const Vec<T> xs = exponents(student.template at<ByClass>(i, lanes), student_start, k);
+    const Vec<T> xt = exponents(teacher.template at<ByClass>(i, lanes), teacher_start, k);
     const Vec<T> es = exp2(xs), et = exp2(xt), gap = xt - xs;
     student_sum.chain[chain] += es;
     teacher_sum.chain[chain] += et;
@@ -214,20 +260,25 @@ inline bool plausible(const GroupStats<double>& stats) {
 }
 
 template <class T>
-using AddSums = void (*)(const T*, const T*, const Classes&, T, GroupStats<double>&, const Exps<T>&, const Ahead&);
+using AddSums = void (*)(const Source<T>&, const Source<T>&, const Classes&, T, GroupStats<double>&, const Exps<T>&, const Ahead&);
 
-template <class T, bool Keep, bool Careful>
+template <class T, bool ByClass, bool Keep, bool Careful>
 AddSums<T> choose_add_sums(const Term& term) {
   const bool forward = term.wants_forward(), reverse = term.wants_reverse();
-  if (forward && reverse) return add_sums<T, true, true, Keep, Careful>;
-  return reverse ? add_sums<T, false, true, Keep, Careful> : add_sums<T, true, false, Keep, Careful>;
+  if (forward && reverse) return add_sums<T, ByClass, true, true, Keep, Careful>;
+  return reverse ? add_sums<T, ByClass, false, true, Keep, Careful> : add_sums<T, ByClass, true, false, Keep, Careful>;
+}
+template <class T, bool ByClass>
+AddSums<T> choose_add_sums(const Term& term, bool keep, bool careful) {
+  if (keep) return careful ? choose_add_sums<T, ByClass, true, true>(term) : choose_add_sums<T, ByClass, true, false>(term);
+  return careful ? choose_add_sums<T, ByClass, false, true>(term) : choose_add_sums<T, ByClass, false, false>(term);
 }
 
 // Adds a tile to the student's softmax at T = 1. It counts from a logit, so that a sure class has an exponential of 1.
 template <class T>
 void add_softmax(const T* student, const Classes& classes, SoftmaxStats<double>& stats) {
   constexpr T k = kLog2E;
-  const double origin = tile_max(student, classes);
+  const double origin = tile_max<T>({student}, classes);
   if (origin > stats.origin) rebase(stats, origin, double(k));
   const Vec<T> from = broadcast(T(start(stats.origin)));
   ChainedSum<T> sum;
@@ -402,20 +453,29 @@ void gradient_of_exps(const Exps<T>& exps, int count, const GroupCoefficients<T>
 }
 
 // The same from the logits.
-template <class T, bool Add, bool Tilt>
-void gradient_of_logits(const T* student, const T* teacher, const Classes& classes, T k, const GroupGradient<T>& group,
-                        T* out) {
+template <class T, bool ByClass, bool Add, bool Tilt>
+void gradient_of_logits(const Source<T>& student, const Source<T>& teacher, const Classes& classes, T k,
+                        const GroupGradient<T>& group, T* out) {
   const Vec<T> student_start = broadcast(start(group.student_origin));
   const Vec<T> teacher_start = broadcast(start(group.teacher_origin));
   const GroupCoefficients<T> by = group.by;
-  write_vectors<T, Add>(classes, out, [&](int i, auto lanes) KDK_INLINE_LAMBDA {
-    const Vec<T> xs = exponents(load(student + i, lanes), student_start, k);
-    const Vec<T> xt = exponents(load(teacher + i, lanes), teacher_start, k);
+  write_vectors<T, Add>(classes, out, [&, student, teacher](int i, auto lanes) KDK_INLINE_LAMBDA {
+    const Vec<T> xs = exponents(student.template at<ByClass>(i, lanes), student_start, k);
+    const Vec<T> xt = exponents(teacher.template at<ByClass>(i, lanes), teacher_start, k);
     const Vec<T> es = exp2(xs), et = exp2(xt);
     if constexpr (!Tilt) return es * by.student - et * by.teacher;
     const Vec<T> tilted = es == 0 ? Vec<T>{} : es * (by.student + by.tilt * (xt - xs));
     return tilted - et * by.teacher;
   });
+}
+
+template <class T>
+using GradientOfLogits = void (*)(const Source<T>&, const Source<T>&, const Classes&, T, const GroupGradient<T>&, T*);
+
+template <class T, bool ByClass>
+GradientOfLogits<T> choose_gradient_of_logits(bool add, bool tilt) {
+  if (add) return tilt ? gradient_of_logits<T, ByClass, true, true> : gradient_of_logits<T, ByClass, true, false>;
+  return tilt ? gradient_of_logits<T, ByClass, false, true> : gradient_of_logits<T, ByClass, false, false>;
 }
 
 // Adds the softmax's part of the cross entropy's gradient.
