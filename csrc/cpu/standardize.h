@@ -264,7 +264,7 @@ void class_moments_of(const RowsProblem& p, const Matrix& matrix, int64_t begin,
       ++held;
     }
     if (held == Deviations<T>::kGroup || (n == last - 1 && held > 0)) {
-      if (valid == 0) deviations.centre_on(rows, std::min(held, 4), count);
+      if (valid == 0) deviations.centre_on(rows, held, count);
       deviations.add(rows, held, count);
       valid += held;
       held = 0;
