@@ -924,3 +924,11 @@ def test_inputs_are_left_alone(case: Case, path: Path) -> None:
     before = [tensor.clone() for tensor in tensors]
     measured(case.call, student, teacher, target=target, sample_weight=weight, **path.options)
     assert all(torch.equal(*pair) for pair in zip(tensors, before, strict=True))
+
+
+def test_a_loss_without_weights_has_no_gradient(path: Path) -> None:
+    """0, and not a missing graph: weights may be scheduled."""
+    student, teacher, _ = make_inputs((3, 23))
+    got = measured(kdkernels.bdd_loss, student, teacher, forward_weight=0.0, reverse_weight=0.0, **path.options)
+    assert got.loss == 0
+    assert got.gradient.eq(0).all()
