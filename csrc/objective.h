@@ -77,11 +77,12 @@ struct Objective {
   }
   bool has_ce() const { return ce_weight != 0; }
 
-  // What a centred logit is multiplied by, from the moments of its class or sample. Without deviation and eps it is next
-  // to 0, as the logit is 0, but not 0: a masked class stays at -inf.
+  // What a centred logit is multiplied by, from the moments of its class or sample. Without deviation and eps it is
+  // next to 0, as the logit is 0, but not 0: a masked class stays at -inf.
   KDK_HOST_DEVICE double factor(double count, double m2) const {
     const double variance = m2 / degrees(count);
-    const double deviation = standardize == Standardize::by_class ? std::sqrt(variance + eps) : std::sqrt(variance) + eps;
+    const bool by_class = standardize == Standardize::by_class;
+    const double deviation = by_class ? std::sqrt(variance + eps) : std::sqrt(variance) + eps;
     return deviation == 0 ? 1e-30 : 1 / deviation;
   }
   KDK_HOST_DEVICE double degrees(double count) const { return count - correction > 1 ? count - correction : 1; }

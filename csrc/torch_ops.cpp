@@ -180,8 +180,8 @@ RowsProblem compared(const Tensor& student, const Tensor& teacher, int64_t num_c
 void set_class_statistics(RowsProblem& problem, Arguments& arguments, const std::optional<Tensor>& moments,
                           const std::optional<Tensor>& sums) {
   const bool by_class = problem.objective.standardize == Standardize::by_class;
-  STD_TORCH_CHECK(by_class == moments.has_value(), "ValueError: moments must be given where, and only where, logits are ",
-                  "standardised by class");
+  STD_TORCH_CHECK(by_class == moments.has_value(),
+                  "ValueError: moments must be given where, and only where, logits are standardised by class");
   STD_TORCH_CHECK(!moments || moments->numel() == 6 * problem.classes, "ValueError: moments must have 2 x 3 x ",
                   problem.classes, " numbers");
   STD_TORCH_CHECK(!sums || sums->numel() == 2 * problem.classes, "ValueError: sums must have 2 x ", problem.classes,
@@ -208,8 +208,8 @@ Tensor class_moments_cpu(const Tensor& student, const Tensor& teacher, const std
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_cpu(
     const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& target,
     const std::optional<Tensor>& sample_weight, const std::optional<Tensor>& denominator,
-    const std::optional<Tensor>& moments, const std::vector<double>& objective, double scale, int64_t reduction_index, int64_t class_dim,
-    int64_t num_classes, int64_t ignore_index, bool gradient, bool save, bool parts) {
+    const std::optional<Tensor>& moments, const std::vector<double>& objective, double scale,
+    int64_t reduction_index, int64_t class_dim, int64_t num_classes, int64_t ignore_index, bool gradient, bool save, bool parts) {
   const auto reduction = static_cast<Reduction>(reduction_index);
   RowsProblem problem = compared(student, teacher, num_classes, class_dim);
   problem.objective = decoded(objective);
@@ -343,8 +343,8 @@ STABLE_TORCH_LIBRARY(kdkernels, m) {
       "SymInt num_classes, int ignore_index) -> Tensor");
   m.def(
       "forward(Tensor student, Tensor teacher, Tensor? target, Tensor? sample_weight, Tensor? denominator, "
-      "Tensor? moments, float[] objective, float scale, int reduction, int class_dim, SymInt num_classes, int ignore_index, "
-      "bool gradient, bool save, bool parts) -> "
+      "Tensor? moments, float[] objective, float scale, int reduction, int class_dim, SymInt num_classes, "
+      "int ignore_index, bool gradient, bool save, bool parts) -> "
       "(Tensor loss, Tensor parts, Tensor gradient, Tensor saved, Tensor members)");
   m.def(
       "class_sums(Tensor grad_loss, Tensor student, Tensor teacher, Tensor? target, Tensor saved, Tensor members, "

@@ -241,18 +241,18 @@ class Worker {
 
   // Appends the k best classes of a chunk, by the teacher.
   void select(const Row<T>& row, int t, int64_t chunk, Ranking<T>& best) {
-    (o_.term[t].largest ? &Worker::select_from<true> : &Worker::select_from<false>)(*this, row, o_.term[t].k, chunk, best);
+    const auto select_from = o_.term[t].largest ? &Worker::select_from<true> : &Worker::select_from<false>;
+    (this->*select_from)(row, o_.term[t].k, chunk, best);
   }
 
   template <bool Largest>
-  static void select_from(Worker& worker, const Row<T>& row, int k, int64_t chunk, Ranking<T>& best) {
-    const RowsProblem& p = worker.p_;
-    auto& found = worker.scratch_.found;
+  void select_from(const Row<T>& row, int k, int64_t chunk, Ranking<T>& best) {
+    auto& found = scratch_.found;
     found.clear();
-    const int64_t end = std::min(p.classes, (chunk + 1) * kChunk);
+    const int64_t end = std::min(p_.classes, (chunk + 1) * kChunk);
     for (int64_t begin = chunk * kChunk; begin < end; begin += kTile) {
       const int count = static_cast<int>(std::min<int64_t>(end - begin, kTile));
-      const Ranked<T, Largest> ranked{worker.teacher_logits(row, begin, count)};
+      const Ranked<T, Largest> ranked{teacher_logits(row, begin, count)};
       const bool enough = found.size() >= static_cast<size_t>(k);
       const T bound = enough ? value_of<T>(found.back()) : lower_bound_of_best(ranked, count, k);
       each_not_below(ranked, count, bound, [&](int i) { found.push_back(key_of(ranked[i], begin + i)); });
@@ -290,16 +290,14 @@ class Worker {
 
   // Adds a tile that counts from the origins so far, or from those of its first classes: nearly always good enough, and
   // it spares a search for the maxima. False, and nothing added, where it is not.
-  bool add_hopefully(int t, const AddSumsOfTerm& add, const Tile<T>& tile, const Classes& classes, const Exps<T>& exps, const Ahead& next,
-                     GroupStats<double>& stats) const {
+  bool add_hopefully(int t, const AddSumsOfTerm& add, const Tile<T>& tile, const Classes& classes, const Exps<T>& exps,
+                     const Ahead& next, GroupStats<double>& stats) const {
     const GroupStats<double> before = stats;
     if (stats.student_origin == -INFINITY || stats.teacher_origin == -INFINITY) {
       Classes first{std::min(classes.count, kLanes<T>), classes.hidden, 0};
       while (first.hidden_count < classes.hidden_count && classes.hidden[first.hidden_count] < first.count)
         ++first.hidden_count;
-      const double student_origin = origin_at(tile_max(tile.student, first), exponent_[t]);
-      const double teacher_origin = origin_at(tile_max(tile.teacher, first), exponent_[t]);
-      rebase(stats, std::max(stats.student_origin, student_origin), std::max(stats.teacher_origin, teacher_origin), unit(t));
+      count_from_maxima(t, tile, first, stats);
     }
     add[false][exps.student != nullptr](tile.student, tile.teacher, classes, exponent_[t], stats, exps, next);
     if (std::isfinite(stats.student_origin) && std::isfinite(stats.teacher_origin) && plausible(stats)) return true;
@@ -308,12 +306,17 @@ class Worker {
   }
 
   // Adds a tile that counts from its maxima.
-  void add_carefully(int t, const AddSumsOfTerm& add, const Tile<T>& tile, const Classes& classes, const Exps<T>& exps, const Ahead& next,
-                     GroupStats<double>& stats) const {
-    const double student_origin = origin_at(tile_max(tile.student, classes), exponent_[t]);
-    const double teacher_origin = origin_at(tile_max(tile.teacher, classes), exponent_[t]);
-    rebase(stats, std::max(stats.student_origin, student_origin), std::max(stats.teacher_origin, teacher_origin), unit(t));
+  void add_carefully(int t, const AddSumsOfTerm& add, const Tile<T>& tile, const Classes& classes, const Exps<T>& exps,
+                     const Ahead& next, GroupStats<double>& stats) const {
+    count_from_maxima(t, tile, classes, stats);
     add[true][exps.student != nullptr](tile.student, tile.teacher, classes, exponent_[t], stats, exps, next);
+  }
+
+  // Moves the origins up to the maxima of some classes of a tile.
+  void count_from_maxima(int t, const Tile<T>& tile, const Classes& classes, GroupStats<double>& stats) const {
+    const double student = origin_at(tile_max(tile.student, classes), exponent_[t]);
+    const double teacher = origin_at(tile_max(tile.teacher, classes), exponent_[t]);
+    rebase(stats, std::max(stats.student_origin, student), std::max(stats.teacher_origin, teacher), unit(t));
   }
 
   void merge_into(PartialStats& into, const PartialStats& part) const {
@@ -415,8 +418,8 @@ class Worker {
                                    : (tilt ? gradient_of_exps<T, true, true> : gradient_of_exps<T, true, false>);
         kernel(kept(row, t, begin), tile.count, from_tile_origin(row, rest, t, begin), out);
       } else {
-        const auto kernel =
-            p_.moments ? choose_gradient_of_logits<T, true>(t > 0, tilt) : choose_gradient_of_logits<T, false>(t > 0, tilt);
+        const auto choose = p_.moments ? choose_gradient_of_logits<T, true> : choose_gradient_of_logits<T, false>;
+        const auto kernel = choose(t > 0, tilt);
         kernel(tile.student, tile.teacher, rest_classes(row, t, tile), exponent_[t], rest, out);
       }
     }
@@ -432,7 +435,8 @@ class Worker {
       Moments<double> moments;
       for (int64_t begin = 0; begin < p_.classes; begin += kTile) {
         const int count = static_cast<int>(std::min<int64_t>(p_.classes - begin, kTile));
-        merge(moments, moments_of(read_classes(matrix, side ? row.teacher : row.student, begin, count, scratch_.teacher), count));
+        const void* logits = side ? row.teacher : row.student;
+        merge(moments, moments_of(read_classes(matrix, logits, begin, count, scratch_.teacher), count));
       }
       const double factor = o_.factor(moments.count, moments.m2);
       row.affine[side] = {moments.mean, factor};
@@ -457,8 +461,8 @@ class Worker {
     return static_cast<T>(total);
   }
 
-  // The chain rule through a sample's standardisation. The terms do not change when all its logits move together, so the
-  // mean of their gradient is 0.
+  // The chain rule through a sample's standardisation. The terms do not change when all its logits move together, so
+  // the mean of their gradient is 0.
   void apply_chain(const Row<T>& row, T slope, const Tile<T>& tile, T* gradient) const {
     const Vec<T> slopes = broadcast(slope), factors = broadcast(row.affine[0].factor);
     write_vectors<T, false>({tile.count}, gradient, [&](int i, auto lanes) KDK_INLINE_LAMBDA {
@@ -586,11 +590,11 @@ class Worker {
     };
     collect(p_.student, row.student, sides);
     collect(p_.teacher, row.teacher, sides + size);
-    if (o_.standardize != Standardize::none)
-      for (int side = 0; side < 2; ++side)
-        for (T* logit = sides + side * size; logit < sides + side * size + count; ++logit)
-          *logit = o_.standardize == Standardize::by_sample ? row.affine[side](*logit)
-                                                            : by_class_[side](members[logit - sides - side * size], *logit);
+    for (int side = 0; side < 2 && o_.standardize != Standardize::none; ++side)
+      for (int i = 0; i < count; ++i) {
+        T& logit = sides[side * size + i];
+        logit = o_.standardize == Standardize::by_class ? by_class_[side](members[i], logit) : row.affine[side](logit);
+      }
     return {0, count, {sides}, {sides + size}};
   }
 
@@ -598,7 +602,8 @@ class Worker {
   Exps<T> kept_leads(const Row<T>& row, int t, int g) {
     if (!kept_[t].student) return {};
     const int size = padded<T>(o_.term[t].leads()), groups = kMaxTerms * (kMaxGroups - 1);
-    T* next = scratch_.kept_leads.data(kBatch * groups * 3 * kept_leads_size_) + (row.lane * groups + 2 * t + g) * 3 * kept_leads_size_;
+    const int slot = 3 * kept_leads_size_, index = row.lane * groups + (kMaxGroups - 1) * t + g;
+    T* next = scratch_.kept_leads.data(kBatch * groups * slot) + index * slot;
     return {next, next + size, o_.term[t].wants_reverse() ? next + 2 * size : nullptr};
   }
 
@@ -638,7 +643,8 @@ class Worker {
           (tilt ? gradient_of_exps<T, false, true> : gradient_of_exps<T, false, false>)(exps, count, group.by, out);
         } else {
           const Tile<T> leads = gather(row, t, g);
-          choose_gradient_of_logits<T, false>(false, tilt)(leads.student, leads.teacher, {count}, exponent_[t], group, out);
+          const auto kernel = choose_gradient_of_logits<T, false>(false, tilt);
+          kernel(leads.student, leads.teacher, {count}, exponent_[t], group, out);
         }
         for (int i = 0; i < count; ++i) list.emplace_back(out[i], members[i]);
       }
@@ -651,7 +657,7 @@ class Worker {
     return group;
   }
 
-  // Coefficients for a tile's kept exponentials, which count from the maxima known when they were computed.
+  // Coefficients for a tile's kept exponentials, which count from the origins of when they were computed.
   GroupCoefficients<T> from_tile_origin(const Row<T>& row, const GroupGradient<T>& group, int t, int64_t begin) const {
     const auto [student_origin, teacher_origin] = kept_origin_[t][row.lane + begin / kTile];
     const double student_to = group.student_origin, teacher_to = group.teacher_origin;
@@ -673,7 +679,8 @@ class Worker {
     for (int t = 0; t < o_.terms; ++t)
       for (int g = 0; g < o_.term[t].groups(); ++g) {
         const GroupGradient<T>& group = row.group[t][g];
-        for (const T number : {group.student_origin, group.teacher_origin, group.by.student, group.by.tilt, group.by.teacher})
+        const GroupCoefficients<T>& by = group.by;
+        for (const T number : {group.student_origin, group.teacher_origin, by.student, by.tilt, by.teacher})
           *out++ = number;
       }
     if (o_.standardize != Standardize::by_sample) return;
@@ -750,7 +757,10 @@ void forward_split(const RowsProblem& problem, const Parallel& parallel) {
     each_chunk([&](Worker<T>& worker, int64_t r, int64_t c) { worker.select(rows[r], t, c, best[r * chunks + c]); });
     for (size_t r = 0; r < rows.size(); ++r) {
       Ranking<T> merged;
-      for (int64_t c = 0; c < chunks; ++c) merged.insert(merged.end(), best[r * chunks + c].begin(), best[r * chunks + c].end());
+      for (int64_t c = 0; c < chunks; ++c) {
+        const Ranking<T>& part = best[r * chunks + c];
+        merged.insert(merged.end(), part.begin(), part.end());
+      }
       main.rank(rows[r], t, merged);
     }
   }
@@ -769,9 +779,11 @@ void forward_split(const RowsProblem& problem, const Parallel& parallel) {
     });
 }
 
-template <class T>
-void class_sums_typed(const RowsProblem& p, const Parallel& parallel, double* out) {
-  const ClassStandardization<T> classes(p, parallel);
+// The sums over samples that body(worker, strip_begin, strip_end, sample_begin, sample_end) adds to, block by block: in
+// the same order whatever the threads.
+template <class T, class Body>
+void add_up_class_sums(const RowsProblem& p, const ClassStandardization<T>& classes, const Parallel& parallel,
+                       double* out, const Body& body) {
   const Blocks work(p);
   const int64_t size = 2 * p.classes;
   std::vector<double> partial(work.blocks * size);
@@ -779,27 +791,21 @@ void class_sums_typed(const RowsProblem& p, const Parallel& parallel, double* ou
     auto& sums = GradientSums<T>::of_this_thread();
     sums.start(static_cast<int>(end - begin));
     Worker<T> worker(p, classes);
-    for (int64_t n = first; n < last; ++n) worker.add_class_sums(n, begin, end);
+    body(worker, begin, end, first, last);
     sums.write(partial.data() + block * size + begin, partial.data() + block * size + p.classes + begin);
   });
-  work.add_up(partial, size, out);
+  std::fill_n(out, size, 0.0);
+  for (int64_t block = 0; block < work.blocks; ++block)
+    for (int64_t j = 0; j < size; ++j) out[j] += partial[block * size + j];
 }
 
-// Forward where the sums over samples are wanted too: rows in blocks, in the same order whatever the threads.
 template <class T>
-void forward_with_sums(const RowsProblem& p, const Parallel& parallel) {
-  const ClassStandardization<T> classes(p, parallel);
-  const Blocks work(p);
-  const int64_t size = 2 * p.classes;
-  std::vector<double> partial(work.blocks * size);
-  work.each(parallel, [&](int64_t, int64_t end, int64_t first, int64_t last, int64_t block) {
-    auto& sums = GradientSums<T>::of_this_thread();
-    sums.start(static_cast<int>(end));
-    Worker<T> worker(p, classes);
-    for (int64_t n = first; n < last; n += worker.batch()) worker.forward(n, std::min(n + worker.batch(), last));
-    sums.write(partial.data() + block * size, partial.data() + block * size + p.classes);
-  });
-  work.add_up(partial, size, p.sums_out);
+void class_sums_typed(const RowsProblem& p, const ClassStandardization<T>& classes, const Parallel& parallel,
+                      double* out) {
+  const auto add = [](Worker<T>& worker, int64_t begin, int64_t end, int64_t first, int64_t last) {
+    for (int64_t n = first; n < last; ++n) worker.add_class_sums(n, begin, end);
+  };
+  add_up_class_sums(p, classes, parallel, out, add);
 }
 
 template <class T>
@@ -808,21 +814,27 @@ void forward_typed(const RowsProblem& p, const Parallel& parallel) {
     forward_split<T>(p, parallel);
     return;
   }
+  const ClassStandardization<T> classes(p, parallel);
+  const auto forward = [](Worker<T>& worker, int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; n += worker.batch()) worker.forward(n, std::min(n + worker.batch(), end));
+  };
   if (Worker<T>::sums_in_forward(p)) {
-    forward_with_sums<T>(p, parallel);
+    const auto add = [&](Worker<T>& worker, int64_t, int64_t, int64_t first, int64_t last) {
+      forward(worker, first, last);
+    };
+    add_up_class_sums(p, classes, parallel, p.sums_out, add);
     return;
   }
-  const ClassStandardization<T> classes(p, parallel);
   parallel.run(0, p.samples, row_grain(p), [&](int64_t begin, int64_t end) {
     Worker<T> worker(p, classes);
-    for (int64_t n = begin; n < end; n += worker.batch()) worker.forward(n, std::min(n + worker.batch(), end));
+    forward(worker, begin, end);
   });
   if (!p.sums_out) return;
   RowsProblem saved = p;
-  std::vector<double> ones(p.samples, 1.0);
+  const std::vector<double> ones(p.samples, 1.0);
   saved.row_weight = ones.data();
   saved.row_loss = nullptr;
-  class_sums_typed<T>(saved, parallel, p.sums_out);
+  class_sums_typed(saved, classes, parallel, p.sums_out);
 }
 
 template <class T>
@@ -850,7 +862,11 @@ inline void class_moments(const RowsProblem& p, const Parallel& parallel, double
 }
 
 inline void class_sums(const RowsProblem& p, const Parallel& parallel, double* sums) {
-  (p.double_arithmetic ? class_sums_typed<double> : class_sums_typed<float>)(p, parallel, sums);
+  if (p.double_arithmetic) {
+    class_sums_typed<double>(p, {p, parallel}, parallel, sums);
+  } else {
+    class_sums_typed<float>(p, {p, parallel}, parallel, sums);
+  }
 }
 
 inline void scale(const RowsProblem& p, const double* factor, bool per_sample, const Parallel& parallel) {

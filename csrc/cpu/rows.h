@@ -33,7 +33,7 @@ struct RowsProblem {
   int64_t sample_size[kMaxDims] = {};
   const int64_t* target = nullptr;
   bool double_arithmetic = false;
-  double* row_weight = nullptr;   // in: the weight of each sample in the result, 0 for samples that do not count
+  const double* row_weight = nullptr;  // in: the weight of each sample in the result, 0 for samples that do not count
   double* row_loss = nullptr;     // out, unweighted
   double* row_parts = nullptr;    // out, unweighted, objective.parts() a sample
   void* saved = nullptr;          // float or double, saved_size() a sample

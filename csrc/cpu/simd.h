@@ -179,7 +179,7 @@ inline Vec<double> exp2(Vec<double> x) {
 }
 #endif
 
-// The exponents of a group of classes, k * logit - origin, where `origin` is that of their maximum.
+// The exponents of a group of classes, k * logit - origin, where `origin` is that of a logit near their maximum.
 //
 // With fused multiply-add the product is not rounded, so an origin is itself an exponent (of unit 1); without, the
 // difference of logits is what is exact, so an origin is a logit (of unit k). Either way nothing large is rounded.

@@ -5,11 +5,13 @@
 // Standardises the classes of a tile into `to`, which has room for whole vectors and may be where they are.
 template <class T, class AffineMap>
 void standardize(const T* logits, int count, const AffineMap& affine, T* to) {
-  each_vector<T>({count}, [&](int i, auto lanes, int) KDK_INLINE_LAMBDA { store(to + i, affine.at(i, load(logits + i, lanes))); });
+  each_vector<T>({count}, [&](int i, auto lanes, int) KDK_INLINE_LAMBDA {
+    store(to + i, affine.at(i, load(logits + i, lanes)));
+  });
 }
 
-// The chain rule through the standardisation, in place: for gradients in standardised logits h, of which `level` is the
-// mean and `slope` that of the gradient times h: (gradient - level - h * slope) * factor. Nothing flows to masked classes.
+// The chain rule through the standardisation: for gradients in standardised logits h, of which `level` is the mean and
+// `slope` that of the gradient times h, (gradient - level - h * slope) * factor. Nothing flows to masked classes.
 template <class T>
 inline Vec<T> chain(Vec<T> gradient, Vec<T> h, Vec<T> level, Vec<T> slope, Vec<T> factor) {
   return h == -INFINITY ? Vec<T>{} : (gradient - level - h * slope) * factor;
@@ -38,12 +40,11 @@ class ClassStandardization {
       for (int side = 0; side < 2; ++side) {
         const double* moments = p.moments + side * 3 * p.classes;
         for (int64_t j = begin; j < end; ++j) {
-          const double mean = moments[p.classes + j];
           const double factor = p.objective.factor(moments[j], moments[2 * p.classes + j]);
-          const T high = static_cast<T>(mean);
-          columns[3 * side][j] = high;
-          columns[3 * side + 1][j] = static_cast<T>(factor);
-          columns[3 * side + 2][j] = static_cast<T>((high - mean) * factor);
+          const Affine<T> affine(moments[p.classes + j], factor);
+          columns[3 * side][j] = affine.high;
+          columns[3 * side + 1][j] = affine.factor;
+          columns[3 * side + 2][j] = affine.offset;
         }
       }
       if (!p.sums) return;
@@ -158,8 +159,8 @@ class GradientSums {
   alignas(64) double total_[2][kTile];
 };
 
-// Work of what runs over samples class by class: some samples (a block) and some classes (a strip). Both are a matter of the
-// shape alone, so that no sum depends on the number of threads.
+// Work of what runs over samples class by class: some samples (a block) and some classes (a strip). Both are a matter
+// of the shape alone, so that no sum depends on the number of threads.
 struct Blocks {
   static constexpr int64_t kMostBlocks = 16, kLeastSamples = 32;
   int64_t samples, classes, blocks, strips;
@@ -167,13 +168,6 @@ struct Blocks {
   explicit Blocks(const RowsProblem& p) : samples(p.samples), classes(p.classes) {
     strips = ceil_div(classes, kTile);
     blocks = std::clamp<int64_t>(samples / kLeastSamples, 1, std::max<int64_t>(kMostBlocks / strips, 1));
-  }
-
-  // Adds up what the blocks have, in their order.
-  void add_up(const std::vector<double>& partial, int64_t size, double* out) const {
-    std::fill_n(out, size, 0.0);
-    for (int64_t block = 0; block < blocks; ++block)
-      for (int64_t j = 0; j < size; ++j) out[j] += partial[block * size + j];
   }
 
   // Runs body(strip_begin, strip_end, sample_begin, sample_end, block) for each.
@@ -204,15 +198,17 @@ struct Deviations {
     return deviations;
   }
 
-  // Takes the mean of some samples for a centre: nothing will cancel in the squares. Equal logits give just themselves.
+  // Takes about the mean of some samples for a centre: nothing will cancel in the squares. Equal logits give just
+  // themselves. A class that is masked in all of them has none yet: NaN.
   void centre_on(const T* const* rows, int samples, int count) {
     const T share = T(1) / samples;
-    for (int j = 0; j < count; ++j) centre[j] = T(0);
-    for (int r = 0; r < samples; ++r)
-      for (int j = 0; j < count; ++j) centre[j] += rows[r][j] == -INFINITY ? T(0) : (rows[r][j] - rows[0][j]) * share;
     for (int j = 0; j < count; ++j) {
-      const T c = rows[0][j] + centre[j];
-      centre[j] = c - c == 0 ? c : T(0);
+      T top = rows[0][j];
+      for (int r = 1; r < samples; ++r) top = rows[r][j] > top ? rows[r][j] : top;
+      T rest = 0;
+      for (int r = 0; r < samples; ++r) rest += rows[r][j] == -INFINITY ? T(0) : (rows[r][j] - top) * share;
+      const T c = top + rest;
+      centre[j] = c - c == 0 ? c : T(NAN);
     }
   }
 
@@ -225,7 +221,7 @@ struct Deviations {
         s += d;
         q += d * d;
       }
-      // What is no number may be a masked class (or lanes beyond the last class, which do not matter).
+      // What is no number may be a masked class, or have no centre yet (or be a lane beyond the last class).
       if (std::is_same_v<decltype(lanes), AllLanes> && equal<T>(s - s, Vec<T>{}) == (uint64_t{1} << kLanes<T>) - 1) {
         add_widened(sum + i, s);
         add_widened(square + i, q);
@@ -240,6 +236,7 @@ struct Deviations {
         ++missing[j];
         continue;
       }
+      if (centre[j] != centre[j]) centre[j] = row[j];
       const T d = row[j] - centre[j];
       sum[j] += d;
       square[j] += double(d) * d;

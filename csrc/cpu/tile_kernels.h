@@ -217,8 +217,8 @@ struct ChainedSum {
 // Adds a tile's sums to statistics. `Careful` is right for every logit, if the origins are no smaller than the tile's
 // maxima; without, sums that pass `plausible` are right, for any origins.
 template <class T, bool ByClass, bool Forward, bool Reverse, bool Keep, bool Careful>
-void add_sums(const Source<T>& student, const Source<T>& teacher, const Classes& classes, T k, GroupStats<double>& stats,
-              const Exps<T>& exps, const Ahead& ahead) {
+void add_sums(const Source<T>& student, const Source<T>& teacher, const Classes& classes, T k,
+              GroupStats<double>& stats, const Exps<T>& exps, const Ahead& ahead) {
   const Vec<T> student_start = broadcast(T(start(stats.student_origin)));
   const Vec<T> teacher_start = broadcast(T(start(stats.teacher_origin)));
   ChainedSum<T> student_sum, teacher_sum, teacher_gap, student_gap;
@@ -260,7 +260,8 @@ inline bool plausible(const GroupStats<double>& stats) {
 }
 
 template <class T>
-using AddSums = void (*)(const Source<T>&, const Source<T>&, const Classes&, T, GroupStats<double>&, const Exps<T>&, const Ahead&);
+using AddSums = void (*)(const Source<T>&, const Source<T>&, const Classes&, T, GroupStats<double>&, const Exps<T>&,
+                         const Ahead&);
 
 template <class T, bool ByClass, bool Keep, bool Careful>
 AddSums<T> choose_add_sums(const Term& term) {
@@ -270,7 +271,8 @@ AddSums<T> choose_add_sums(const Term& term) {
 }
 template <class T, bool ByClass>
 AddSums<T> choose_add_sums(const Term& term, bool keep, bool careful) {
-  if (keep) return careful ? choose_add_sums<T, ByClass, true, true>(term) : choose_add_sums<T, ByClass, true, false>(term);
+  if (keep && careful) return choose_add_sums<T, ByClass, true, true>(term);
+  if (keep) return choose_add_sums<T, ByClass, true, false>(term);
   return careful ? choose_add_sums<T, ByClass, false, true>(term) : choose_add_sums<T, ByClass, false, false>(term);
 }
 
@@ -291,7 +293,8 @@ void add_softmax(const T* student, const Classes& classes, SoftmaxStats<double>&
   stats.sum += sum.total();
 }
 
-// A class and its value in one integer: larger where the value is larger, then where the index is lower; NaN before all.
+// A class and its value in one integer: larger where the value is larger, then where the index is lower; NaN before
+// all.
 template <class T>
 struct KeyOf;
 template <>
