@@ -91,16 +91,17 @@ KDK_HOST_DEVICE void evaluate(const Term& term, const GroupStats<R>* stats, cons
     R log_qs[kMaxGroups], log_qt[kMaxGroups], qs[kMaxGroups], qt[kMaxGroups];
     group_masses(student_lse, groups, qs, log_qs);
     group_masses(teacher_lse, groups, qt, log_qt);
+    const bool reversed = term.mass.reverse != 0 || term.mass_part.reverse != 0;
     R forward{}, reverse{};
     for (int g = 0; g < groups; ++g) {
       forward += qt[g] == 0 ? R{} : qt[g] * (log_qt[g] - log_qs[g]);
-      reverse += qs[g] == 0 ? R{} : qs[g] * (log_qs[g] - log_qt[g]);
+      if (reversed) reverse += qs[g] == 0 ? R{} : qs[g] * (log_qs[g] - log_qt[g]);
     }
     for (int g = 0; g < groups; ++g) {
       // qs_g * (L_g - KL) with L = log qs - log qt, as a sum of differences: nothing large cancels where a group holds
       // nearly all the mass.
       R reverse_pull{};
-      for (int h = 0; h < groups; ++h) {
+      for (int h = 0; h < groups && reversed; ++h) {
         const R weight = qs[g] * qs[h];
         const R difference = (log_qs[g] - log_qt[g]) - (log_qs[h] - log_qt[h]);
         reverse_pull += weight == 0 ? R{} : weight * difference;

@@ -7,6 +7,8 @@
 #include <torch/headeronly/core/ScalarType.h>
 #pragma GCC diagnostic pop
 
+#include <algorithm>
+#include <numeric>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -14,7 +16,7 @@
 #include <vector>
 
 #include "cpu/huge_pages.h"
-#include "cpu/rows.h"
+#include "cpu/kernels.h"
 
 namespace kdk {
 namespace {
@@ -72,7 +74,7 @@ const Parallel& parallel() {
 }
 
 // Points the problem's matrices at the tensors and merges sample dimensions that all of them walk alike.
-void set_layout(RowsProblem& problem, std::vector<std::pair<Matrix*, const Tensor*>> sides, int64_t class_dim) {
+void set_layout(Problem& problem, std::vector<std::pair<Matrix*, const Tensor*>> sides, int64_t class_dim) {
   const Tensor& shape = *sides.front().second;
   problem.samples = 1;
   problem.dims = 0;
@@ -96,38 +98,40 @@ void set_layout(RowsProblem& problem, std::vector<std::pair<Matrix*, const Tenso
   }
 }
 
-// Weight of each sample, 0 where it does not count. Everything that can be wrong with samples is found here.
-std::vector<double> sample_weights(const RowsProblem& problem, const double* given, int64_t ignore_index) {
-  std::vector<double> weights(problem.samples, 1.0);
-  if (given) {
-    for (int64_t n = 0; n < problem.samples; ++n) {
-      STD_TORCH_CHECK(given[n] >= 0, "ValueError: sample_weight must be >= 0, got ", given[n], " for sample ", n);
-      weights[n] = given[n];
-    }
-  }
-  if (problem.target) {
-    for (int64_t n = 0; n < problem.samples; ++n) {
-      const int64_t y = problem.target[n];
-      if (y == ignore_index) {
-        weights[n] = 0;
-        continue;
+// What counts of the samples, by weight and target; the sum of their weights. Everything that can be wrong with samples
+// is found here, before anything is computed.
+double set_weights(Problem& problem, const double* given, int64_t ignore_index) {
+  problem.weight = {1, given, problem.target, ignore_index};
+  constexpr int64_t kBlock = 1 << 14;  // fixed, so that the sum does not depend on the number of threads
+  const int64_t blocks = (problem.samples + kBlock - 1) / kBlock;
+  std::vector<double> sums(blocks);
+  std::vector<int64_t> wrong(blocks, problem.samples);
+  parallel().run(0, blocks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t last = std::min((block + 1) * kBlock, problem.samples);
+      for (int64_t n = last - 1; n >= block * kBlock; --n) {
+        const int64_t y = problem.target ? problem.target[n] : 0;
+        const bool counts = !problem.target || y != ignore_index;
+        const bool right = (!given || given[n] >= 0) && (!counts || (0 <= y && y < problem.classes));
+        wrong[block] = right ? wrong[block] : n;
+        sums[block] += counts ? (given ? given[n] : 1.0) : 0.0;
       }
-      STD_TORCH_CHECK(0 <= y && y < problem.classes, "IndexError: target must be in [0, ", problem.classes,
-                      ") or ignore_index ", ignore_index, ", got ", y, " for sample ", n);
     }
+  });
+  const int64_t n = blocks == 0 ? 0 : *std::min_element(wrong.begin(), wrong.end());
+  if (n < problem.samples) {
+    STD_TORCH_CHECK(!given || given[n] >= 0, "ValueError: sample_weight must be >= 0, got ", given[n], " for sample ",
+                    n);
+    STD_TORCH_CHECK(false, "IndexError: target must be in [0, ", problem.classes, ") or ignore_index ", ignore_index,
+                    ", got ", problem.target[n], " for sample ", n);
   }
-  return weights;
+  return std::accumulate(sums.begin(), sums.end(), 0.0);
 }
 
 // What the weighted sum of the row losses is multiplied by; 0 without a valid sample.
-double reduction_factor(Reduction reduction, const double* denominator, double scale, int64_t batch,
-                        const std::vector<double>& weights) {
-  double divisor = 1;
-  if (reduction == Reduction::batchmean) divisor = static_cast<double>(batch);
-  if (reduction == Reduction::mean) {
-    divisor = 0;
-    for (const double weight : weights) divisor += weight;
-  }
+double reduction_factor(Reduction reduction, const double* denominator, double scale, int64_t batch, double weights) {
+  double divisor = reduction == Reduction::batchmean ? static_cast<double>(batch) : 1;
+  if (reduction == Reduction::mean) divisor = weights;
   if (denominator) divisor = *denominator;
   return divisor == 0 ? 0 : scale / divisor;
 }
@@ -151,24 +155,9 @@ void store(Tensor& tensor, int64_t index, double value) {
   }
 }
 
-// Writes the reduced values of `columns` numbers a sample, sample by sample in order.
-void reduce(Reduction reduction, const double* values, int64_t columns, const std::vector<double>& weights,
-            Tensor& out) {
-  const int64_t samples = static_cast<int64_t>(weights.size());
-  for (int64_t c = 0; c < columns; ++c) {
-    double sum = 0;
-    for (int64_t n = 0; n < samples; ++n) {
-      const double value = weights[n] == 0 ? 0 : weights[n] * values[n * columns + c];
-      if (reduction == Reduction::none) store(out, n * columns + c, value);
-      sum += value;
-    }
-    if (reduction != Reduction::none) store(out, c, sum);
-  }
-}
-
 // What a call compares: both sides' logits, and the shape and layout they share.
-RowsProblem compared(const Tensor& student, const Tensor& teacher, int64_t num_classes, int64_t class_dim) {
-  RowsProblem problem;
+Problem compared(const Tensor& student, const Tensor& teacher, int64_t num_classes, int64_t class_dim) {
+  Problem problem;
   problem.classes = num_classes;
   problem.gradient_classes = student.size(class_dim);
   problem.double_arithmetic =
@@ -177,7 +166,7 @@ RowsProblem compared(const Tensor& student, const Tensor& teacher, int64_t num_c
 }
 
 // What standardises by class, checked against the objective.
-void set_class_statistics(RowsProblem& problem, Arguments& arguments, const std::optional<Tensor>& moments,
+void set_class_statistics(Problem& problem, Arguments& arguments, const std::optional<Tensor>& moments,
                           const std::optional<Tensor>& sums) {
   const bool by_class = problem.objective.standardize == Standardize::by_class;
   STD_TORCH_CHECK(by_class == moments.has_value(),
@@ -194,12 +183,11 @@ void set_class_statistics(RowsProblem& problem, Arguments& arguments, const std:
 Tensor class_moments_cpu(const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& target,
                          const std::optional<Tensor>& sample_weight, int64_t class_dim, int64_t num_classes,
                          int64_t ignore_index) {
-  RowsProblem problem = compared(student, teacher, num_classes, class_dim);
+  Problem problem = compared(student, teacher, num_classes, class_dim);
   set_layout(problem, {{&problem.student, &student}, {&problem.teacher, &teacher}}, class_dim);
   Arguments arguments;
   problem.target = arguments.array<int64_t>(target);
-  std::vector<double> weights = sample_weights(problem, arguments.array<double>(sample_weight), ignore_index);
-  problem.row_weight = weights.data();
+  set_weights(problem, arguments.array<double>(sample_weight), ignore_index);
   Tensor moments = new_tensor(student, {2, 3, num_classes}, ScalarType::Double);
   class_moments(problem, parallel(), static_cast<double*>(moments.data_ptr()));
   return moments;
@@ -212,7 +200,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_cpu(
     int64_t reduction_index, int64_t class_dim, int64_t num_classes, int64_t ignore_index, bool gradient, bool save,
     bool parts) {
   const auto reduction = static_cast<Reduction>(reduction_index);
-  RowsProblem problem = compared(student, teacher, num_classes, class_dim);
+  Problem problem = compared(student, teacher, num_classes, class_dim);
   problem.objective = decoded(objective);
   const ScalarType dtype = problem.double_arithmetic ? ScalarType::Double : ScalarType::Float;
 
@@ -230,17 +218,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_cpu(
   Arguments arguments;
   set_class_statistics(problem, arguments, moments, std::nullopt);
   problem.target = arguments.array<int64_t>(target);
-  std::vector<double> weights = sample_weights(problem, arguments.array<double>(sample_weight), ignore_index);
-  const double factor =
+  const double weights = set_weights(problem, arguments.array<double>(sample_weight), ignore_index);
+  problem.weight.factor =
       reduction_factor(reduction, arguments.array<double>(denominator), scale, student.size(0), weights);
-  for (double& weight : weights) weight *= factor;
-  problem.row_weight = weights.data();
 
-  std::vector<double> losses(samples);
-  problem.row_loss = losses.data();
-  const int64_t columns = problem.objective.parts();
-  std::vector<double> part_rows(parts ? samples * columns : 0);
-  problem.row_parts = parts ? part_rows.data() : nullptr;
+  problem.parts = parts;
+  const int64_t columns = value_count(problem), slots = reduction == Reduction::none ? samples : 1;
+  std::vector<double> values(slots * columns);
+  (reduction == Reduction::none ? problem.values : problem.totals) = values.data();
   const auto rows_of = [samples](bool wanted, int64_t width) {
     return wanted ? std::vector<int64_t>{samples, width} : std::vector<int64_t>{0};
   };
@@ -250,26 +235,30 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_cpu(
     problem.saved = saved.data_ptr();
     problem.members = static_cast<int64_t*>(members.data_ptr());
   }
-  forward_rows(problem, parallel());
+  forward(problem, parallel());
 
   std::vector<int64_t> shape;
   if (reduction == Reduction::none)
     for (int64_t d = 0; d < student.dim(); ++d)
       if (d != class_dim) shape.push_back(student.size(d));
   Tensor loss = new_tensor(student, shape, dtype);
-  reduce(reduction, losses.data(), 1, weights, loss);
   shape = parts ? shape : std::vector<int64_t>{};
-  shape.push_back(parts ? columns : 0);
+  shape.push_back(columns - 1);
   Tensor part_values = new_tensor(student, shape, dtype);
-  if (parts) reduce(reduction, part_rows.data(), columns, weights, part_values);
+  for (int64_t n = 0; n < slots; ++n) {
+    const double weight = problem.totals ? 1 : problem.weight(n);
+    for (int64_t v = 0; v < columns; ++v) {
+      const double value = weight == 0 ? 0 : weight * values[n * columns + v];
+      store(v == 0 ? loss : part_values, v == 0 ? n : n * (columns - 1) + v - 1, value);
+    }
+  }
   return {loss, part_values, grad, saved, members};
 }
 
 // A backward step: the logits, and what forward saved of each sample, weighted by the upstream gradient.
 struct Backward {
-  RowsProblem problem;
+  Problem problem;
   Arguments arguments;
-  std::vector<double> weights;
 
   Backward(const Tensor& grad_loss, const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& target,
            const Tensor& saved, const Tensor& members, const std::vector<double>& objective, int64_t class_dim,
@@ -280,10 +269,9 @@ struct Backward {
     if (gradient) sides.emplace_back(&problem.gradient, gradient);
     set_layout(problem, sides, class_dim);
     problem.target = arguments.array<int64_t>(target);
-    const double* factor = arguments.array<double>(grad_loss);
-    weights.resize(problem.samples);
-    for (int64_t n = 0; n < problem.samples; ++n) weights[n] = factor[grad_loss.dim() == 0 ? 0 : n];
-    problem.row_weight = weights.data();
+    const double* upstream = arguments.array<double>(grad_loss);
+    if (grad_loss.dim() == 0) problem.weight.factor = *upstream;
+    if (grad_loss.dim() != 0) problem.weight.given = upstream;
     problem.saved = saved.data_ptr();
     problem.members = static_cast<int64_t*>(members.data_ptr());
   }
@@ -297,7 +285,7 @@ Tensor backward_cpu(const Tensor& grad_loss, const Tensor& student, const Tensor
   Backward step(grad_loss, student, teacher, target, saved, members, objective, class_dim, num_classes, &gradient);
   set_class_statistics(step.problem, step.arguments, moments, sums);
   STD_TORCH_CHECK(moments.has_value() == sums.has_value(), "ValueError: sums must be given with moments");
-  backward_rows(step.problem, parallel());
+  backward(step.problem, parallel());
   return gradient;
 }
 
@@ -317,10 +305,10 @@ void scale_cpu(const Tensor& gradient, const Tensor& factor, int64_t class_dim) 
   Arguments arguments;
   const double* by = arguments.array<double>(factor);
   if (factor.dim() == 0 && *by == 1) return;
-  RowsProblem problem;
+  Problem problem;
   problem.classes = problem.gradient_classes = gradient.size(class_dim);
   set_layout(problem, {{&problem.gradient, &gradient}}, class_dim);
-  scale_rows(problem, by, factor.dim() != 0, parallel());
+  scale(problem, by, factor.dim() != 0, parallel());
 }
 
 std::vector<int64_t> sizes(const std::vector<double>& objective) {

@@ -3,18 +3,18 @@
 #include <cstdlib>
 #include <string>
 
-#include "rows.h"
+#include "kernels.h"
 
 namespace kdk {
 
 namespace baseline {
-extern const RowKernels kernels;
+extern const Kernels kernels;
 }
 namespace avx2 {
-extern const RowKernels kernels;
+extern const Kernels kernels;
 }
 namespace avx512 {
-extern const RowKernels kernels;
+extern const Kernels kernels;
 }
 
 std::vector<Isa> supported_isas() {
@@ -48,7 +48,7 @@ std::atomic<Isa>& chosen() {
   return isa;
 }
 
-const RowKernels& kernels() {
+const Kernels& kernels() {
 #if defined(__x86_64__)
   switch (chosen().load()) {
     case Isa::avx512: return avx512::kernels;
@@ -73,19 +73,19 @@ bool set_isa(int isa) {
   return false;
 }
 
-void forward_rows(const RowsProblem& problem, const Parallel& parallel) { kernels().forward(problem, parallel); }
+void forward(const Problem& problem, const Parallel& parallel) { kernels().forward(problem, parallel); }
 
-void backward_rows(const RowsProblem& problem, const Parallel& parallel) { kernels().backward(problem, parallel); }
+void backward(const Problem& problem, const Parallel& parallel) { kernels().backward(problem, parallel); }
 
-void class_moments(const RowsProblem& problem, const Parallel& parallel, double* moments) {
+void class_moments(const Problem& problem, const Parallel& parallel, double* moments) {
   kernels().class_moments(problem, parallel, moments);
 }
 
-void class_sums(const RowsProblem& problem, const Parallel& parallel, double* sums) {
+void class_sums(const Problem& problem, const Parallel& parallel, double* sums) {
   kernels().class_sums(problem, parallel, sums);
 }
 
-void scale_rows(const RowsProblem& problem, const double* factor, bool per_sample, const Parallel& parallel) {
+void scale(const Problem& problem, const double* factor, bool per_sample, const Parallel& parallel) {
   kernels().scale(problem, factor, per_sample, parallel);
 }
 

@@ -83,7 +83,7 @@ class Worker {
   using AddSumsOfTerm = std::array<std::array<AddSums<T>, 2>, 2>;  // by whether careful, whether to keep
 
  public:
-  Worker(const RowsProblem& problem, const ClassStandardization<T>& classes)
+  Worker(const Problem& problem, const ClassStandardization<T>& classes)
       : p_(problem), o_(problem.objective), by_class_(classes), scratch_(Scratch<T>::of_this_thread()) {
     for (int t = 0; t < o_.terms; ++t) {
       exponent_[t] = static_cast<T>(o_.term[t].exponent());
@@ -112,17 +112,17 @@ class Worker {
 
   // Whether exponentials are kept: they must fit in cache, and rows that may be split over threads never keep them,
   // so that the arithmetic is a matter of the shape alone.
-  static bool keeps(const RowsProblem& p) {
-    if ((!p.gradient.data && !p.sums_out) || !p.row_loss || may_split(p)) return false;
+  static bool keeps(const Problem& p) {
+    if ((!p.gradient.data && !p.sums_out) || !p.values || may_split(p)) return false;
     return sums_in_forward(p) || (!p.moments && p.classes * kept_arrays(p.objective) <= 2 * kKeptClasses);
   }
 
   // Whether forward can add up the sums over samples on its way: the rows are short enough.
-  static bool sums_in_forward(const RowsProblem& p) { return p.sums_out && p.classes <= kTile; }
+  static bool sums_in_forward(const Problem& p) { return p.sums_out && p.classes <= kTile; }
 
   // Whether rows are few and long enough to be split over threads, if those are more. A standardised sample is not: its
   // own moments would have to be settled between the threads first.
-  static bool may_split(const RowsProblem& p) {
+  static bool may_split(const Problem& p) {
     return p.samples < kSplitSamples && p.classes > kChunk && p.objective.standardize == Standardize::none;
   }
 
@@ -210,9 +210,8 @@ class Worker {
 
   // Handles a sample that does not count; false if it does.
   bool skip(Row<T>& row) {
-    if (p_.row_weight[row.sample] != 0) return false;
-    p_.row_loss[row.sample] = 0;
-    if (p_.row_parts) std::fill_n(p_.row_parts + row.sample * o_.parts(), o_.parts(), 0.0);
+    if (p_.weight(row.sample) != 0) return false;
+    std::fill_n(values(row), value_count(p_), 0.0);
     if (p_.saved) std::fill_n(saved(row), saved_size(o_), T(0));
     if (p_.members) std::fill_n(p_.members + row.sample * members_size(o_), members_size(o_), 0);
     if (row.gradient) clear(row, 0, p_.classes);
@@ -344,7 +343,7 @@ class Worker {
     const Doubles log_ce_sum = o_.has_ce() ? log(stats.ce.sum) : Doubles{};
     for (int i = 0; i < count; ++i) {
       Row<T>& row = rows[i];
-      row.weight = static_cast<T>(p_.row_weight[row.sample]);
+      row.weight = static_cast<T>(p_.weight(row.sample));
       double ce = 0;
       if (o_.has_ce()) {
         const double origin = stats.ce.origin[i], at_target = value(p_.student, row.student, p_.target[row.sample]);
@@ -352,10 +351,10 @@ class Worker {
         row.ce_origin = static_cast<T>(origin);
         row.ce_inverse = static_cast<T>(1 / stats.ce.sum[i]);
       }
-      p_.row_loss[row.sample] = o_.has_ce() ? o_.ce_weight * ce : 0;
-      if (p_.row_parts) p_.row_parts[row.sample * o_.parts()] = ce;
+      *values(row) = o_.has_ce() ? o_.ce_weight * ce : 0;
+      if (p_.parts) values(row)[1] = ce;
     }
-    int64_t first_part = 1;
+    int64_t first_part = 2;
     for (int t = 0; t < o_.terms; ++t) {
       const Term& term = o_.term[t];
       const int rest = term.groups() - 1;
@@ -366,10 +365,8 @@ class Worker {
       evaluate(term, stats.group[t], sizes, unit(t), result);
       for (int i = 0; i < count; ++i) {
         Row<T>& row = rows[i];
-        p_.row_loss[row.sample] += result.loss[i];
-        if (p_.row_parts)
-          for (int j = 0; j < term.parts(); ++j)
-            p_.row_parts[row.sample * o_.parts() + first_part + j] = result.parts[j][i];
+        *values(row) += result.loss[i];
+        for (int j = 0; j < term.parts() && p_.parts; ++j) values(row)[first_part + j] = result.parts[j][i];
         for (int g = 0; g <= rest; ++g) {
           const GroupCoefficients<Doubles>& by = result.group[g];
           row.group[t][g] = {T(stats.group[t][g].student_origin[i]), T(stats.group[t][g].teacher_origin[i]),
@@ -669,6 +666,8 @@ class Worker {
     return {T(student * level), T(student * by.tilt), T(teacher * by.teacher)};
   }
 
+  double* values(const Row<T>& row) const { return p_.values + row.sample * value_count(p_); }
+
   T* saved(const Row<T>& row) const { return static_cast<T*>(p_.saved) + row.sample * saved_size(o_); }
 
   void save(const Row<T>& row) const {
@@ -693,7 +692,7 @@ class Worker {
   bool restore(Row<T>& row) {
     const T* in = saved(row);
     if (*in == 0) return false;
-    row.weight = static_cast<T>(*in++ * p_.row_weight[row.sample]);
+    row.weight = static_cast<T>(*in++ * p_.weight(row.sample));
     row.ce_origin = *in++;
     row.ce_inverse = *in++;
     for (int t = 0; t < o_.terms; ++t)
@@ -710,7 +709,7 @@ class Worker {
     return true;
   }
 
-  const RowsProblem& p_;
+  const Problem& p_;
   const Objective& o_;
   const ClassStandardization<T>& by_class_;
   Scratch<T>& scratch_;
@@ -725,12 +724,12 @@ class Worker {
 
 // Calls ---------------------------------------------------------------------------------------------------------------
 
-inline int64_t row_grain(const RowsProblem& p) { return std::max<int64_t>(kGrainClasses / (p.classes + 64), 1); }
+inline int64_t row_grain(const Problem& p) { return std::max<int64_t>(kGrainClasses / (p.classes + 64), 1); }
 
 // Few long rows: the chunks of all rows are spread over threads, step by step.
 template <class T>
-void forward_split(const RowsProblem& problem, const Parallel& parallel) {
-  RowsProblem p = problem;
+void forward_split(const Problem& problem, const Parallel& parallel) {
+  Problem p = problem;
   std::vector<int64_t> members(p.samples * members_size(p.objective));
   if (!p.members) p.members = members.data();
   const ClassStandardization<T> classes(p, parallel);
@@ -782,7 +781,7 @@ void forward_split(const RowsProblem& problem, const Parallel& parallel) {
 // The sums over samples that body(worker, strip_begin, strip_end, sample_begin, sample_end) adds to, block by block: in
 // the same order whatever the threads.
 template <class T, class Body>
-void add_up_class_sums(const RowsProblem& p, const ClassStandardization<T>& classes, const Parallel& parallel,
+void add_up_class_sums(const Problem& p, const ClassStandardization<T>& classes, const Parallel& parallel,
                        double* out, const Body& body) {
   const Blocks work(p);
   const int64_t size = 2 * p.classes;
@@ -800,8 +799,7 @@ void add_up_class_sums(const RowsProblem& p, const ClassStandardization<T>& clas
 }
 
 template <class T>
-void class_sums_typed(const RowsProblem& p, const ClassStandardization<T>& classes, const Parallel& parallel,
-                      double* out) {
+void saved_class_sums(const Problem& p, const ClassStandardization<T>& classes, const Parallel& parallel, double* out) {
   const auto add = [](Worker<T>& worker, int64_t begin, int64_t end, int64_t first, int64_t last) {
     for (int64_t n = first; n < last; ++n) worker.add_class_sums(n, begin, end);
   };
@@ -809,7 +807,7 @@ void class_sums_typed(const RowsProblem& p, const ClassStandardization<T>& class
 }
 
 template <class T>
-void forward_typed(const RowsProblem& p, const Parallel& parallel) {
+void forward_rows(const Problem& p, const Parallel& parallel) {
   if (p.samples < parallel.threads && Worker<T>::may_split(p)) {
     forward_split<T>(p, parallel);
     return;
@@ -830,15 +828,19 @@ void forward_typed(const RowsProblem& p, const Parallel& parallel) {
     forward(worker, begin, end);
   });
   if (!p.sums_out) return;
-  RowsProblem saved = p;
-  const std::vector<double> ones(p.samples, 1.0);
-  saved.row_weight = ones.data();
-  saved.row_loss = nullptr;
-  class_sums_typed(saved, classes, parallel, p.sums_out);
+  Problem saved = p;
+  saved.weight = {};
+  saved.values = nullptr;
+  saved_class_sums(saved, classes, parallel, p.sums_out);
 }
 
 template <class T>
-void backward_typed(const RowsProblem& p, const Parallel& parallel) {
+void row_class_sums(const Problem& p, const Parallel& parallel, double* out) {
+  saved_class_sums<T>(p, {p, parallel}, parallel, out);
+}
+
+template <class T>
+void backward_rows(const Problem& p, const Parallel& parallel) {
   const ClassStandardization<T> classes(p, parallel);
   // What standardises a chunk of classes serves all samples.
   const int64_t step = p.moments ? kChunk : p.classes;
@@ -848,43 +850,3 @@ void backward_typed(const RowsProblem& p, const Parallel& parallel) {
       for (int64_t n = first; n < last; ++n) worker.backward(n, begin, std::min(begin + step, p.classes));
   });
 }
-
-inline void forward(const RowsProblem& p, const Parallel& parallel) {
-  (p.double_arithmetic ? forward_typed<double> : forward_typed<float>)(p, parallel);
-}
-
-inline void backward(const RowsProblem& p, const Parallel& parallel) {
-  (p.double_arithmetic ? backward_typed<double> : backward_typed<float>)(p, parallel);
-}
-
-inline void class_moments(const RowsProblem& p, const Parallel& parallel, double* moments) {
-  (p.double_arithmetic ? class_moments_typed<double> : class_moments_typed<float>)(p, parallel, moments);
-}
-
-inline void class_sums(const RowsProblem& p, const Parallel& parallel, double* sums) {
-  if (p.double_arithmetic) {
-    class_sums_typed<double>(p, {p, parallel}, parallel, sums);
-  } else {
-    class_sums_typed<float>(p, {p, parallel}, parallel, sums);
-  }
-}
-
-inline void scale(const RowsProblem& p, const double* factor, bool per_sample, const Parallel& parallel) {
-  const Matrix& matrix = p.gradient;
-  parallel.run(0, p.samples, row_grain(p), [&](int64_t begin, int64_t end) {
-    with_dtype(matrix.dtype, [&](auto element) {
-      using Element = decltype(element);
-      using T = decltype(widen(element));
-      for (int64_t n = begin; n < end; ++n) {
-        Element* row = static_cast<Element*>(matrix.data) + sample_offset(p, matrix, n);
-        const T by = static_cast<T>(factor[per_sample ? n : 0]);
-        for (int64_t i = 0; i < p.gradient_classes; ++i) {
-          Element& value = row[i * matrix.class_stride];
-          narrow(widen(value) * by, value);
-        }
-      }
-    });
-  });
-}
-
-constexpr RowKernels kRowKernels{forward, backward, class_moments, class_sums, scale};

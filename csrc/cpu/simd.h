@@ -112,6 +112,18 @@ inline T fold(typename VecOfLanes<T, Lanes>::type v, Combine combine) {
   }
 }
 
+// The lower (0) or upper (1) half of a vector of floats, as doubles.
+inline Vec<double> doubles_of(Vec<float> v, int index) {
+  const auto floats = half<float, kLanes<float>>(v, index);
+#if defined(KDK_AVX512)
+  return _mm512_maskz_cvtps_pd(0xff, floats);  // compilers take two steps from the plain conversion
+#elif defined(KDK_AVX2)
+  return _mm256_cvtps_pd(floats);
+#else
+  return __builtin_convertvector(floats, Vec<double>);
+#endif
+}
+
 template <class T>
 inline T horizontal_max(Vec<T> v) {
   return fold<T, kLanes<T>>(v, [](auto a, auto b) { return a > b ? a : b; });
@@ -120,8 +132,7 @@ inline double horizontal_sum(Vec<double> v) {
   return fold<double, kLanes<double>>(v, [](auto a, auto b) { return a + b; });
 }
 inline double horizontal_sum(Vec<float> v) {
-  const auto low = half<float, kLanes<float>>(v, 0), high = half<float, kLanes<float>>(v, 1);
-  return horizontal_sum(__builtin_convertvector(low, Vec<double>) + __builtin_convertvector(high, Vec<double>));
+  return horizontal_sum(doubles_of(v, 0) + doubles_of(v, 1));
 }
 
 // 2^f for f in [-1/2, 1/2]: minimax in the relative error, 2e-9 (float) and 4e-18 (double) before rounding. A float's

@@ -21,7 +21,7 @@ inline Vec<T> chain(Vec<T> gradient, Vec<T> h, Vec<T> level, Vec<T> slope, Vec<T
 template <class T>
 class ClassStandardization {
  public:
-  ClassStandardization(const RowsProblem& p, const Parallel& parallel) {
+  ClassStandardization(const Problem& p, const Parallel& parallel) {
     if (p.objective.standardize != Standardize::by_class) return;
     const int64_t size = padded<T>(p.classes);
     T* next = data_.data(size * (p.sums ? 8 : 6));
@@ -59,6 +59,10 @@ class ClassStandardization {
   // 0 for the student, 1 for the teacher.
   const ClassAffines<T>& operator[](int side) const { return side_[side]; }
 
+  // Of the chain rule (see above), for each class.
+  const T* level() const { return level_; }
+  const T* slope() const { return slope_; }
+
   // The gradient in the logits of classes from `begin` on, from that in the standardised ones.
   void apply_chain(const Source<T>& student, int64_t begin, int count, T* gradient) const {
     write_vectors<T, false>({count}, gradient, [&, student, level = level_ + begin, slope = slope_ + begin](
@@ -78,8 +82,8 @@ class ClassStandardization {
 // Adds a vector to as many doubles.
 inline void add_widened(double* to, Vec<float> v) {
   constexpr int W = kLanes<double>;
-  store(to, load(to) + __builtin_convertvector(half<float, 2 * W>(v, 0), Vec<double>));
-  store(to + W, load(to + W) + __builtin_convertvector(half<float, 2 * W>(v, 1), Vec<double>));
+  store(to, load(to) + doubles_of(v, 0));
+  store(to + W, load(to + W) + doubles_of(v, 1));
 }
 inline void add_widened(double* to, Vec<double> v) { store(to, load(to) + v); }
 
@@ -165,7 +169,7 @@ struct Blocks {
   static constexpr int64_t kMostBlocks = 16, kLeastSamples = 32;
   int64_t samples, classes, blocks, strips;
 
-  explicit Blocks(const RowsProblem& p) : samples(p.samples), classes(p.classes) {
+  explicit Blocks(const Problem& p) : samples(p.samples), classes(p.classes) {
     strips = ceil_div(classes, kTile);
     blocks = std::clamp<int64_t>(samples / kLeastSamples, 1, std::max<int64_t>(kMostBlocks / strips, 1));
   }
@@ -246,7 +250,7 @@ struct Deviations {
 
 // Moments of the classes from `begin` on over some samples of one side.
 template <class T>
-void class_moments_of(const RowsProblem& p, const Matrix& matrix, int64_t begin, int count, int64_t first, int64_t last,
+void class_moments_of(const Problem& p, const Matrix& matrix, int64_t begin, int count, int64_t first, int64_t last,
                       double* counts, double* means, double* m2s) {
   auto& deviations = Deviations<T>::of_this_thread();
   std::fill_n(deviations.sum, count, 0.0);
@@ -256,7 +260,7 @@ void class_moments_of(const RowsProblem& p, const Matrix& matrix, int64_t begin,
   const T* rows[Deviations<T>::kGroup];
   int held = 0;
   for (int64_t n = first; n < last; ++n) {
-    if (p.row_weight[n] != 0) {
+    if (p.weight(n) != 0) {
       rows[held] = read_classes(matrix, element(p, matrix, n), begin, count, deviations.logits[held]);
       ++held;
     }
@@ -277,7 +281,7 @@ void class_moments_of(const RowsProblem& p, const Matrix& matrix, int64_t begin,
 }
 
 template <class T>
-void class_moments_typed(const RowsProblem& p, const Parallel& parallel, double* moments) {
+void row_moments(const Problem& p, const Parallel& parallel, double* moments) {
   const Blocks work(p);
   const int64_t size = 6 * p.classes;
   std::vector<double> partial(work.blocks > 1 ? work.blocks * size : 0);

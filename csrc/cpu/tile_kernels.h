@@ -23,7 +23,7 @@ inline void with_dtype(DType dtype, const Body& body) {
 }
 
 // Where a sample starts, in elements.
-inline int64_t sample_offset(const RowsProblem& problem, const Matrix& matrix, int64_t sample) {
+inline int64_t sample_offset(const Problem& problem, const Matrix& matrix, int64_t sample) {
   int64_t offset = 0;
   for (int d = problem.dims - 1; d > 0; --d) {
     offset += sample % problem.sample_size[d] * matrix.sample_stride[d];
@@ -32,7 +32,7 @@ inline int64_t sample_offset(const RowsProblem& problem, const Matrix& matrix, i
   return offset + sample * matrix.sample_stride[0];
 }
 
-inline void* element(const RowsProblem& problem, const Matrix& matrix, int64_t sample) {
+inline void* element(const Problem& problem, const Matrix& matrix, int64_t sample) {
   return static_cast<char*>(matrix.data) + sample_offset(problem, matrix, sample) * dtype_size(matrix.dtype);
 }
 
@@ -206,8 +206,8 @@ struct ChainedSum {
     if constexpr (sizeof(T) == 8) {
       low += sum;
     } else {
-      low += __builtin_convertvector(half<float, kLanes<float>>(sum, 0), Vec<double>);
-      high += __builtin_convertvector(half<float, kLanes<float>>(sum, 1), Vec<double>);
+      low += doubles_of(sum, 0);
+      high += doubles_of(sum, 1);
     }
     chain[0] = chain[1] = Vec<T>{};
   }

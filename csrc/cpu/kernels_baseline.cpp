@@ -1,5 +1,5 @@
-// The row kernels for any CPU: 128-bit vectors (SSE2, NEON), which every 64-bit target has.
-#include "row_includes.h"
+// The kernels for any CPU: 128-bit vectors (SSE2, NEON), which every 64-bit target has.
+#include "kernel_includes.h"
 
 #define KDK_VECTOR_BYTES 16
 
@@ -12,8 +12,10 @@ namespace {
 #include "tile_kernels.h"
 #include "standardize.h"
 #include "row_kernels.h"
+#include "pixel_kernels.h"
+#include "kernels_of_isa.h"
 // clang-format on
 }  // namespace
-extern const RowKernels kernels;
-const RowKernels kernels = kRowKernels;
+extern const Kernels kernels;
+const Kernels kernels = kKernels;
 }  // namespace kdk::baseline

@@ -1,5 +1,5 @@
-// The row kernels for AVX512.
-#include "row_includes.h"
+// The kernels for AVX512.
+#include "kernel_includes.h"
 
 #if defined(__x86_64__)
 #pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,fma,f16c,bmi,bmi2")
@@ -15,9 +15,11 @@ namespace {
 #include "tile_kernels.h"
 #include "standardize.h"
 #include "row_kernels.h"
+#include "pixel_kernels.h"
+#include "kernels_of_isa.h"
 // clang-format on
 }  // namespace
-extern const RowKernels kernels;
-const RowKernels kernels = kRowKernels;
+extern const Kernels kernels;
+const Kernels kernels = kKernels;
 }  // namespace kdk::avx512
 #endif

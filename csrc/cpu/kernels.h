@@ -1,4 +1,4 @@
-// CPU kernels for samples whose classes are walked one sample ("row") at a time. No torch.
+// What the CPU kernels read and write. No torch.
 #pragma once
 
 #include <cstdint>
@@ -22,8 +22,21 @@ struct Matrix {
   int64_t sample_stride[kMaxDims] = {};
 };
 
+// The weight of each sample in the result, 0 for samples that do not count.
+struct SampleWeights {
+  double factor = 1;              // of all
+  const double* given = nullptr;  // of each, if any
+  const int64_t* target = nullptr;
+  int64_t ignore_index = 0;  // the target of samples that do not count
+
+  double operator()(int64_t n) const {
+    if (target && target[n] == ignore_index) return 0;
+    return given ? given[n] * factor : factor;
+  }
+};
+
 // Everything a call reads and writes. Arrays that were not asked for are null.
-struct RowsProblem {
+struct Problem {
   Objective objective;
   Matrix student, teacher, gradient;
   int64_t classes = 0;           // that are compared
@@ -33,11 +46,15 @@ struct RowsProblem {
   int64_t sample_size[kMaxDims] = {};
   const int64_t* target = nullptr;
   bool double_arithmetic = false;
-  const double* row_weight = nullptr;  // in: the weight of each sample in the result, 0 for samples that do not count
-  double* row_loss = nullptr;     // out, unweighted
-  double* row_parts = nullptr;    // out, unweighted, objective.parts() a sample
-  void* saved = nullptr;          // float or double, saved_size() a sample
-  int64_t* members = nullptr;     // leading classes by rank, members_size() a sample
+  SampleWeights weight;
+  // Out, one of both: of each sample, unweighted, or the weighted sums over samples. First the loss, then, if `parts`,
+  // the objective's parts.
+  double* values = nullptr;
+  double* totals = nullptr;
+  bool parts = false;
+  // What backward needs of forward, if asked for:
+  void* saved = nullptr;       // float or double, saved_size() a sample
+  int64_t* members = nullptr;  // leading classes by rank, members_size() a sample
   // Where logits are standardised by class:
   const double* moments = nullptr;  // count, mean and M2 of each class, of the student, then of the teacher
   const double* sums = nullptr;     // see class_sums; backward needs them
@@ -59,6 +76,9 @@ inline int64_t members_size(const Objective& objective) {
   return size;
 }
 
+// Numbers a sample, or all samples, get: see Problem::values.
+inline int64_t value_count(const Problem& p) { return 1 + (p.parts ? p.objective.parts() : 0); }
+
 // parallel_for(begin, end, grain, body) calls body(from, to) on threads of the caller's choice.
 using ParallelFor =
     std::function<void(int64_t, int64_t, int64_t, const std::function<void(int64_t, int64_t)>&)>;
@@ -68,22 +88,22 @@ struct Parallel {
   int threads;
 };
 
-// Steps 1 and 2 of every row and, if problem.gradient.data is set, step 3 while the row is in cache.
-void forward_rows(const RowsProblem& problem, const Parallel& parallel);
+// Steps 1 and 2 of every sample and, if problem.gradient.data is set, step 3 while the sample is in cache.
+void forward(const Problem& problem, const Parallel& parallel);
 
 // Step 3 alone, from problem.saved and problem.members.
-void backward_rows(const RowsProblem& problem, const Parallel& parallel);
+void backward(const Problem& problem, const Parallel& parallel);
 
 // Count, mean and M2 of each class over the samples of weight > 0, without logits of -inf: 3 x classes numbers of the
 // student, then of the teacher.
-void class_moments(const RowsProblem& problem, const Parallel& parallel, double* moments);
+void class_moments(const Problem& problem, const Parallel& parallel, double* moments);
 
 // Sums over the samples, for each class, of the gradient in the standardised logit and of its product with that logit:
-// 2 x classes. backward_rows needs them, over all processes, where logits are standardised by class.
-void class_sums(const RowsProblem& problem, const Parallel& parallel, double* sums);
+// 2 x classes. backward needs them, over all processes, where logits are standardised by class.
+void class_sums(const Problem& problem, const Parallel& parallel, double* sums);
 
 // gradient *= factor, one factor for all samples or one a sample.
-void scale_rows(const RowsProblem& problem, const double* factor, bool per_sample, const Parallel& parallel);
+void scale(const Problem& problem, const double* factor, bool per_sample, const Parallel& parallel);
 
 // Instruction sets of this build, slowest first. -1 stands for the best that the CPU has.
 enum class Isa : int { baseline = 0, avx2 = 1, avx512 = 2 };
@@ -92,12 +112,12 @@ Isa current_isa();
 bool set_isa(int isa);
 
 // One build of the kernels for one instruction set.
-struct RowKernels {
-  void (*forward)(const RowsProblem&, const Parallel&);
-  void (*backward)(const RowsProblem&, const Parallel&);
-  void (*class_moments)(const RowsProblem&, const Parallel&, double*);
-  void (*class_sums)(const RowsProblem&, const Parallel&, double*);
-  void (*scale)(const RowsProblem&, const double*, bool, const Parallel&);
+struct Kernels {
+  void (*forward)(const Problem&, const Parallel&);
+  void (*backward)(const Problem&, const Parallel&);
+  void (*class_moments)(const Problem&, const Parallel&, double*);
+  void (*class_sums)(const Problem&, const Parallel&, double*);
+  void (*scale)(const Problem&, const double*, bool, const Parallel&);
 };
 
 }  // namespace kdk

@@ -17,4 +17,4 @@
 #include <utility>
 #include <vector>
 
-#include "rows.h"
+#include "kernels.h"

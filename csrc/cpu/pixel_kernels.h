@@ -1,0 +1,883 @@
+// The pixel kernels, built once per instruction set (see simd.h): for samples that follow one another in memory, as the
+// pixels of NCHW logits do. A vector holds one class of several pixels and classes are walked plane by plane, so that
+// pixels never meet and nothing is gathered. A tile of pixels is taken through all three steps while its logits are in
+// cache; where classes are too many for that, in chunks that are read again for the gradient.
+//
+// Nothing but a pixel's weight is saved for backward: on the way through a tile, statistics are cheaper than memory.
+
+constexpr int kMostPixels = 64;      // of a tile: whole cache lines of every plane
+constexpr int kLeastPixels = 16;     // where classes are many: still a whole line of floats
+constexpr int kChunkLogits = 16384;  // of a tile and a chunk of classes, one side: all arrays of them stay in L2
+constexpr int kFlushClasses = 4;     // classes that are added up in T before the sum goes on in double precision
+
+// Whether the samples are next to one another in memory, and each one's classes are not.
+inline bool by_pixels(const Problem& p) {
+  const auto in_planes = [&](const Matrix& m) { return m.class_stride != 1 && m.sample_stride[p.dims - 1] == 1; };
+  constexpr int64_t exact_in_float = int64_t{1} << 24;  // classes are compared as numbers of T
+  return p.dims > 0 && p.samples > 0 && p.classes < exact_in_float && in_planes(p.student) && in_planes(p.teacher);
+}
+
+// Runs of at most `pixels` samples that follow one another in memory.
+struct PixelRuns {
+  int64_t line, runs_of_line, count;
+  int pixels;
+
+  PixelRuns(const Problem& p, int most_pixels)
+      : line(p.dims == 0 ? 1 : p.sample_size[p.dims - 1]),
+        runs_of_line(ceil_div(line, most_pixels)),
+        count(p.samples == 0 ? 0 : p.samples / line * runs_of_line),
+        pixels(most_pixels) {}
+
+  int64_t first(int64_t run) const { return run / runs_of_line * line + run % runs_of_line * pixels; }
+  int size(int64_t run) const {
+    return static_cast<int>(std::min<int64_t>(pixels, line - run % runs_of_line * pixels));
+  }
+};
+
+// One class of some pixels: in place, or in `to` where it has to be converted.
+template <class T>
+const T* read_pixels(const Matrix& matrix, const void* pixels, int64_t j, int count, T* to) {
+  const T* from = nullptr;
+  with_dtype(matrix.dtype, [&](auto element) {
+    const auto* plane = static_cast<const decltype(element)*>(pixels) + j * matrix.class_stride;
+    if constexpr (std::is_same_v<T, decltype(element)>) {
+      from = plane;
+    } else {
+      widen_all(plane, count, to);
+      from = to;
+    }
+  });
+  return from;
+}
+
+// A vector of T to as many doubles, and a vector of doubles to as many T.
+inline void store_widened(double* to, Vec<float> v) {
+  constexpr int D = kLanes<double>;
+  store(to, doubles_of(v, 0));
+  store(to + D, doubles_of(v, 1));
+}
+inline void store_widened(double* to, Vec<double> v) { store(to, v); }
+inline void store_narrowed(float* to, Doubles v) {
+  const auto narrowed = __builtin_convertvector(v, typename VecOfLanes<float, kLanes<double>>::type);
+  __builtin_memcpy(to, &narrowed, sizeof narrowed);
+}
+inline void store_narrowed(double* to, Doubles v) { store(to, v); }
+template <class T>
+inline Vec<T> load_narrowed(const double* from) {
+  T lanes[kLanes<T>];
+  for (int i = 0; i < kLanes<T>; i += kLanes<double>) store_narrowed(lanes + i, load(from + i));
+  return load(lanes);
+}
+
+// Statistics of one group, a pixel a lane.
+struct PixelStats {
+  alignas(64) double student_origin[kMostPixels], teacher_origin[kMostPixels];
+  alignas(64) double student_sum[kMostPixels], teacher_sum[kMostPixels];
+  alignas(64) double teacher_gap[kMostPixels], student_gap[kMostPixels];
+
+  GroupStats<Doubles> lanes(int i) const {
+    return {load(student_origin + i), load(teacher_origin + i), load(student_sum + i),
+            load(teacher_sum + i),    load(teacher_gap + i),    load(student_gap + i)};
+  }
+  GroupStats<double> lane(int i) const {
+    return {student_origin[i], teacher_origin[i], student_sum[i], teacher_sum[i], teacher_gap[i], student_gap[i]};
+  }
+  void set_lane(int i, const GroupStats<double>& stats) {
+    student_origin[i] = stats.student_origin;
+    teacher_origin[i] = stats.teacher_origin;
+    student_sum[i] = stats.student_sum;
+    teacher_sum[i] = stats.teacher_sum;
+    teacher_gap[i] = stats.teacher_gap;
+    student_gap[i] = stats.student_gap;
+  }
+};
+
+// Which classes lead in a term, a pixel a lane. Classes are numbers of T, so that they compare like logits.
+template <class T>
+struct PixelLeaders {
+  alignas(64) T first[kMostPixels];  // the class that is a group of its own: the target, or the teacher's best
+  alignas(64) T bound[kMostPixels];  // the rank value of the last class that leads by rank
+  alignas(64) T last[kMostPixels];   // that class: among equals, lower ones lead
+};
+
+// What the gradient of one group multiplies exponentials by, a pixel a lane.
+template <class T>
+struct PixelCoefficients {
+  alignas(64) T student[kMostPixels], tilt[kMostPixels], teacher[kMostPixels];
+};
+
+constexpr int groups_of(PartitionKind kind) {
+  return kind == PartitionKind::whole ? 1 : kind == PartitionKind::top1_topk ? 3 : 2;
+}
+
+// What the teacher's logits are ranked by: the largest first, NaN before all.
+template <class T>
+inline Vec<T> rank_value(Vec<T> teacher, bool largest) {
+  const Vec<T> value = largest ? teacher : -teacher;
+  return value == value ? value : broadcast(T(INFINITY));
+}
+
+// The groups of class j in a vector of pixels.
+template <class T, PartitionKind Kind>
+struct PixelGroups {
+  Vec<T> first, bound, last;
+  bool largest;
+
+  PixelGroups(const PixelLeaders<T>& leaders, bool by_largest, int i)
+      : first(load(leaders.first + i)), bound(load(leaders.bound + i)), last(load(leaders.last + i)),
+        largest(by_largest) {}
+
+  // Each pixel's group of class j, as a number of T.
+  Vec<T> of(T j, Vec<T> teacher) const {
+    const Vec<T> zero{}, one = zero + 1;
+    if constexpr (Kind == PartitionKind::whole) return zero;
+    if constexpr (Kind == PartitionKind::target) return first == j ? zero : one;
+    const Vec<T> value = rank_value<T>(teacher, largest);
+    const Vec<T> from = value > bound ? zero + T(INFINITY) : zero - 1, upto = value == bound ? last : from;
+    if constexpr (Kind == PartitionKind::topk) return upto >= j ? zero : one;
+    return first == j ? zero : upto >= j ? one : one + 1;
+  }
+  // The group's own among the groups' values.
+  static Vec<T> pick(Vec<T> group, const Vec<T>* values) {
+    if constexpr (groups_of(Kind) == 1) return values[0];
+    if constexpr (groups_of(Kind) == 2) return group == 0 ? values[0] : values[1];
+    return group == 0 ? values[0] : group == 1 ? values[1] : values[2];
+  }
+};
+
+// Sums over pixels of the gradient in standardised logits and of its product with them, for each class.
+template <class T>
+class PixelSums {
+ public:
+  static PixelSums& of_this_thread() {
+    static thread_local PixelSums sums;
+    return sums;
+  }
+
+  // Adds to `totals`, 2 x classes, until the last flush().
+  void start(int64_t classes, double* totals) {
+    classes_ = classes;
+    totals_ = totals;
+    tiles_ = 0;
+    lanes_.data(2 * classes * kLanes<T>);
+    std::fill_n(lanes_.data(0), 2 * classes * kLanes<T>, T(0));
+  }
+  void add(int64_t j, Vec<T> gradient, Vec<T> product) {
+    T* lanes = lanes_.data(0) + 2 * j * kLanes<T>;
+    store(lanes, load(lanes) + gradient);
+    store(lanes + kLanes<T>, load(lanes + kLanes<T>) + product);
+  }
+  void end_tile() {
+    constexpr int tiles_in_t = 8;  // whose sums are added up in T before they go on in double precision
+    if (++tiles_ % tiles_in_t == 0) flush();
+  }
+  void flush() {
+    T* lanes = lanes_.data(0);
+    for (int64_t j = 0; j < classes_; ++j)
+      for (int which = 0; which < 2; ++which, lanes += kLanes<T>) {
+        totals_[which * classes_ + j] += horizontal_sum(load(lanes));
+        store(lanes, Vec<T>{});
+      }
+  }
+
+ private:
+  Buffer<T> lanes_;
+  int64_t classes_ = 0;
+  double* totals_ = nullptr;
+  int tiles_ = 0;
+};
+
+// Memory that a thread keeps from call to call.
+template <class T>
+struct PixelScratch {
+  Buffer<T> logits, ranking;
+  PixelStats stats[kMaxTerms][kMaxGroups], part[kMaxTerms][kMaxGroups];
+  PixelLeaders<T> leaders[kMaxTerms];
+  PixelCoefficients<T> by[kMaxTerms][kMaxGroups];
+  alignas(64) double weight[kMostPixels];
+  alignas(64) T valid[kMostPixels], target[kMostPixels];
+  // The student's softmax at T = 1, for the cross entropy, and what its gradient takes of the target and the softmax.
+  alignas(64) double ce_origin[kMostPixels], ce_sum[kMostPixels], ce_at_target[kMostPixels];
+  alignas(64) T ce_factor[kMostPixels], ce_softmax[kMostPixels];
+  // Where samples are standardised, student and teacher: as in Affine. And the slope of the chain rule.
+  alignas(64) T high[2][kMostPixels], factor[2][kMostPixels], offset[2][kMostPixels];
+  alignas(64) T unit_slope[kMostPixels], slope[kMostPixels];
+  alignas(64) double moments[4][kMostPixels];
+
+  static PixelScratch& of_this_thread() {
+    static thread_local PixelScratch scratch;
+    return scratch;
+  }
+};
+
+template <class T>
+class PixelWorker {
+ public:
+  static constexpr int W = kLanes<T>;
+
+  PixelWorker(const Problem& problem, const ClassStandardization<T>& classes, PixelSums<T>* sums = nullptr)
+      : p_(problem), o_(problem.objective), by_class_(classes), scratch_(PixelScratch<T>::of_this_thread()),
+        sums_(sums), forward_(p_.values || p_.totals), pitch_(tile_pixels(problem)), chunk_(std::min<int64_t>(kChunkLogits / pitch_, p_.classes)) {
+    const int64_t size = chunk_ * pitch_;
+    T* next = scratch_.logits.data(size * (4 + 2 * o_.terms));
+    const auto array = [&] {
+      next += size;
+      return next - size;
+    };
+    logits_[0] = array();
+    logits_[1] = array();
+    gradient_ = array();
+    raw_ = array();
+    for (int t = 0; t < o_.terms; ++t) {
+      exps_[t][0] = array();
+      exps_[t][1] = array();
+    }
+  }
+
+  static int tile_pixels(const Problem& p) {
+    return p.classes * kMostPixels <= kChunkLogits ? kMostPixels : kLeastPixels;
+  }
+
+  // All three steps for `count` pixels from sample `first` on. Adds to `totals` where the values' sums are asked for.
+  // Where sums over pixels of the gradient are asked for they take its place.
+  void run(int64_t first, int count, double* totals) {
+    place(first, count);
+    totals_ = totals;
+    if (!weigh()) {
+      if (p_.values) std::fill_n(p_.values + first * value_count(p_), count * value_count(p_), 0.0);
+      clear(0);
+      return;
+    }
+    if (o_.standardize == Standardize::by_sample) standardize_samples();
+    for (int t = 0; t < o_.terms; ++t) set_leaders(t);
+    each_chunk([&](int64_t begin, int64_t end) {
+      load_chunk(begin, end);
+      if (o_.has_ce()) add_softmax();
+      for (int t = 0; t < o_.terms; ++t) add_term(t);
+    });
+    finish();
+    if (!p_.gradient.data && !sums_) return;
+    if (o_.standardize == Standardize::by_sample) set_slope();
+    each_chunk([&](int64_t begin, int64_t end) {
+      if (!one_chunk() || o_.standardize != Standardize::by_sample) term_gradient(begin, end);
+      sums_ ? add_class_sums() : write();
+    });
+    if (sums_) sums_->end_tile();
+    clear(p_.classes);
+  }
+
+ private:
+  bool one_chunk() const { return chunk_ == p_.classes; }
+  template <class Body>
+  void each_chunk(const Body& body) {
+    for (int64_t begin = 0; begin < p_.classes; begin += chunk_) body(begin, std::min(begin + chunk_, p_.classes));
+  }
+  double unit(int t) const { return origin_unit(exponent(t)); }
+  T exponent(int t) const { return static_cast<T>(o_.term[t].exponent()); }
+
+  void place(int64_t first, int count) {
+    first_ = first;
+    count_ = count;
+    side_[0] = element(p_, p_.student, first);
+    side_[1] = element(p_, p_.teacher, first);
+    out_ = p_.gradient.data ? element(p_, p_.gradient, first) : nullptr;
+    std::fill_n(scratch_.target, pitch_, T(-1));
+    for (int i = 0; i < count && p_.target; ++i) scratch_.target[i] = static_cast<T>(p_.target[first + i]);
+  }
+
+  // Weights of the tile's pixels, and what depends on nothing else; false if none counts.
+  bool weigh() {
+    T* saved = p_.saved ? static_cast<T*>(p_.saved) + first_ : nullptr;
+    std::fill_n(scratch_.weight, pitch_, 0.0);
+    std::fill_n(scratch_.valid, pitch_, T(0));
+    for (int i = 0; i < count_; ++i) scratch_.weight[i] = p_.weight(first_ + i);
+    if (forward_) {
+      for (int i = 0; i < count_; ++i) scratch_.valid[i] = scratch_.weight[i] != 0;
+      for (int i = 0; i < count_ && saved; ++i) saved[i] = static_cast<T>(scratch_.weight[i]);
+    } else {
+      // A weight of 0 may be an upstream gradient's: only a saved one says that a pixel does not count.
+      for (int i = 0; i < count_; ++i) scratch_.valid[i] = saved[i] != 0;
+      for (int i = 0; i < count_; ++i) scratch_.weight[i] = saved[i] == 0 ? 0 : scratch_.weight[i] * saved[i];
+    }
+    int valid = 0;
+    for (int i = 0; i < count_; ++i) valid += scratch_.valid[i] != 0;
+    all_valid_ = valid == count_;
+    return valid > 0;
+  }
+
+  // Logits of a chunk as the terms see them, and raw ones of the student if the cross entropy needs those too.
+  void load_chunk(int64_t begin, int64_t end) {
+    begin_ = begin;
+    classes_ = static_cast<int>(end - begin);
+    load_side(0, begin, end, logits_[0]);
+    load_side(1, begin, end, logits_[1]);
+    if (o_.has_ce() && o_.standardize != Standardize::none) {
+      for (int64_t j = begin; j < end; ++j) copy_pixels(0, j, raw_ + (j - begin) * pitch_);
+    }
+  }
+  const T* raw() const { return o_.standardize == Standardize::none ? logits_[0] : raw_; }
+
+  // One plane's pixels, and zeros behind them. Those of the next tile are fetched meanwhile.
+  void copy_pixels(int side, int64_t j, T* to) const {
+    const Matrix& matrix = side ? p_.teacher : p_.student;
+    const T* from = read_pixels(matrix, side_[side], j, count_, to);
+    const int64_t size = dtype_size(matrix.dtype);
+    const char* ahead = static_cast<const char*>(side_[side]) + (j * matrix.class_stride + pitch_) * size;
+    for (int64_t byte = 0; byte < pitch_ * size; byte += 64) __builtin_prefetch(ahead + byte);
+    if (count_ < pitch_) {
+      if (from != to) std::copy_n(from, count_, to);
+      std::fill_n(to + count_, pitch_ - count_, T(0));
+    } else if (from != to) {
+      for (int i = 0; i < pitch_; i += W) store(to + i, load(from + i));
+    }
+  }
+
+  void load_side(int side, int64_t begin, int64_t end, T* to) const {
+    for (int64_t j = begin; j < end; ++j, to += pitch_) {
+      copy_pixels(side, j, to);
+      if (o_.standardize == Standardize::by_class) {
+        Affine<T> own;
+        own.high = by_class_[side].high[j];
+        own.factor = by_class_[side].factor[j];
+        own.offset = by_class_[side].offset[j];
+        for (int i = 0; i < pitch_; i += W) store(to + i, own.at(i, load(to + i)));
+      }
+      if (o_.standardize == Standardize::by_sample) {
+        const ClassAffines<T> own{scratch_.high[side], scratch_.factor[side], scratch_.offset[side]};
+        for (int i = 0; i < pitch_; i += W) store(to + i, own.at(i, load(to + i)));
+      }
+    }
+  }
+
+  // Each pixel's own moments, from the raw logits, for both sides.
+  void standardize_samples() {
+    auto& [count, mean, sum, square] = scratch_.moments;
+    for (int side = 0; side < 2; ++side) {
+      T* planes = logits_[side];
+      // Two sweeps, the second from close to the mean, so that nothing cancels in the squares.
+      std::fill_n(mean, pitch_, 0.0);
+      for (const bool centred : {false, true}) {
+        for (double* total : {count, sum, square}) std::fill_n(total, pitch_, 0.0);
+        each_chunk([&](int64_t begin, int64_t end) {
+          for (int64_t j = begin; j < end; ++j) {
+            T* plane = planes + (j - begin) * pitch_;
+            if (!one_chunk() || !centred) copy_pixels(side, j, plane);
+            if (j == 0 && !centred)
+              for (int i = 0; i < pitch_; ++i) mean[i] = plane[i] == -INFINITY ? 0 : plane[i];
+          }
+          for (int i = 0; i < pitch_; i += W) {
+            const Vec<T> centre = load_narrowed<T>(mean + i);
+            for (int64_t from = begin; from < end; from += kFlushClasses) {
+              Vec<T> there{}, s{}, q{};
+              for (int64_t j = from; j < std::min(from + kFlushClasses, end); ++j) {
+                const Vec<T> v = load(planes + (j - begin) * pitch_ + i);
+                const Vec<T> d = v == -INFINITY ? Vec<T>{} : v - centre;
+                there += v == -INFINITY ? Vec<T>{} : broadcast(T(1));
+                s += d;
+                q += d * d;
+              }
+              add_widened(count + i, there);
+              add_widened(sum + i, s);
+              add_widened(square + i, q);
+            }
+          }
+        });
+        if (!centred)
+          for (int i = 0; i < pitch_; ++i)
+            mean[i] = static_cast<T>(static_cast<T>(mean[i]) + sum[i] / std::max(count[i], 1.0));
+      }
+      for (int i = 0; i < pitch_; ++i) {
+        const double there = std::max(count[i], 1.0), m2 = std::max(square[i] - sum[i] * sum[i] / there, 0.0);
+        const double factor = o_.factor(count[i], m2);
+        const Affine<T> affine(static_cast<T>(mean[i]) + sum[i] / there, factor);
+        scratch_.high[side][i] = affine.high;
+        scratch_.factor[side][i] = affine.factor;
+        scratch_.offset[side][i] = affine.offset;
+        if (side == 0) {
+          const double degrees = o_.degrees(count[i]), deviation = std::sqrt(m2 / degrees);
+          scratch_.unit_slope[i] = static_cast<T>(deviation == 0 ? 0 : 1 / (deviation * factor * degrees));
+        }
+      }
+    }
+  }
+
+  // Selects the leading classes of a term by the teacher: an insertion sort of vectors of pixels.
+  void set_leaders(int t) {
+    const Term& term = o_.term[t];
+    PixelLeaders<T>& leaders = scratch_.leaders[t];
+    if (term.kind == PartitionKind::target) std::copy_n(scratch_.target, pitch_, leaders.first);
+    if (!term.by_rank()) return;
+    const int k = term.k;
+    // Of each vector of pixels, place by place: the values, then the classes. NaN marks a place that is still empty.
+    T* best = scratch_.ranking.data(2 * k * pitch_);
+    std::fill_n(best, 2 * k * pitch_, T(NAN));
+    each_chunk([&](int64_t begin, int64_t end) {
+      load_side(1, begin, end, logits_[1]);
+      for (int i = 0; i < pitch_; i += W)
+        for (int64_t j = begin; j < end; ++j) {
+          T* place = best + 2 * k * i;
+          T* last = place + 2 * W * (k - 1);
+          Vec<T> value = rank_value<T>(load(logits_[1] + (j - begin) * pitch_ + i), term.largest);
+          Vec<T> index = broadcast(static_cast<T>(j));
+          if (j >= k && not_less<T>(load(last), value) == (uint64_t{1} << W) - 1) continue;
+          for (; place <= last; place += 2 * W) {
+            const Vec<T> held = load(place), held_index = load(place + W);
+            const auto stays = (held > value) | ((held == value) & (held_index < index));
+            store(place, stays ? held : value);
+            store(place + W, stays ? held_index : index);
+            value = stays ? value : held;
+            index = stays ? index : held_index;
+          }
+        }
+    });
+    for (int i = 0; i < pitch_; i += W) {
+      const T *first = best + 2 * k * i, *last = first + 2 * W * (k - 1);
+      store(leaders.first + i, load(first + W));
+      store(leaders.bound + i, load(last));
+      store(leaders.last + i, load(last + W));
+    }
+  }
+
+  // Calls body with the partition's kind as a type.
+  template <class Body>
+  static void with_kind(PartitionKind kind, const Body& body) {
+    switch (kind) {
+      case PartitionKind::whole: return body(std::integral_constant<PartitionKind, PartitionKind::whole>{});
+      case PartitionKind::target: return body(std::integral_constant<PartitionKind, PartitionKind::target>{});
+      case PartitionKind::topk: return body(std::integral_constant<PartitionKind, PartitionKind::topk>{});
+      case PartitionKind::top1_topk: return body(std::integral_constant<PartitionKind, PartitionKind::top1_topk>{});
+    }
+  }
+
+  // Classes of a group; a whole row's, where there is one group.
+  int64_t size(const Term& term, int g) const {
+    const int rest = term.groups() - 1;
+    return g < rest ? term.group_end(g) - term.group_begin(g) : p_.classes - (rest ? term.leads() : 0);
+  }
+
+  // Step 1 of the chunk at hand, for one term.
+  void add_term(int t) {
+    const Term& term = o_.term[t];
+    PixelStats* part = begin_ == 0 ? scratch_.stats[t] : scratch_.part[t];
+    with_kind(term.kind, [&](auto kind) {
+      set_origins<kind()>(t, part);
+      term.wants_reverse() ? exponentiate<kind(), true, true>(t, part) : exponentiate<kind(), true, false>(t, part);
+    });
+    for (int g = 0; g < term.groups(); ++g) {
+      if (size(term, g) == 1) settle_single(part[g]);
+      if (begin_ == 0) continue;
+      for (int i = 0; i < count_; ++i) {
+        GroupStats<double> total = scratch_.stats[t][g].lane(i);
+        merge(total, part[g].lane(i), unit(t));
+        scratch_.stats[t][g].set_lane(i, total);
+      }
+    }
+  }
+
+  // Exponentials count from their group's maximum in the chunk.
+  template <PartitionKind Kind>
+  void set_origins(int t, PixelStats* stats) const {
+    constexpr int G = groups_of(Kind);
+    const Vec<T> nothing = broadcast(T(-INFINITY));
+    for (int i = 0; i < pitch_; i += W) {
+      const PixelGroups<T, Kind> groups(scratch_.leaders[t], o_.term[t].largest, i);
+      Vec<T> student_top[G], teacher_top[G];
+      for (int g = 0; g < G; ++g) student_top[g] = teacher_top[g] = nothing;
+      for (int j = 0; j < classes_; ++j) {
+        const Vec<T> s = load(logits_[0] + j * pitch_ + i), u = load(logits_[1] + j * pitch_ + i);
+        const Vec<T> group = groups.of(static_cast<T>(begin_ + j), u);
+        for (int g = 0; g < G; ++g) {
+          const auto add = [&](Vec<T>& top, Vec<T> v) KDK_INLINE_LAMBDA {
+            // The target is one class: its own logit, NaN too.
+            top = Kind == PartitionKind::target && g == 0 ? (group == 0 ? v : top)
+                                                          : max(G == 1 || group == T(g) ? v : nothing, top);
+          };
+          add(student_top[g], s);
+          add(teacher_top[g], u);
+        }
+      }
+      for (int g = 0; g < G; ++g) {
+        const bool single = size(o_.term[t], g) == 1;
+        store_origin(stats[g].student_origin + i, student_top[g], exponent(t), single);
+        store_origin(stats[g].teacher_origin + i, teacher_top[g], exponent(t), single);
+      }
+    }
+  }
+
+  // An origin is rounded to T, but for a single class: its own exponent then, in double precision.
+  static void store_origin(double* to, Vec<T> top, T k, bool single) {
+    store_widened(to, single ? top : origin_at(top, broadcast(k)));
+    for (int l = 0; l < W && single; l += kLanes<double>)
+      store(to + l, origin_at(load(to + l), broadcast(static_cast<double>(k))));
+  }
+
+  // The sums of a single class are exactly 1.
+  static void settle_single(PixelStats& stats) {
+    for (int i = 0; i < kMostPixels; i += kLanes<double>)
+      for (const auto& [origin, sum] : {std::pair(stats.student_origin, stats.student_sum),
+                                       std::pair(stats.teacher_origin, stats.teacher_sum)}) {
+        const Doubles at = load(origin + i);
+        store(sum + i, at - at == 0 ? broadcast(1.0) : load(sum + i));
+      }
+  }
+
+  // Exponentials of the chunk at hand, counted from the groups' origins, and their sums.
+  template <PartitionKind Kind, bool Sums, bool Reverse>
+  void exponentiate(int t, PixelStats* stats) const {
+    constexpr int G = groups_of(Kind);
+    constexpr int first_summed = Kind == PartitionKind::target ? 1 : 0;
+    const T k = exponent(t);
+    for (int i = 0; i < pitch_; i += W) {
+      const PixelGroups<T, Kind> groups(scratch_.leaders[t], o_.term[t].largest, i);
+      const Vec<T> nothing{}, infinite = broadcast(T(INFINITY));
+      Vec<T> student_start[G], teacher_start[G];
+      for (int g = 0; g < G; ++g) {
+        const Vec<T> s = load_narrowed<T>(stats[g].student_origin + i), u = load_narrowed<T>(stats[g].teacher_origin + i);
+        student_start[g] = s == -infinite ? nothing : s;
+        teacher_start[g] = u == -infinite ? nothing : u;
+        if constexpr (!Sums) continue;
+        for (double* sum : {stats[g].student_sum, stats[g].teacher_sum, stats[g].teacher_gap, stats[g].student_gap})
+          std::fill_n(sum + i, W, 0.0);
+        if (g >= first_summed) continue;
+        // Of a target that is no number, or infinite, nothing is known.
+        add_widened(stats[g].student_sum + i, student_start[g] - student_start[g]);
+        add_widened(stats[g].teacher_sum + i, teacher_start[g] - teacher_start[g]);
+      }
+      for (int from = 0; from < classes_; from += kFlushClasses) {
+        Vec<T> student_sum[G]{}, teacher_sum[G]{}, teacher_gap[G]{}, student_gap[G]{};
+        for (int j = from; j < std::min(from + kFlushClasses, classes_); ++j) {
+          const int at = j * pitch_ + i;
+          const Vec<T> teacher = load(logits_[1] + at), group = groups.of(static_cast<T>(begin_ + j), teacher);
+          const Vec<T> xs = exponents(load(logits_[0] + at), groups.pick(group, student_start), k);
+          const Vec<T> xt = exponents(teacher, groups.pick(group, teacher_start), k);
+          const Vec<T> es = exp2(xs), et = exp2(xt), gap = xt - xs;
+          store(exps_[t][0] + at, es);
+          store(exps_[t][1] + at, et);
+          if constexpr (!Sums) continue;
+          // A class without probability adds nothing, however infinite its gap.
+          const Vec<T> forward = et == 0 ? nothing : et * gap, reverse = es == 0 ? nothing : es * gap;
+          for (int g = first_summed; g < G; ++g) {
+            const auto add = [&](Vec<T>& sum, Vec<T> value) KDK_INLINE_LAMBDA {
+              sum += G == 1 || group == T(g) ? value : nothing;
+            };
+            add(student_sum[g], es);
+            add(teacher_sum[g], et);
+            add(teacher_gap[g], forward);
+            if constexpr (Reverse) add(student_gap[g], reverse);
+          }
+        }
+        if constexpr (!Sums) continue;
+        for (int g = first_summed; g < G; ++g) {
+          add_widened(stats[g].student_sum + i, student_sum[g]);
+          add_widened(stats[g].teacher_sum + i, teacher_sum[g]);
+          add_widened(stats[g].teacher_gap + i, teacher_gap[g]);
+          if constexpr (Reverse) add_widened(stats[g].student_gap + i, student_gap[g]);
+        }
+      }
+    }
+  }
+
+  // The student's softmax at T = 1 over the chunk at hand, and its logit of the target.
+  void add_softmax() {
+    const T* planes = raw();
+    const T k = static_cast<T>(kLog2E);
+    for (int i = 0; i < pitch_; i += W) {
+      const Vec<T> target = load(scratch_.target + i), nothing = broadcast(T(-INFINITY));
+      Vec<T> top = nothing, at_target{};
+      for (int j = 0; j < classes_; ++j) {
+        const Vec<T> v = load(planes + j * pitch_ + i);
+        top = max(v, top);
+        at_target = target == static_cast<T>(begin_ + j) ? v : at_target;
+      }
+      alignas(64) double tops[W], own[W], sums[W] = {};
+      store_widened(tops, top);
+      store_widened(own, at_target);
+      const Vec<T> from = top == nothing ? Vec<T>{} : top;
+      for (int begin = 0; begin < classes_; begin += kFlushClasses) {
+        Vec<T> sum{};
+        for (int j = begin; j < std::min(begin + kFlushClasses, classes_); ++j)
+          sum += exp2((load(planes + j * pitch_ + i) - from) * k);
+        add_widened(sums, sum);
+      }
+      for (int l = 0; l < W; ++l) {
+        SoftmaxStats<double> total;
+        if (begin_ > 0) total = {scratch_.ce_origin[i + l], scratch_.ce_sum[i + l]};
+        merge(total, {tops[l], sums[l]}, kLog2E);
+        scratch_.ce_origin[i + l] = total.origin;
+        scratch_.ce_sum[i + l] = total.sum;
+        scratch_.ce_at_target[i + l] = own[l] + (begin_ > 0 ? scratch_.ce_at_target[i + l] : 0);
+      }
+    }
+  }
+
+  // Step 2 of all pixels: losses, their parts and the gradients' coefficients.
+  void finish() {
+    constexpr int D = kLanes<double>;
+    for (int i = 0; i < count_; i += D) {
+      const Doubles weight = load(scratch_.weight + i);
+      // Coefficients of pixels that do not count are 0, whatever their logits.
+      const auto keep = [&](T* to, Doubles value) {
+        store_narrowed(to + i, weight == 0 ? Doubles{} : value * weight);
+      };
+      Doubles loss{}, ce{};
+      if (o_.has_ce()) {
+        const Doubles origin = load(scratch_.ce_origin + i), sum = load(scratch_.ce_sum + i);
+        ce = log(sum) - (load(scratch_.ce_at_target + i) - (origin == -INFINITY ? Doubles{} : origin));
+        loss = o_.ce_weight * ce;
+        keep(scratch_.ce_factor, broadcast(o_.ce_weight));
+        keep(scratch_.ce_softmax, o_.ce_weight / sum);
+      }
+      store_values(i, 1, &ce, 1);
+      int64_t first_part = 2;
+      for (int t = 0; t < o_.terms; ++t) {
+        const Term& term = o_.term[t];
+        GroupStats<Doubles> stats[kMaxGroups];
+        int64_t sizes[kMaxGroups];
+        for (int g = 0; g < term.groups(); ++g) {
+          stats[g] = scratch_.stats[t][g].lanes(i);
+          sizes[g] = size(term, g);
+        }
+        TermResult<Doubles> result;
+        evaluate(term, stats, sizes, unit(t), result);
+        loss += result.loss;
+        for (int g = 0; g < term.groups(); ++g) {
+          keep(scratch_.by[t][g].student, result.group[g].student);
+          keep(scratch_.by[t][g].tilt, result.group[g].tilt);
+          keep(scratch_.by[t][g].teacher, result.group[g].teacher);
+        }
+        store_values(i, first_part, result.parts, term.parts());
+        first_part += term.parts();
+      }
+      store_values(i, 0, &loss, 1);
+    }
+  }
+
+  // Values of a vector of pixels: each one's, or added to the tile's totals. Losses go first, parts follow if asked for.
+  void store_values(int i, int64_t first_value, const Doubles* values, int count) const {
+    if (!forward_ || (first_value > 0 && !p_.parts)) return;
+    const Doubles weight = load(scratch_.weight + i);
+    const int64_t width = value_count(p_);
+    for (int v = 0; v < count; ++v) {
+      const Doubles counted = weight == 0 ? Doubles{} : values[v];
+      if (totals_) {
+        totals_[first_value + v] += horizontal_sum(weight * counted);
+        continue;
+      }
+      for (int l = 0; l < std::min(kLanes<double>, count_ - i); ++l)
+        p_.values[(first_ + i + l) * width + first_value + v] = counted[l];
+    }
+  }
+
+  // The terms' gradient in the logits they see, for one chunk.
+  void term_gradient(int64_t begin, int64_t end) {
+    if (!one_chunk()) load_chunk(begin, end);
+    for (int t = 0; t < o_.terms; ++t)
+      with_kind(o_.term[t].kind, [&](auto kind) {
+        if (!one_chunk()) exponentiate<kind(), false, false>(t, scratch_.stats[t]);
+        o_.term[t].tilted() ? add_gradient<kind(), true>(t) : add_gradient<kind(), false>(t);
+      });
+  }
+
+  template <PartitionKind Kind, bool Tilt>
+  void add_gradient(int t) const {
+    constexpr int G = groups_of(Kind);
+    const T k = exponent(t);
+    for (int i = 0; i < pitch_; i += W) {
+      const PixelGroups<T, Kind> groups(scratch_.leaders[t], o_.term[t].largest, i);
+      Vec<T> student[G], tilt[G], teacher[G], origin[2][G];
+      for (int g = 0; g < G; ++g) {
+        student[g] = load(scratch_.by[t][g].student + i);
+        tilt[g] = load(scratch_.by[t][g].tilt + i);
+        teacher[g] = load(scratch_.by[t][g].teacher + i);
+        origin[0][g] = load_narrowed<T>(scratch_.stats[t][g].student_origin + i);
+        origin[1][g] = load_narrowed<T>(scratch_.stats[t][g].teacher_origin + i);
+        for (Vec<T>& start : {std::ref(origin[0][g]), std::ref(origin[1][g])})
+          start = start == -INFINITY ? Vec<T>{} : start;
+      }
+      for (int j = 0; j < classes_; ++j) {
+        const int at = j * pitch_ + i;
+        const Vec<T> logit = load(logits_[1] + at), group = groups.of(static_cast<T>(begin_ + j), logit);
+        const Vec<T> es = load(exps_[t][0] + at), et = load(exps_[t][1] + at);
+        Vec<T> by = groups.pick(group, student);
+        if constexpr (Tilt) {
+          const Vec<T> xs = exponents(load(logits_[0] + at), groups.pick(group, origin[0]), k);
+          const Vec<T> xt = exponents(logit, groups.pick(group, origin[1]), k);
+          by = es == 0 ? Vec<T>{} : by + groups.pick(group, tilt) * (xt - xs);
+        }
+        const Vec<T> gradient = es * by - et * groups.pick(group, teacher);
+        store(gradient_ + at, t == 0 ? gradient : gradient + load(gradient_ + at));
+      }
+    }
+  }
+
+  // The slope of the chain rule through each pixel's standardisation.
+  void set_slope() {
+    alignas(64) double total[kMostPixels] = {};
+    each_chunk([&](int64_t begin, int64_t end) {
+      term_gradient(begin, end);
+      for (int i = 0; i < pitch_; i += W)
+        for (int from = 0; from < classes_; from += kFlushClasses) {
+          Vec<T> sum{};
+          for (int j = from; j < std::min(from + kFlushClasses, classes_); ++j) {
+            const Vec<T> h = load(logits_[0] + j * pitch_ + i);
+            sum += h == -INFINITY ? Vec<T>{} : h * load(gradient_ + j * pitch_ + i);
+          }
+          add_widened(total + i, sum);
+        }
+    });
+    for (int i = 0; i < pitch_; ++i) scratch_.slope[i] = scratch_.unit_slope[i] * static_cast<T>(total[i]);
+  }
+
+  // Adds the chunk's shares in the sums over pixels.
+  void add_class_sums() {
+    for (int j = 0; j < classes_; ++j) {
+      Vec<T> sum{}, product{};
+      for (int i = 0; i < pitch_; i += W) {
+        const Vec<T> h = load(logits_[0] + j * pitch_ + i), valid = load(scratch_.valid + i);
+        const Vec<T> kept = valid == 0 ? broadcast(T(-INFINITY)) : h;  // nothing comes from masked classes either
+        const Vec<T> gradient = kept == -INFINITY ? Vec<T>{} : load(gradient_ + j * pitch_ + i);
+        sum += gradient;
+        product += kept == -INFINITY ? Vec<T>{} : gradient * h;
+      }
+      sums_->add(begin_ + j, sum, product);
+    }
+  }
+
+  // Step 3 of a chunk: what the terms' gradient becomes in the student's logits, written where it belongs.
+  void write() {
+    for (int j = 0; j < classes_; ++j) {
+      T* plane = gradient_ + j * pitch_;
+      const int64_t c = begin_ + j;
+      for (int i = 0; i < pitch_; i += W) {
+        Vec<T> gradient = load(plane + i);
+        const Vec<T> h = load(logits_[0] + j * pitch_ + i);
+        if (o_.standardize == Standardize::by_class)
+          gradient = chain<T>(gradient, h, broadcast(by_class_.level()[c]), broadcast(by_class_.slope()[c]),
+                              broadcast(by_class_[0].factor[c]));
+        if (o_.standardize == Standardize::by_sample)
+          gradient = chain<T>(gradient, h, Vec<T>{}, load(scratch_.slope + i), load(scratch_.factor[0] + i));
+        if (o_.has_ce()) {
+          const Vec<T> from = load_narrowed<T>(scratch_.ce_origin + i);
+          const Vec<T> e = exp2((load(raw() + j * pitch_ + i) - (from == -INFINITY ? Vec<T>{} : from)) * T(kLog2E));
+          const Vec<T> hit = load(scratch_.target + i) == T(c) ? load(scratch_.ce_factor + i) : Vec<T>{};
+          gradient += e * load(scratch_.ce_softmax + i) - hit;
+        }
+        if (!all_valid_) gradient = load(scratch_.valid + i) == 0 ? Vec<T>{} : gradient;
+        store(plane + i, gradient);
+      }
+      with_dtype(p_.gradient.dtype, [&](auto element) {
+        auto* to = static_cast<decltype(element)*>(out_) + c * p_.gradient.class_stride;
+        const int64_t stride = p_.gradient.sample_stride[p_.dims - 1];
+        if (stride == 1) {
+          narrow_all(plane, count_, to);
+        } else {
+          for (int i = 0; i < count_; ++i) narrow(plane[i], to[i * stride]);
+        }
+      });
+    }
+  }
+
+  // No gradient for classes from `begin` on.
+  void clear(int64_t begin) const {
+    if (!p_.gradient.data) return;
+    with_dtype(p_.gradient.dtype, [&](auto element) {
+      const int64_t stride = p_.gradient.sample_stride[p_.dims - 1];
+      for (int64_t j = begin; j < p_.gradient_classes; ++j) {
+        auto* to = static_cast<decltype(element)*>(out_) + j * p_.gradient.class_stride;
+        for (int i = 0; i < count_; ++i) to[i * stride] = decltype(element){};
+      }
+    });
+  }
+
+  const Problem& p_;
+  const Objective& o_;
+  const ClassStandardization<T>& by_class_;
+  PixelScratch<T>& scratch_;
+  PixelSums<T>* sums_;
+  const bool forward_;   // or backward, from what was saved
+  const int pitch_;      // pixels of a tile, some of which may be missing
+  const int64_t chunk_;  // classes of a chunk
+  // Of the chunk at hand, plane by plane: logits of both sides, raw ones, exponentials of each term, the gradient.
+  T *logits_[2], *raw_, *exps_[kMaxTerms][2], *gradient_;
+  int64_t begin_ = 0;
+  int classes_ = 0;
+  // Of the tile at hand.
+  int64_t first_ = 0;
+  int count_ = 0;
+  double* totals_ = nullptr;
+  bool all_valid_ = true;
+  const void* side_[2];
+  void* out_ = nullptr;
+};
+
+// Calls ---------------------------------------------------------------------------------------------------------------
+
+// All tiles. Sums over samples are those of blocks of tiles, block by block: in the same order whatever the threads.
+template <class T>
+void run_pixels(const Problem& p, const Parallel& parallel, double* class_sums) {
+  const ClassStandardization<T> classes(p, parallel);
+  const PixelRuns tiles(p, PixelWorker<T>::tile_pixels(p));
+  constexpr int64_t kBlockLogits = 1 << 18;
+  const int64_t most_blocks = class_sums ? Blocks::kMostBlocks : tiles.count * tiles.pixels * p.classes / kBlockLogits;
+  const int64_t blocks = std::clamp<int64_t>(most_blocks, 1, tiles.count);
+  const int64_t values = p.totals ? value_count(p) : 0, sums = class_sums ? 2 * p.classes : 0;
+  std::vector<double> partial(blocks * (values + sums));
+  parallel.run(0, blocks, 1, [&](int64_t begin, int64_t end) {
+    auto& sums_of_thread = PixelSums<T>::of_this_thread();
+    PixelWorker<T> worker(p, classes, class_sums ? &sums_of_thread : nullptr);
+    for (int64_t block = begin; block < end; ++block) {
+      double* out = partial.data() + block * (values + sums);
+      if (class_sums) sums_of_thread.start(p.classes, out + values);
+      for (int64_t i = block * tiles.count / blocks; i < (block + 1) * tiles.count / blocks; ++i)
+        worker.run(tiles.first(i), tiles.size(i), p.totals ? out : nullptr);
+      if (class_sums) sums_of_thread.flush();
+    }
+  });
+  if (p.totals) std::fill_n(p.totals, values, 0.0);
+  if (class_sums) std::fill_n(class_sums, sums, 0.0);
+  for (int64_t block = 0; block < blocks; ++block) {
+    const double* part = partial.data() + block * (values + sums);
+    for (int64_t v = 0; v < values; ++v) p.totals[v] += part[v];
+    for (int64_t j = 0; j < sums; ++j) class_sums[j] += part[values + j];
+  }
+}
+
+// Count, mean and M2 of each class, plane by plane.
+template <class T>
+void pixel_moments(const Problem& p, const Parallel& parallel, double* moments) {
+  constexpr int kRun = 1024;  // pixels that are gone through twice while they are in cache
+  const PixelRuns runs(p, kRun);
+  const int64_t blocks = std::min(runs.count, Blocks::kMostBlocks), size = 2 * p.classes;
+  std::vector<Moments<double>> partial(blocks * size);
+  parallel.run(0, blocks, 1, [&](int64_t begin, int64_t end) {
+    alignas(64) T scratch[kRun];
+    for (int64_t block = begin; block < end; ++block)
+      for (int64_t run = block * runs.count / blocks; run < (block + 1) * runs.count / blocks; ++run) {
+        const int64_t first = runs.first(run);
+        const int count = runs.size(run);
+        bool valid[kRun];
+        for (int i = 0; i < count; ++i) valid[i] = p.weight(first + i) != 0;
+        const bool all = std::find(valid, valid + count, false) == valid + count;
+        for (int side = 0; side < 2; ++side) {
+          const Matrix& matrix = side ? p.teacher : p.student;
+          const void* pixels = element(p, matrix, first);
+          for (int64_t j = 0; j < p.classes; ++j) {
+            const T* logits = read_pixels(matrix, pixels, j, count, scratch);
+            if (!all) {  // masked logits count in no moments
+              for (int i = 0; i < count; ++i) scratch[i] = valid[i] ? logits[i] : T(-INFINITY);
+              logits = scratch;
+            }
+            merge(partial[block * size + side * p.classes + j], moments_of(logits, count));
+          }
+        }
+      }
+  });
+  for (int64_t j = 0; j < size; ++j) {
+    Moments<double> total;
+    for (int64_t block = 0; block < blocks; ++block) merge(total, partial[block * size + j]);
+    double* out = moments + j / p.classes * 3 * p.classes + j % p.classes;
+    out[0] = total.count;
+    out[p.classes] = total.mean;
+    out[2 * p.classes] = total.m2;
+  }
+}
