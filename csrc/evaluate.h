@@ -2,7 +2,7 @@
 //
 // The only native code that knows of KL directions. It is free of branches on statistics, so that a value R may be a
 // number or a SIMD vector with a sample in each lane. It is included inside the namespace of the kernels that use it,
-// where `Number<R>` (the type of R's numbers) and exp, log and log1p of R are declared. Host and device code; no torch.
+// where `Number<R>` (the type of R's numbers) and exp, log, log1p and inverse of R are declared. Host and device code; no torch.
 
 // dloss/dlogit_i = es_i * (student + tilt * gap_i) - et_i * teacher, with es, et, gap as in GroupStats.
 template <class R>
@@ -31,6 +31,15 @@ KDK_HOST_DEVICE R weighed(const KlWeights& weights, R forward, R reverse) {
 // Masses of the groups and their logarithms: softmax over logsumexps. Exact where one group holds nearly everything.
 template <class R>
 KDK_HOST_DEVICE void group_masses(const R* logsumexp, int groups, R* mass, R* log_mass) {
+  if (groups == 2) {  // one exponential less
+    const R lead = logsumexp[1] - logsumexp[0], lower = lead > 0 ? -lead : lead;
+    const R ratio = exp(lower), log_total = log1p(ratio), share = inverse(1 + ratio), minor = ratio * share;
+    mass[0] = lead > 0 ? minor : share;
+    mass[1] = lead > 0 ? share : minor;
+    log_mass[0] = (lead > 0 ? lower : R{}) - log_total;
+    log_mass[1] = (lead > 0 ? R{} : lower) - log_total;
+    return;
+  }
   R largest = logsumexp[0];
   for (int g = 1; g < groups; ++g) largest = logsumexp[g] > largest ? logsumexp[g] : largest;
   R others{}, seen{};  // the sum without the first of the largest, which is exactly 1
@@ -40,9 +49,9 @@ KDK_HOST_DEVICE void group_masses(const R* logsumexp, int groups, R* mass, R* lo
     others += first == 1 ? R{} : mass[g];
     seen += first;
   }
-  const R log_total = log1p(others), inverse = 1 / (1 + others);
+  const R log_total = log1p(others), share = inverse(1 + others);
   for (int g = 0; g < groups; ++g) {
-    mass[g] *= inverse;
+    mass[g] *= share;
     log_mass[g] = (logsumexp[g] - largest) - log_total;
   }
 }
@@ -69,8 +78,8 @@ KDK_HOST_DEVICE void evaluate(const Term& term, const GroupStats<R>* stats, cons
     const R teacher_start = s.teacher_origin == -INFINITY ? R{} : s.teacher_origin;
     student_lse[g] = s.student_sum == 0 ? -infinite : student_start * nats + student_log;
     teacher_lse[g] = s.teacher_sum == 0 ? -infinite : teacher_start * nats + teacher_log;
-    student_inverse[g] = s.student_sum == 0 ? R{} : 1 / s.student_sum;
-    const R teacher_inverse = s.teacher_sum == 0 ? R{} : 1 / s.teacher_sum;
+    student_inverse[g] = s.student_sum == 0 ? R{} : inverse(s.student_sum);
+    const R teacher_inverse = s.teacher_sum == 0 ? R{} : inverse(s.teacher_sum);
     const R student_mean_gap = ln2 * s.student_gap * student_inverse[g];
     R forward{}, reverse{};
     if (sizes[g] != 1) {

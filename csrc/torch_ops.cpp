@@ -105,25 +105,35 @@ double set_weights(Problem& problem, const double* given, int64_t ignore_index) 
   constexpr int64_t kBlock = 1 << 14;  // fixed, so that the sum does not depend on the number of threads
   const int64_t blocks = (problem.samples + kBlock - 1) / kBlock;
   std::vector<double> sums(blocks);
-  std::vector<int64_t> wrong(blocks, problem.samples);
+  std::vector<char> right(blocks);
   parallel().run(0, blocks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
-      const int64_t last = std::min((block + 1) * kBlock, problem.samples);
-      for (int64_t n = last - 1; n >= block * kBlock; --n) {
-        const int64_t y = problem.target ? problem.target[n] : 0;
-        const bool counts = !problem.target || y != ignore_index;
-        const bool right = (!given || given[n] >= 0) && (!counts || (0 <= y && y < problem.classes));
-        wrong[block] = right ? wrong[block] : n;
-        sums[block] += counts ? (given ? given[n] : 1.0) : 0.0;
+      const int64_t first = block * kBlock, last = std::min(first + kBlock, problem.samples);
+      int64_t wrong_targets = 0, valid = last - first;
+      for (int64_t n = first; n < last && problem.target; ++n) {
+        const int64_t y = problem.target[n], ignored = y == ignore_index;
+        const int64_t inside = static_cast<uint64_t>(y) < static_cast<uint64_t>(problem.classes);
+        wrong_targets += ~(ignored | inside) & 1;
+        valid -= ignored;
       }
+      bool right_weights = true;
+      double sum = 0;
+      for (int64_t n = first; n < last && given; ++n) {
+        right_weights &= given[n] >= 0;
+        sum += problem.weight(n);
+      }
+      sums[block] = given ? sum : static_cast<double>(valid);
+      right[block] = wrong_targets == 0 && right_weights;
     }
   });
-  const int64_t n = blocks == 0 ? 0 : *std::min_element(wrong.begin(), wrong.end());
-  if (n < problem.samples) {
+  const int64_t wrong = std::find(right.begin(), right.end(), 0) - right.begin();
+  for (int64_t n = wrong * kBlock; n < problem.samples; ++n) {
     STD_TORCH_CHECK(!given || given[n] >= 0, "ValueError: sample_weight must be >= 0, got ", given[n], " for sample ",
                     n);
-    STD_TORCH_CHECK(false, "IndexError: target must be in [0, ", problem.classes, ") or ignore_index ", ignore_index,
-                    ", got ", problem.target[n], " for sample ", n);
+    const int64_t y = problem.target ? problem.target[n] : 0;
+    STD_TORCH_CHECK((problem.target && y == ignore_index) || (0 <= y && y < problem.classes),
+                    "IndexError: target must be in [0, ", problem.classes, ") or ignore_index ", ignore_index, ", got ",
+                    y, " for sample ", n);
   }
   return std::accumulate(sums.begin(), sums.end(), 0.0);
 }

@@ -317,13 +317,10 @@ class PixelWorker {
   }
   const T* raw() const { return o_.standardize == Standardize::none ? logits_[0] : raw_; }
 
-  // One plane's pixels, and zeros behind them. Those of the next tile are fetched meanwhile.
+  // One plane's pixels, and zeros behind them.
   void copy_pixels(int side, int64_t j, T* to) const {
     const Matrix& matrix = side ? p_.teacher : p_.student;
     const T* from = read_pixels(matrix, side_[side], j, count_, to);
-    const int64_t size = dtype_size(matrix.dtype);
-    const char* ahead = static_cast<const char*>(side_[side]) + (j * matrix.class_stride + pitch_) * size;
-    for (int64_t byte = 0; byte < pitch_ * size; byte += 64) __builtin_prefetch(ahead + byte);
     if (count_ < pitch_) {
       if (from != to) std::copy_n(from, count_, to);
       std::fill_n(to + count_, pitch_ - count_, T(0));
@@ -554,6 +551,8 @@ class PixelWorker {
           store(exps_[t][0] + at, es);
           store(exps_[t][1] + at, et);
           if constexpr (!Sums) continue;
+          fetch_ahead(0, j, i);
+          fetch_ahead(1, j, i);
           // A class without probability adds nothing, however infinite its gap.
           const Vec<T> forward = et == 0 ? nothing : et * gap, reverse = es == 0 ? nothing : es * gap;
           for (int g = first_summed; g < G; ++g) {
@@ -575,6 +574,14 @@ class PixelWorker {
         }
       }
     }
+  }
+
+  // Fetches a vector of the next tile, while the arithmetic on this one leaves the load ports idle. Not into L1: planes
+  // that lie a power of two apart share their place there.
+  void fetch_ahead(int side, int j, int i) const {
+    const Matrix& matrix = side ? p_.teacher : p_.student;
+    const int64_t at = (begin_ + j) * matrix.class_stride + pitch_ + i;
+    __builtin_prefetch(static_cast<const char*>(side_[side]) + at * dtype_size(matrix.dtype), 0, 2);
   }
 
   // The student's softmax at T = 1 over the chunk at hand, and its logit of the target.
@@ -768,6 +775,14 @@ class PixelWorker {
       with_dtype(p_.gradient.dtype, [&](auto element) {
         auto* to = static_cast<decltype(element)*>(out_) + c * p_.gradient.class_stride;
         const int64_t stride = p_.gradient.sample_stride[p_.dims - 1];
+#ifdef KDK_AVX512
+        if constexpr (std::is_same_v<decltype(element), float> && sizeof(T) == 4) {
+          if (stride == 1 && count_ == pitch_ && reinterpret_cast<uintptr_t>(to) % 64 == 0) {
+            for (int i = 0; i < pitch_; i += W) _mm512_stream_ps(to + i, load(plane + i));
+            return;
+          }
+        }
+#endif
         if (stride == 1) {
           narrow_all(plane, count_, to);
         } else {
