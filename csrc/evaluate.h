@@ -57,7 +57,7 @@ KDK_HOST_DEVICE void group_masses(const R* logsumexp, int groups, R* mass, R* lo
 }
 
 // One term. `unit` is that of the origins (see stats.h). `sizes` are the groups' class counts: inside a single class
-// there is no divergence.
+// there is no divergence, and its sums are single_sum() of stats.h.
 template <class R>
 KDK_HOST_DEVICE void evaluate(const Term& term, const GroupStats<R>* stats, const int64_t* sizes, Number<R> unit,
                               TermResult<R>& result) {
@@ -70,25 +70,26 @@ KDK_HOST_DEVICE void evaluate(const Term& term, const GroupStats<R>* stats, cons
   result.loss = R{};
   for (int g = 0; g < groups; ++g) {
     const GroupStats<R>& s = stats[g];
-    const R student_log = log(s.student_sum == 0 ? one : s.student_sum);
-    const R teacher_log = log(s.teacher_sum == 0 ? one : s.teacher_sum);
+    const bool single = sizes[g] == 1;  // 1 is its own inverse, and its logarithm 0
+    const R student_log = single ? s.student_sum - s.student_sum : log(s.student_sum == 0 ? one : s.student_sum);
+    const R teacher_log = single ? s.teacher_sum - s.teacher_sum : log(s.teacher_sum == 0 ? one : s.teacher_sum);
     const R log_ratio = teacher_log - student_log;
     // start() of stats.h for an R that may be a vector: that function is not built for the kernels' instruction set.
     const R student_start = s.student_origin == -INFINITY ? R{} : s.student_origin;
     const R teacher_start = s.teacher_origin == -INFINITY ? R{} : s.teacher_origin;
     student_lse[g] = s.student_sum == 0 ? -infinite : student_start * nats + student_log;
     teacher_lse[g] = s.teacher_sum == 0 ? -infinite : teacher_start * nats + teacher_log;
-    student_inverse[g] = s.student_sum == 0 ? R{} : inverse(s.student_sum);
-    const R teacher_inverse = s.teacher_sum == 0 ? R{} : inverse(s.teacher_sum);
+    student_inverse[g] = single ? s.student_sum : s.student_sum == 0 ? R{} : inverse(s.student_sum);
+    const R teacher_inverse = single ? s.teacher_sum : s.teacher_sum == 0 ? R{} : inverse(s.teacher_sum);
     const R student_mean_gap = ln2 * s.student_gap * student_inverse[g];
     R forward{}, reverse{};
-    if (sizes[g] != 1) {
+    if (!single) {
       forward = s.student_sum == 0 ? infinite : ln2 * s.teacher_gap * teacher_inverse - log_ratio;
       forward = s.teacher_sum == 0 ? R{} : forward;
       reverse = s.teacher_sum == 0 ? infinite : log_ratio - student_mean_gap;
       reverse = s.student_sum == 0 ? R{} : reverse;
     }
-    const KlWeights weights = sizes[g] == 1 ? KlWeights{0, 0} : term.group[g];
+    const KlWeights weights = single ? KlWeights{0, 0} : term.group[g];
     result.loss += weighed(weights, forward, reverse);
     result.parts[1 + g] = scale * weighed(term.group_part[g], forward, reverse);
     result.group[g].student = slope * student_inverse[g] * weighed(weights, one, student_mean_gap);

@@ -40,6 +40,12 @@ struct GroupStats {
   R student_gap{};  // sum of es_i * gap_i: the reverse KL's share, where it is wanted
 };
 
+// The sum of a group of one class, from its own exponent: exactly 1, unless the class is masked or no number.
+template <class R>
+KDK_HOST_DEVICE R single_sum(R origin) {
+  return origin - origin == 0 ? R{1} : origin == -INFINITY ? R{} : R{NAN};
+}
+
 // The factor of sums that counted from `from` and shall count from `to` >= `from`.
 template <class R>
 KDK_HOST_DEVICE R rebase_factor(R from, R to, R unit) {

@@ -8,6 +8,7 @@
 constexpr int kMostPixels = 64;      // of a tile: whole cache lines of every plane
 constexpr int kLeastPixels = 16;     // where classes are many: still a whole line of floats
 constexpr int kChunkLogits = 16384;  // of a tile and a chunk of classes, one side: all arrays of them stay in L2
+constexpr int64_t kStreamBytes = 8 << 20;  // gradients from here on would push everything else out of the caches
 constexpr int kFlushClasses = 4;     // classes that are added up in T before the sum goes on in double precision
 
 // Whether the samples are next to one another in memory, and each one's classes are not.
@@ -217,7 +218,9 @@ class PixelWorker {
 
   PixelWorker(const Problem& problem, const ClassStandardization<T>& classes, PixelSums<T>* sums = nullptr)
       : p_(problem), o_(problem.objective), by_class_(classes), scratch_(PixelScratch<T>::of_this_thread()),
-        sums_(sums), forward_(p_.values || p_.totals), pitch_(tile_pixels(problem)), chunk_(std::min<int64_t>(kChunkLogits / pitch_, p_.classes)) {
+        sums_(sums), forward_(p_.values || p_.totals), tile_(tile_pixels(problem)), pitch_(tile_ + 16), chunk_(std::min<int64_t>(kChunkLogits / tile_, p_.classes)) {
+    streams_ = p_.gradient.data && p_.gradient.sample_stride[p_.dims - 1] == 1 &&
+               p_.samples * p_.gradient_classes * dtype_size(p_.gradient.dtype) >= kStreamBytes;
     const int64_t size = chunk_ * pitch_;
     T* next = scratch_.logits.data(size * (4 + 2 * o_.terms));
     const auto array = [&] {
@@ -234,8 +237,14 @@ class PixelWorker {
     }
   }
 
+  ~PixelWorker() {
+    if (streams_) stream_fence();
+  }
+
   static int tile_pixels(const Problem& p) {
-    return p.classes * kMostPixels <= kChunkLogits ? kMostPixels : kLeastPixels;
+    for (const int pixels : {kMostPixels})
+      if (p.classes * pixels <= kChunkLogits) return pixels;
+    return kLeastPixels;
   }
 
   // All three steps for `count` pixels from sample `first` on. Adds to `totals` where the values' sums are asked for.
@@ -281,15 +290,15 @@ class PixelWorker {
     side_[0] = element(p_, p_.student, first);
     side_[1] = element(p_, p_.teacher, first);
     out_ = p_.gradient.data ? element(p_, p_.gradient, first) : nullptr;
-    std::fill_n(scratch_.target, pitch_, T(-1));
+    std::fill_n(scratch_.target, tile_, T(-1));
     for (int i = 0; i < count && p_.target; ++i) scratch_.target[i] = static_cast<T>(p_.target[first + i]);
   }
 
   // Weights of the tile's pixels, and what depends on nothing else; false if none counts.
   bool weigh() {
     T* saved = p_.saved ? static_cast<T*>(p_.saved) + first_ : nullptr;
-    std::fill_n(scratch_.weight, pitch_, 0.0);
-    std::fill_n(scratch_.valid, pitch_, T(0));
+    std::fill_n(scratch_.weight, tile_, 0.0);
+    std::fill_n(scratch_.valid, tile_, T(0));
     for (int i = 0; i < count_; ++i) scratch_.weight[i] = p_.weight(first_ + i);
     if (forward_) {
       for (int i = 0; i < count_; ++i) scratch_.valid[i] = scratch_.weight[i] != 0;
@@ -321,11 +330,11 @@ class PixelWorker {
   void copy_pixels(int side, int64_t j, T* to) const {
     const Matrix& matrix = side ? p_.teacher : p_.student;
     const T* from = read_pixels(matrix, side_[side], j, count_, to);
-    if (count_ < pitch_) {
+    if (count_ < tile_) {
       if (from != to) std::copy_n(from, count_, to);
-      std::fill_n(to + count_, pitch_ - count_, T(0));
+      std::fill_n(to + count_, tile_ - count_, T(0));
     } else if (from != to) {
-      for (int i = 0; i < pitch_; i += W) store(to + i, load(from + i));
+      for (int i = 0; i < tile_; i += W) store(to + i, load(from + i));
     }
   }
 
@@ -337,11 +346,11 @@ class PixelWorker {
         own.high = by_class_[side].high[j];
         own.factor = by_class_[side].factor[j];
         own.offset = by_class_[side].offset[j];
-        for (int i = 0; i < pitch_; i += W) store(to + i, own.at(i, load(to + i)));
+        for (int i = 0; i < tile_; i += W) store(to + i, own.at(i, load(to + i)));
       }
       if (o_.standardize == Standardize::by_sample) {
         const ClassAffines<T> own{scratch_.high[side], scratch_.factor[side], scratch_.offset[side]};
-        for (int i = 0; i < pitch_; i += W) store(to + i, own.at(i, load(to + i)));
+        for (int i = 0; i < tile_; i += W) store(to + i, own.at(i, load(to + i)));
       }
     }
   }
@@ -352,17 +361,17 @@ class PixelWorker {
     for (int side = 0; side < 2; ++side) {
       T* planes = logits_[side];
       // Two sweeps, the second from close to the mean, so that nothing cancels in the squares.
-      std::fill_n(mean, pitch_, 0.0);
+      std::fill_n(mean, tile_, 0.0);
       for (const bool centred : {false, true}) {
-        for (double* total : {count, sum, square}) std::fill_n(total, pitch_, 0.0);
+        for (double* total : {count, sum, square}) std::fill_n(total, tile_, 0.0);
         each_chunk([&](int64_t begin, int64_t end) {
           for (int64_t j = begin; j < end; ++j) {
             T* plane = planes + (j - begin) * pitch_;
             if (!one_chunk() || !centred) copy_pixels(side, j, plane);
             if (j == 0 && !centred)
-              for (int i = 0; i < pitch_; ++i) mean[i] = plane[i] == -INFINITY ? 0 : plane[i];
+              for (int i = 0; i < tile_; ++i) mean[i] = plane[i] == -INFINITY ? 0 : plane[i];
           }
-          for (int i = 0; i < pitch_; i += W) {
+          for (int i = 0; i < tile_; i += W) {
             const Vec<T> centre = load_narrowed<T>(mean + i);
             for (int64_t from = begin; from < end; from += kFlushClasses) {
               Vec<T> there{}, s{}, q{};
@@ -380,10 +389,10 @@ class PixelWorker {
           }
         });
         if (!centred)
-          for (int i = 0; i < pitch_; ++i)
+          for (int i = 0; i < tile_; ++i)
             mean[i] = static_cast<T>(static_cast<T>(mean[i]) + sum[i] / std::max(count[i], 1.0));
       }
-      for (int i = 0; i < pitch_; ++i) {
+      for (int i = 0; i < tile_; ++i) {
         const double there = std::max(count[i], 1.0), m2 = std::max(square[i] - sum[i] * sum[i] / there, 0.0);
         const double factor = o_.factor(count[i], m2);
         const Affine<T> affine(static_cast<T>(mean[i]) + sum[i] / there, factor);
@@ -402,15 +411,15 @@ class PixelWorker {
   void set_leaders(int t) {
     const Term& term = o_.term[t];
     PixelLeaders<T>& leaders = scratch_.leaders[t];
-    if (term.kind == PartitionKind::target) std::copy_n(scratch_.target, pitch_, leaders.first);
+    if (term.kind == PartitionKind::target) std::copy_n(scratch_.target, tile_, leaders.first);
     if (!term.by_rank()) return;
     const int k = term.k;
     // Of each vector of pixels, place by place: the values, then the classes. NaN marks a place that is still empty.
-    T* best = scratch_.ranking.data(2 * k * pitch_);
-    std::fill_n(best, 2 * k * pitch_, T(NAN));
+    T* best = scratch_.ranking.data(2 * k * tile_);
+    std::fill_n(best, 2 * k * tile_, T(NAN));
     each_chunk([&](int64_t begin, int64_t end) {
       load_side(1, begin, end, logits_[1]);
-      for (int i = 0; i < pitch_; i += W)
+      for (int i = 0; i < tile_; i += W)
         for (int64_t j = begin; j < end; ++j) {
           T* place = best + 2 * k * i;
           T* last = place + 2 * W * (k - 1);
@@ -427,7 +436,7 @@ class PixelWorker {
           }
         }
     });
-    for (int i = 0; i < pitch_; i += W) {
+    for (int i = 0; i < tile_; i += W) {
       const T *first = best + 2 * k * i, *last = first + 2 * W * (k - 1);
       store(leaders.first + i, load(first + W));
       store(leaders.bound + i, load(last));
@@ -476,7 +485,9 @@ class PixelWorker {
   void set_origins(int t, PixelStats* stats) const {
     constexpr int G = groups_of(Kind);
     const Vec<T> nothing = broadcast(T(-INFINITY));
-    for (int i = 0; i < pitch_; i += W) {
+    bool single[G];
+    for (int g = 0; g < G; ++g) single[g] = size(o_.term[t], g) == 1;
+    for (int i = 0; i < tile_; i += W) {
       const PixelGroups<T, Kind> groups(scratch_.leaders[t], o_.term[t].largest, i);
       Vec<T> student_top[G], teacher_top[G];
       for (int g = 0; g < G; ++g) student_top[g] = teacher_top[g] = nothing;
@@ -485,18 +496,19 @@ class PixelWorker {
         const Vec<T> group = groups.of(static_cast<T>(begin_ + j), u);
         for (int g = 0; g < G; ++g) {
           const auto add = [&](Vec<T>& top, Vec<T> v) KDK_INLINE_LAMBDA {
-            // The target is one class: its own logit, NaN too.
-            top = Kind == PartitionKind::target && g == 0 ? (group == 0 ? v : top)
-                                                          : max(G == 1 || group == T(g) ? v : nothing, top);
+            if (single[g]) {
+              top = group == T(g) ? v : top;  // NaN too
+            } else {
+              top = max(G == 1 || group == T(g) ? v : nothing, top);
+            }
           };
           add(student_top[g], s);
           add(teacher_top[g], u);
         }
       }
       for (int g = 0; g < G; ++g) {
-        const bool single = size(o_.term[t], g) == 1;
-        store_origin(stats[g].student_origin + i, student_top[g], exponent(t), single);
-        store_origin(stats[g].teacher_origin + i, teacher_top[g], exponent(t), single);
+        store_origin(stats[g].student_origin + i, student_top[g], exponent(t), single[g]);
+        store_origin(stats[g].teacher_origin + i, teacher_top[g], exponent(t), single[g]);
       }
     }
   }
@@ -508,14 +520,11 @@ class PixelWorker {
       store(to + l, origin_at(load(to + l), broadcast(static_cast<double>(k))));
   }
 
-  // The sums of a single class are exactly 1.
-  static void settle_single(PixelStats& stats) {
-    for (int i = 0; i < kMostPixels; i += kLanes<double>)
-      for (const auto& [origin, sum] : {std::pair(stats.student_origin, stats.student_sum),
-                                       std::pair(stats.teacher_origin, stats.teacher_sum)}) {
-        const Doubles at = load(origin + i);
-        store(sum + i, at - at == 0 ? broadcast(1.0) : load(sum + i));
-      }
+  void settle_single(PixelStats& stats) const {
+    for (int i = 0; i < tile_; ++i) {
+      stats.student_sum[i] = single_sum(stats.student_origin[i]);
+      stats.teacher_sum[i] = single_sum(stats.teacher_origin[i]);
+    }
   }
 
   // Exponentials of the chunk at hand, counted from the groups' origins, and their sums.
@@ -524,7 +533,7 @@ class PixelWorker {
     constexpr int G = groups_of(Kind);
     constexpr int first_summed = Kind == PartitionKind::target ? 1 : 0;
     const T k = exponent(t);
-    for (int i = 0; i < pitch_; i += W) {
+    for (int i = 0; i < tile_; i += W) {
       const PixelGroups<T, Kind> groups(scratch_.leaders[t], o_.term[t].largest, i);
       const Vec<T> nothing{}, infinite = broadcast(T(INFINITY));
       Vec<T> student_start[G], teacher_start[G];
@@ -535,10 +544,6 @@ class PixelWorker {
         if constexpr (!Sums) continue;
         for (double* sum : {stats[g].student_sum, stats[g].teacher_sum, stats[g].teacher_gap, stats[g].student_gap})
           std::fill_n(sum + i, W, 0.0);
-        if (g >= first_summed) continue;
-        // Of a target that is no number, or infinite, nothing is known.
-        add_widened(stats[g].student_sum + i, student_start[g] - student_start[g]);
-        add_widened(stats[g].teacher_sum + i, teacher_start[g] - teacher_start[g]);
       }
       for (int from = 0; from < classes_; from += kFlushClasses) {
         Vec<T> student_sum[G]{}, teacher_sum[G]{}, teacher_gap[G]{}, student_gap[G]{};
@@ -580,7 +585,7 @@ class PixelWorker {
   // that lie a power of two apart share their place there.
   void fetch_ahead(int side, int j, int i) const {
     const Matrix& matrix = side ? p_.teacher : p_.student;
-    const int64_t at = (begin_ + j) * matrix.class_stride + pitch_ + i;
+    const int64_t at = (begin_ + j) * matrix.class_stride + tile_ + i;
     __builtin_prefetch(static_cast<const char*>(side_[side]) + at * dtype_size(matrix.dtype), 0, 2);
   }
 
@@ -588,7 +593,7 @@ class PixelWorker {
   void add_softmax() {
     const T* planes = raw();
     const T k = static_cast<T>(kLog2E);
-    for (int i = 0; i < pitch_; i += W) {
+    for (int i = 0; i < tile_; i += W) {
       const Vec<T> target = load(scratch_.target + i), nothing = broadcast(T(-INFINITY));
       Vec<T> top = nothing, at_target{};
       for (int j = 0; j < classes_; ++j) {
@@ -689,7 +694,7 @@ class PixelWorker {
   void add_gradient(int t) const {
     constexpr int G = groups_of(Kind);
     const T k = exponent(t);
-    for (int i = 0; i < pitch_; i += W) {
+    for (int i = 0; i < tile_; i += W) {
       const PixelGroups<T, Kind> groups(scratch_.leaders[t], o_.term[t].largest, i);
       Vec<T> student[G], tilt[G], teacher[G], origin[2][G];
       for (int g = 0; g < G; ++g) {
@@ -722,7 +727,7 @@ class PixelWorker {
     alignas(64) double total[kMostPixels] = {};
     each_chunk([&](int64_t begin, int64_t end) {
       term_gradient(begin, end);
-      for (int i = 0; i < pitch_; i += W)
+      for (int i = 0; i < tile_; i += W)
         for (int from = 0; from < classes_; from += kFlushClasses) {
           Vec<T> sum{};
           for (int j = from; j < std::min(from + kFlushClasses, classes_); ++j) {
@@ -732,14 +737,14 @@ class PixelWorker {
           add_widened(total + i, sum);
         }
     });
-    for (int i = 0; i < pitch_; ++i) scratch_.slope[i] = scratch_.unit_slope[i] * static_cast<T>(total[i]);
+    for (int i = 0; i < tile_; ++i) scratch_.slope[i] = scratch_.unit_slope[i] * static_cast<T>(total[i]);
   }
 
   // Adds the chunk's shares in the sums over pixels.
   void add_class_sums() {
     for (int j = 0; j < classes_; ++j) {
       Vec<T> sum{}, product{};
-      for (int i = 0; i < pitch_; i += W) {
+      for (int i = 0; i < tile_; i += W) {
         const Vec<T> h = load(logits_[0] + j * pitch_ + i), valid = load(scratch_.valid + i);
         const Vec<T> kept = valid == 0 ? broadcast(T(-INFINITY)) : h;  // nothing comes from masked classes either
         const Vec<T> gradient = kept == -INFINITY ? Vec<T>{} : load(gradient_ + j * pitch_ + i);
@@ -755,7 +760,7 @@ class PixelWorker {
     for (int j = 0; j < classes_; ++j) {
       T* plane = gradient_ + j * pitch_;
       const int64_t c = begin_ + j;
-      for (int i = 0; i < pitch_; i += W) {
+      for (int i = 0; i < tile_; i += W) {
         Vec<T> gradient = load(plane + i);
         const Vec<T> h = load(logits_[0] + j * pitch_ + i);
         if (o_.standardize == Standardize::by_class)
@@ -772,24 +777,28 @@ class PixelWorker {
         if (!all_valid_) gradient = load(scratch_.valid + i) == 0 ? Vec<T>{} : gradient;
         store(plane + i, gradient);
       }
-      with_dtype(p_.gradient.dtype, [&](auto element) {
-        auto* to = static_cast<decltype(element)*>(out_) + c * p_.gradient.class_stride;
-        const int64_t stride = p_.gradient.sample_stride[p_.dims - 1];
-#ifdef KDK_AVX512
-        if constexpr (std::is_same_v<decltype(element), float> && sizeof(T) == 4) {
-          if (stride == 1 && count_ == pitch_ && reinterpret_cast<uintptr_t>(to) % 64 == 0) {
-            for (int i = 0; i < pitch_; i += W) _mm512_stream_ps(to + i, load(plane + i));
-            return;
-          }
-        }
-#endif
-        if (stride == 1) {
-          narrow_all(plane, count_, to);
-        } else {
-          for (int i = 0; i < count_; ++i) narrow(plane[i], to[i * stride]);
-        }
-      });
+      put(plane, c);
     }
+  }
+
+  // Writes a plane's gradient where it belongs.
+  void put(const T* plane, int64_t c) const {
+    const int64_t stride = p_.gradient.sample_stride[p_.dims - 1];
+    with_dtype(p_.gradient.dtype, [&](auto type) {
+      using Element = decltype(type);
+      auto* to = static_cast<Element*>(out_) + c * p_.gradient.class_stride;
+      if constexpr (std::is_same_v<Element, float> && std::is_same_v<T, float>) {
+        if (streams_ && count_ == tile_ && reinterpret_cast<uintptr_t>(to) % sizeof(Vec<T>) == 0) {
+          for (int i = 0; i < tile_; i += W) stream(to + i, load(plane + i));
+          return;
+        }
+      }
+      if (stride == 1) {
+        narrow_all(plane, count_, to);
+      } else {
+        for (int i = 0; i < count_; ++i) narrow(plane[i], to[i * stride]);
+      }
+    });
   }
 
   // No gradient for classes from `begin` on.
@@ -809,8 +818,10 @@ class PixelWorker {
   const ClassStandardization<T>& by_class_;
   PixelScratch<T>& scratch_;
   PixelSums<T>* sums_;
-  const bool forward_;   // or backward, from what was saved
-  const int pitch_;      // pixels of a tile, some of which may be missing
+  bool streams_ = false;  // the gradient past the caches
+  const bool forward_;    // or backward, from what was saved
+  const int tile_;       // pixels of a tile, some of which may be missing
+  const int pitch_;      // from plane to plane in scratch: no power of two, or the planes would share their place in L1
   const int64_t chunk_;  // classes of a chunk
   // Of the chunk at hand, plane by plane: logits of both sides, raw ones, exponentials of each term, the gradient.
   T *logits_[2], *raw_, *exps_[kMaxTerms][2], *gradient_;

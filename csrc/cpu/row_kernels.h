@@ -327,12 +327,13 @@ class Worker {
   void collect(const Row<T>& row, const PartialStats& total, BatchStats& batch) {
     for (int t = 0; t < o_.terms; ++t) {
       const int rest = o_.term[t].groups() - 1;
+      const int64_t rest_size = p_.classes - (rest ? o_.term[t].leads() : 0);
       for (int g = 0; g < rest; ++g) {
         GroupStats<double> stats;
         add_leads(row, t, g, stats);
         set_lane(batch.group[t][g], row.lane, stats);
       }
-      set_lane(batch.group[t][rest], row.lane, total.rest[t]);
+      set_lane(batch.group[t][rest], row.lane, rest_size == 1 ? only_rest(row, t) : total.rest[t]);
     }
     batch.ce.origin[row.lane] = total.ce.origin;
     batch.ce.sum[row.lane] = total.ce.sum;
@@ -604,13 +605,27 @@ class Worker {
     return {next, next + size, o_.term[t].wants_reverse() ? next + 2 * size : nullptr};
   }
 
+  // Statistics of a group of one class. Its own exponents, in double precision, are the origins.
+  GroupStats<double> single(int t, T student, T teacher) const {
+    GroupStats<double> stats;
+    stats.student_origin = origin_at<double>(student, exponent_[t]);
+    stats.teacher_origin = origin_at<double>(teacher, exponent_[t]);
+    stats.student_sum = single_sum(stats.student_origin);
+    stats.teacher_sum = single_sum(stats.teacher_origin);
+    return stats;
+  }
+
+  // Those of the rest group where one class is all that does not lead.
+  GroupStats<double> only_rest(const Row<T>& row, int t) const {
+    int64_t j = p_.classes * (p_.classes - 1) / 2;
+    for (int rank = 0; p_.classes > 1 && rank < o_.term[t].leads(); ++rank) j -= row.members[t][rank];
+    return single(t, *source(row, 0, j, 1).logits, *source(row, 1, j, 1).logits);
+  }
+
   void add_leads(const Row<T>& row, int t, int g, GroupStats<double>& stats) {
     const Tile<T> leads = gather(row, t, g);
-    if (leads.count == 1 && std::isfinite(*leads.student.logits) && std::isfinite(*leads.teacher.logits)) {
-      // Exact in double precision, so that the sums are exactly 1.
-      stats.student_origin = origin_at<double>(*leads.student.logits, exponent_[t]);
-      stats.teacher_origin = origin_at<double>(*leads.teacher.logits, exponent_[t]);
-      stats.student_sum = stats.teacher_sum = 1;
+    if (leads.count == 1) {
+      stats = single(t, *leads.student.logits, *leads.teacher.logits);
       return;
     }
     const Classes all{leads.count};
@@ -630,8 +645,9 @@ class Worker {
         const GroupGradient<T> group = weighed_group(row, t, g);
         const int count = term.group_end(g) - term.group_begin(g);
         const int64_t* members = row.members[t] + term.group_begin(g);
-        if (count == 1 && std::isfinite(group.student_origin) && std::isfinite(group.teacher_origin)) {
-          list.emplace_back(group.by.student - group.by.teacher, *members);
+        if (count == 1) {
+          const T student = single_sum(group.student_origin), teacher = single_sum(group.teacher_origin);
+          list.emplace_back(student * group.by.student - teacher * group.by.teacher, *members);
           continue;
         }
         const int size = padded<T>(count);

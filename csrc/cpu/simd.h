@@ -33,6 +33,22 @@ template <class T>
 inline void store(T* to, Vec<T> v) {
   __builtin_memcpy(to, &v, sizeof v);
 }
+// Past the caches, without reading what was there; `to` must be aligned to a vector. Others see it after a fence.
+inline void stream(float* to, Vec<float> v) {
+#if defined(KDK_AVX512)
+  _mm512_stream_ps(to, v);
+#elif defined(KDK_AVX2)
+  _mm256_stream_ps(to, v);
+#else
+  store(to, v);
+#endif
+}
+inline void stream_fence() {
+#if defined(KDK_AVX512) || defined(KDK_AVX2)
+  _mm_sfence();
+#endif
+}
+
 template <class T>
 inline Vec<T> broadcast(T value) {
   return Vec<T>{} + value;
