@@ -8,6 +8,7 @@ from typing import Any
 
 import eager
 import torch
+from shapes import Shape
 from torch import Tensor
 
 import kdkernels
@@ -18,8 +19,8 @@ class Loss:
     """One loss, ours and eager, with the same numbers.
 
     Args:
-        ours: the public function, called ``(student, teacher, **numbers, **options)``.
-        eager: the formula, called ``(student, teacher, target, **numbers)``.
+        ours: the public function, called ``(student, teacher, **numbers, **options)`` with logits of any layout.
+        eager: the formula, called ``(student, teacher, target, **numbers)`` with ``(N, C)`` logits.
         numbers: temperature, weights, k.
         takes_target: whether ours is given the target (the losses that do not need it are charged nothing for it).
         options: further keyword arguments of ours, e.g. ``{"standardize": "class"}``.
@@ -36,9 +37,10 @@ class Loss:
         """Whether a sample's loss and gradient depend on that sample alone."""
         return self.options.get("standardize") != "class"
 
-    def call_ours(self, student: Tensor, teacher: Tensor, target: Tensor, **options: Any) -> Tensor:
-        if self.takes_target:
+    def call_ours(self, student: Tensor, teacher: Tensor, target: Tensor, shape: Shape, **options: Any) -> Tensor:
+        if self.takes_target or shape.padding:
             options["target"] = target
+        options["class_dim"] = shape.class_dim
         return self.ours(student, teacher, **self.numbers, **self.options, **options)
 
     def call_eager(self, student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
@@ -82,13 +84,14 @@ LOSSES |= {
 }
 
 
-def make_logits(samples: int, classes: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def make_logits(shape: Shape, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """``(student, teacher, target)`` as late in a training run, the same for every contender.
 
     Logits of scale 3; the student is correlated with the teacher (0.8) and requires grad; four targets of five are the
     teacher's own prediction. The teacher's leading classes stand out by distinct steps, as trained ones do: otherwise
     rounding to bfloat16 makes ties at the edge of the top k, where the right partition is a matter of convention.
     """
+    samples, classes = shape.samples, shape.classes
     generator = torch.Generator().manual_seed(samples * 1_000_003 + classes)
     teacher = torch.empty(samples, classes).normal_(0.0, 3.0, generator=generator)
     noise = torch.empty(samples, classes).normal_(0.0, 3.0, generator=generator)
@@ -99,4 +102,5 @@ def make_logits(samples: int, classes: int, dtype: torch.dtype) -> tuple[Tensor,
     guess = torch.randint(classes, (samples,), generator=generator)
     agrees = torch.rand(samples, generator=generator) < 0.8
     target = torch.where(agrees, leading.indices[:, 0], guess)
-    return student.to(dtype).requires_grad_(), teacher.to(dtype), target
+    student, teacher = (shape.lay_out(logits.to(dtype)) for logits in (student, teacher))
+    return student.requires_grad_(), teacher, shape.pad(target)

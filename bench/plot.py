@@ -14,10 +14,6 @@ COLOURS = {"compile": "#9aa5b1", "fused": "#1f77b4", "recompute": "#17a398", "re
 DISTURBED = 0.05
 
 
-def shape_name(samples: int, classes: int) -> str:
-    return f"{samples} x {classes}"
-
-
 def draw(results: dict[str, Any], folder: Path, stem: str) -> list[Path]:
     """One PNG a dtype: a row a loss, speed-up over eager on the left, time over the floor on the right."""
     import matplotlib as mpl  # noqa: PLC0415, so that a benchmark without charts needs no matplotlib
@@ -30,7 +26,7 @@ def draw(results: dict[str, Any], folder: Path, stem: str) -> list[Path]:
     for dtype in dict.fromkeys(row["dtype"] for row in rows):
         of_dtype = [row for row in rows if row["dtype"] == dtype]
         losses = list(dict.fromkeys(row["loss"] for row in of_dtype))
-        shapes = list(dict.fromkeys(shape_name(row["samples"], row["classes"]) for row in of_dtype))
+        shapes = list(dict.fromkeys(row["shape"] for row in of_dtype))
         present = {row["contender"] for row in of_dtype}
         contenders = [name for name in COLOURS if name in present]
         size = 5 + 1.5 * len(shapes), 0.9 + 2.3 * len(losses)
@@ -64,7 +60,7 @@ def _bars(axis: Any, rows: list[dict[str, Any]], shapes: list[str], contenders: 
     """Bars of one column, grouped by shape, on a log scale with the line of 1."""
     width = 0.8 / max(1, len(contenders))
     for number, name in enumerate(contenders):
-        found = {shape_name(row["samples"], row["classes"]): row for row in rows if row["contender"] == name}
+        found = {row["shape"]: row for row in rows if row["contender"] == name}
         # Bars grow from 1: up is slower or faster than the yardstick, whichever the panel shows.
         for position, shape in enumerate(shapes):
             value = found[shape][column] if shape in found else None

@@ -14,13 +14,13 @@ from pathlib import Path
 import numpy
 import plot
 import torch
+from shapes import Shape
 
 import kdkernels
 from kdkernels import ops
 
 FORWARD, TRAINING = "forward", "forward+backward"
 OURS = ("fused", "recompute", "reference")
-Shape = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,11 @@ class Case:
     dtype: torch.dtype
 
     def __str__(self) -> str:
-        return f"{self.loss} {plot.shape_name(*self.shape)} {str(self.dtype).removeprefix('torch.')}"
+        return f"{self.loss} {self.shape.name} {str(self.dtype).removeprefix('torch.')}"
 
     @property
     def matrix_bytes(self) -> int:
-        return self.shape[0] * self.shape[1] * self.dtype.itemsize
+        return self.shape.samples * self.shape.classes * self.dtype.itemsize
 
 
 @dataclass
@@ -44,6 +44,7 @@ class Row:
     """One measurement: a contender in a phase of a case. The columns of the CSV."""
 
     loss: str
+    shape: str
     samples: int
     classes: int
     dtype: str
@@ -129,12 +130,11 @@ def summary(rows: list[Row]) -> str:
     for row in rows:
         if row.phase != TRAINING or row.contender not in OURS:
             continue
-        shape = plot.shape_name(row.samples, row.classes)
         lines.append(
             [
                 row.contender,
                 row.loss,
-                shape,
+                row.shape,
                 row.dtype,
                 show(row.milliseconds) if row.status == "ok" else row.status.split(":", maxsplit=1)[0],
                 show(row.times_faster_than_eager),

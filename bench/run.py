@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
-import re
 import shutil
 import sys
 import tempfile
@@ -30,25 +29,32 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 import report
 import torch
-from losses import LOSSES, Loss, make_logits
+from losses import LOSSES, make_logits
 from measure import OtherProcesses, median_ratio, peak_extra_bytes, quantiles, time_interleaved
-from report import FORWARD, TRAINING, Case, Row, Shape
+from report import FORWARD, TRAINING, Case, Row
+from shapes import IGNORED, Shape, parse_shape
 from torch import Tensor
 from tqdm import tqdm
 
 from kdkernels import dispatch, ops
 
 SHAPES: list[Shape] = [
-    (64, 100),  # CIFAR-100
-    (256, 100),
-    (256, 1000),  # ImageNet
-    (1024, 1000),
-    (256, 21841),  # ImageNet-21k
-    (64, 32000),  # tokens over language models' vocabularies
-    (128, 128256),
+    Shape((64, 100)),  # CIFAR-100
+    Shape((256, 100)),
+    Shape((256, 1000)),  # ImageNet
+    Shape((1024, 1000)),
+    Shape((256, 21841)),  # ImageNet-21k
+    Shape((64, 32000)),  # tokens over language models' vocabularies
+    Shape((128, 128256)),
+    Shape((2, 19, 512, 1024)),  # Cityscapes, per pixel
+    Shape((2, 150, 128, 128)),  # ADE20K at a network's own resolution
 ]
-LARGE_SHAPES: list[Shape] = [(512, 128256), (2048, 32000)]
-QUICK_SHAPES: list[Shape] = [(256, 100), (256, 1000), (1024, 1000)]
+LARGE_SHAPES: list[Shape] = [
+    Shape((512, 128256)),
+    Shape((4, 512, 32000)),  # sequences of tokens
+    Shape((4, 512, 32000), padding=75),
+]
+QUICK_SHAPES: list[Shape] = [Shape((256, 100)), Shape((256, 1000)), Shape((1024, 1000)), Shape((2, 19, 128, 256))]
 QUICK_LOSSES = ["dkd", "gdkd"]
 #: Compiling stops when the next one might run past this, so that --quick stays under a minute.
 QUICK_COMPILE_UNTIL = 45.0
@@ -88,15 +94,16 @@ class Contender:
 # Contenders ------------------------------------------------------------------------------------------------------
 
 
-def our_contenders(loss: Loss, dtype: torch.dtype, backends: list[str], modes: list[str]) -> Iterator[Contender]:
+def our_contenders(case: Case, backends: list[str], modes: list[str]) -> Iterator[Contender]:
     """Ours on every backend that is here. The reference backend has one mode and is marked as what it is."""
+    loss, shape, dtype = LOSSES[case.loss], case.shape, case.dtype
     for backend in backends:
         if dispatch.why_not(backend, "cpu") is not None:
             continue
         if backend == "reference":
 
             def plain(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
-                return loss.call_ours(student, teacher, target, backend="reference")
+                return loss.call_ours(student, teacher, target, shape, backend="reference")
 
             yield Contender("reference", plain, PLAIN_TOLERANCE[dtype], ours=True)
             continue
@@ -105,17 +112,28 @@ def our_contenders(loss: Loss, dtype: torch.dtype, backends: list[str], modes: l
             def fast(
                 student: Tensor, teacher: Tensor, target: Tensor, backend: str = backend, mode: str = mode
             ) -> Tensor:
-                return loss.call_ours(student, teacher, target, backend=backend, mode=mode)
+                return loss.call_ours(student, teacher, target, shape, backend=backend, mode=mode)
 
             # Without a gradient both modes are the same computation.
             phases = (FORWARD, TRAINING) if mode == modes[0] else (TRAINING,)
             yield Contender(mode, fast, OUR_TOLERANCE[dtype], ours=True, phases=phases)
 
 
-def compiled_contender(loss: Loss, dtype: torch.dtype) -> Contender:
+def eager_contender(case: Case) -> Contender:
+    """The formulas as a script calls them: of flattened logits, which is a copy of those of pixels, without padding."""
+    loss, shape = LOSSES[case.loss], case.shape
+
+    def plain(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
+        return loss.call_eager(*shape.valid_rows(student, teacher, target))
+
+    return Contender("eager", plain, PLAIN_TOLERANCE[case.dtype])
+
+
+def compiled_contender(case: Case) -> Contender:
     torch._dynamo.reset()  # each case compiles for its own shape, as a training run would
-    compiled = torch.compile(loss.call_eager, dynamic=False, fullgraph=True)
-    return Contender("compile", compiled, PLAIN_TOLERANCE[dtype])
+    torch._dynamo.config.capture_dynamic_output_shape_ops = True  # to select what is no padding
+    compiled = torch.compile(eager_contender(case).loss, dynamic=False, fullgraph=True)
+    return Contender("compile", compiled, PLAIN_TOLERANCE[case.dtype])
 
 
 def loss_scale(contender: Contender, student: Tensor) -> float:
@@ -123,7 +141,7 @@ def loss_scale(contender: Contender, student: Tensor) -> float:
     if student.dtype != torch.float16:
         return 1.0
     # From 512 on, T^2 * beta * scale overflows inside the eager formulas; ours is limited by the gradient itself.
-    return min(2.0**15, 512.0 * len(student)) if contender.ours else 256.0
+    return min(2.0**15, 512.0 * student.shape[0]) if contender.ours else 256.0
 
 
 def backward(contender: Contender, loss: Tensor, student: Tensor) -> None:
@@ -134,20 +152,22 @@ def backward(contender: Contender, loss: Tensor, student: Tensor) -> None:
 # Correctness -----------------------------------------------------------------------------------------------------
 
 
-def reference(loss: Loss, student: Tensor, teacher: Tensor, target: Tensor) -> tuple[float, Tensor]:
+def reference(case: Case, student: Tensor, teacher: Tensor, target: Tensor) -> tuple[float, Tensor]:
     """Mean loss and gradient in float64, by blocks of rows where the rows do not depend on each other."""
-    samples, classes = student.shape
-    block = max(1, REFERENCE_BLOCK // classes) if loss.rows_are_independent else samples
+    loss, shape = LOSSES[case.loss], case.shape
+    student, teacher, target = shape.rows(student.detach()), shape.rows(teacher), target.flatten()
+    valid = int((target != IGNORED).sum())
+    block = max(1, REFERENCE_BLOCK // shape.classes) if loss.rows_are_independent else shape.samples
     total, gradients = 0.0, []
-    for rows in torch.arange(samples).split(block):
-        part = student.detach()[rows].double().requires_grad_()
-        value = loss.call_ours(
-            part, teacher[rows].double(), target[rows], backend="reference", reduction="mean", denominator=samples
-        )
+    for rows in torch.arange(shape.samples).split(block):
+        part = student[rows].double().requires_grad_()
+        flat = Shape((len(rows), shape.classes), shape.padding)
+        options = {"backend": "reference", "reduction": "mean", "denominator": valid}
+        value = loss.call_ours(part, teacher[rows].double(), target[rows], flat, **options)
         value.backward()
         total += value.item()
         gradients.append(part.grad)
-    return total, torch.cat(gradients)
+    return total, shape.lay_out(torch.cat(gradients))
 
 
 def check(
@@ -179,8 +199,8 @@ def check(
 
 def run_case(case: Case, contenders: list[Contender], seconds: float) -> list[Row]:
     """Checks and then times all contenders of a case, both phases."""
-    logits = make_logits(*case.shape, case.dtype)
-    truth = reference(LOSSES[case.loss], *logits)
+    logits = make_logits(case.shape, case.dtype)
+    truth = reference(case, *logits)
     rows: dict[tuple[str, str], Row] = {}
     checked = []
     for contender in contenders:
@@ -216,7 +236,17 @@ def run_case(case: Case, contenders: list[Contender], seconds: float) -> list[Ro
 
 
 def new_row(case: Case, phase: str, contender: str, status: str = "ok") -> Row:
-    return Row(case.loss, *case.shape, str(case.dtype).removeprefix("torch."), phase, contender, status)
+    shape = case.shape
+    return Row(
+        case.loss,
+        shape.name,
+        shape.samples,
+        shape.classes,
+        str(case.dtype).removeprefix("torch."),
+        phase,
+        contender,
+        status,
+    )
 
 
 def make_step(contender: Contender, phase: str, logits: tuple[Tensor, Tensor, Tensor]) -> Callable[[], None]:
@@ -266,18 +296,17 @@ def fill_times(rows: dict[tuple[str, str], Row], case: Case, phase: str, samples
 # Command line ----------------------------------------------------------------------------------------------------
 
 
-def parse_shape(text: str) -> Shape:
-    match = re.fullmatch(r"(\d+)x(\d+)", text)
-    if not match or int(match[1]) < 1 or int(match[2]) < 9:
-        raise argparse.ArgumentTypeError(f"expected samples x classes (9 or more), as 256x1000, got {text!r}")
-    return int(match[1]), int(match[2])
-
-
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="three shapes, two losses: under a minute")
-    parser.add_argument("--shapes", nargs="+", type=parse_shape, metavar="NxC", help="instead of the usual ones")
-    parser.add_argument("--large", action="store_true", help="also 512x128256 and 2048x32000 (up to 14 GB of memory)")
+    parser.add_argument(
+        "--shapes",
+        nargs="+",
+        type=parse_shape,
+        metavar="NxC",
+        help="instead of the usual ones; also BxTxC, NxCxHxW and, with 75 %% of the samples ignored, e.g. BxTxC@75",
+    )
+    parser.add_argument("--large", action="store_true", help="also 512x128256 and 4x512x32000 (up to 14 GB of memory)")
     parser.add_argument("--losses", nargs="+", choices=list(LOSSES), help="default: all")
     parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=["float32"])
     parser.add_argument("--modes", nargs="+", choices=["fused", "recompute"], default=["fused", "recompute"])
@@ -309,12 +338,11 @@ def run_all(options: argparse.Namespace) -> list[Row]:
     with tqdm(cases, unit="case", dynamic_ncols=True) as bar:
         for case in bar:
             bar.set_postfix_str(str(case))
-            loss = LOSSES[case.loss]
-            contenders = [Contender("eager", loss.call_eager, PLAIN_TOLERANCE[case.dtype])]
+            contenders = [eager_contender(case)]
             left = QUICK_COMPILE_UNTIL - (time.perf_counter() - start)
             if not options.no_compile and not (options.quick and longest_compile > left):
-                contenders.append(compiled_contender(loss, case.dtype))
-            contenders += our_contenders(loss, case.dtype, options.backends, options.modes)
+                contenders.append(compiled_contender(case))
+            contenders += our_contenders(case, options.backends, options.modes)
             done = run_case(case, contenders, options.seconds)
             compiling = [row.first_call_seconds for row in done if row.first_call_seconds]
             longest_compile = max(compiling) if compiling else longest_compile

@@ -8,15 +8,14 @@
 #pragma GCC diagnostic pop
 
 #include <algorithm>
-#include <numeric>
 #include <optional>
 #include <string>
 #include <tuple>
 #include <type_traits>
 #include <vector>
 
-#include "cpu/huge_pages.h"
 #include "cpu/kernels.h"
+#include "cpu/pages.h"
 
 namespace kdk {
 namespace {
@@ -98,36 +97,13 @@ void set_layout(Problem& problem, std::vector<std::pair<Matrix*, const Tensor*>>
   }
 }
 
-// What counts of the samples, by weight and target; the sum of their weights. Everything that can be wrong with samples
-// is found here, before anything is computed.
-double set_weights(Problem& problem, const double* given, int64_t ignore_index) {
+// Sets what counts of the samples, by weight and target. Everything that can be wrong with samples is found here, before
+// anything is computed.
+ValidSamples set_weights(Problem& problem, const double* given, int64_t ignore_index) {
   problem.weight = {1, given, problem.target, ignore_index};
-  constexpr int64_t kBlock = 1 << 14;  // fixed, so that the sum does not depend on the number of threads
-  const int64_t blocks = (problem.samples + kBlock - 1) / kBlock;
-  std::vector<double> sums(blocks);
-  std::vector<char> right(blocks);
-  parallel().run(0, blocks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t block = begin; block < end; ++block) {
-      const int64_t first = block * kBlock, last = std::min(first + kBlock, problem.samples);
-      int64_t wrong_targets = 0, valid = last - first;
-      for (int64_t n = first; n < last && problem.target; ++n) {
-        const int64_t y = problem.target[n], ignored = y == ignore_index;
-        const int64_t inside = static_cast<uint64_t>(y) < static_cast<uint64_t>(problem.classes);
-        wrong_targets += ~(ignored | inside) & 1;
-        valid -= ignored;
-      }
-      bool right_weights = true;
-      double sum = 0;
-      for (int64_t n = first; n < last && given; ++n) {
-        right_weights &= given[n] >= 0;
-        sum += problem.weight(n);
-      }
-      sums[block] = given ? sum : static_cast<double>(valid);
-      right[block] = wrong_targets == 0 && right_weights;
-    }
-  });
-  const int64_t wrong = std::find(right.begin(), right.end(), 0) - right.begin();
-  for (int64_t n = wrong * kBlock; n < problem.samples; ++n) {
+  const ValidSamples valid = valid_samples(problem, parallel());
+  if (valid.right) return valid;
+  for (int64_t n = 0; n < problem.samples; ++n) {
     STD_TORCH_CHECK(!given || given[n] >= 0, "ValueError: sample_weight must be >= 0, got ", given[n], " for sample ",
                     n);
     const int64_t y = problem.target ? problem.target[n] : 0;
@@ -135,7 +111,7 @@ double set_weights(Problem& problem, const double* given, int64_t ignore_index) 
                     "IndexError: target must be in [0, ", problem.classes, ") or ignore_index ", ignore_index, ", got ",
                     y, " for sample ", n);
   }
-  return std::accumulate(sums.begin(), sums.end(), 0.0);
+  return valid;
 }
 
 // What the weighted sum of the row losses is multiplied by; 0 without a valid sample.
@@ -155,6 +131,12 @@ Tensor new_gradient(const Tensor& student) {
   Tensor gradient = torch::stable::empty_like(student);
   prefer_huge_pages(gradient.data_ptr(), gradient.numel() * gradient.element_size());
   return gradient;
+}
+
+// Spares the kernels writing the gradients of ignored samples where those are many.
+void skip_zeros(Problem& problem, const Tensor& gradient, int64_t valid) {
+  if (4 * valid > 3 * problem.samples) return;
+  problem.gradient_is_zero = zero_on_demand(gradient.data_ptr(), gradient.numel() * gradient.element_size());
 }
 
 void store(Tensor& tensor, int64_t index, double value) {
@@ -228,9 +210,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_cpu(
   Arguments arguments;
   set_class_statistics(problem, arguments, moments, std::nullopt);
   problem.target = arguments.array<int64_t>(target);
-  const double weights = set_weights(problem, arguments.array<double>(sample_weight), ignore_index);
+  const ValidSamples valid = set_weights(problem, arguments.array<double>(sample_weight), ignore_index);
   problem.weight.factor =
-      reduction_factor(reduction, arguments.array<double>(denominator), scale, student.size(0), weights);
+      reduction_factor(reduction, arguments.array<double>(denominator), scale, student.size(0), valid.weight);
+  if (problem.gradient.data) skip_zeros(problem, grad, valid.count);
 
   problem.parts = parts;
   const int64_t columns = value_count(problem), slots = reduction == Reduction::none ? samples : 1;
@@ -285,6 +268,18 @@ struct Backward {
     problem.saved = saved.data_ptr();
     problem.members = static_cast<int64_t*>(members.data_ptr());
   }
+
+  // Samples that counted in forward.
+  int64_t valid() const {
+    const int64_t step = by_pixels(problem) ? 1 : saved_size(problem.objective);
+    const auto count = [&](const auto* weight) {
+      int64_t valid = 0;
+      for (int64_t n = 0; n < problem.samples; ++n) valid += weight[n * step] != 0;
+      return valid;
+    };
+    return problem.double_arithmetic ? count(static_cast<const double*>(problem.saved))
+                                     : count(static_cast<const float*>(problem.saved));
+  }
 };
 
 Tensor backward_cpu(const Tensor& grad_loss, const Tensor& student, const Tensor& teacher,
@@ -294,6 +289,7 @@ Tensor backward_cpu(const Tensor& grad_loss, const Tensor& student, const Tensor
   Tensor gradient = new_gradient(student);
   Backward step(grad_loss, student, teacher, target, saved, members, objective, class_dim, num_classes, &gradient);
   set_class_statistics(step.problem, step.arguments, moments, sums);
+  skip_zeros(step.problem, gradient, step.valid());
   STD_TORCH_CHECK(moments.has_value() == sums.has_value(), "ValueError: sums must be given with moments");
   backward(step.problem, parallel());
   return gradient;

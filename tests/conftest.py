@@ -9,6 +9,14 @@ import torch
 from helpers import BACKENDS, NATIVE_PATHS, PATHS, Path, name_of, require
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out the tests marked ``large`` unless ``-m`` asks for them."""
+    if "large" in config.getoption("markexpr"):
+        return
+    config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("large")])
+    items[:] = [item for item in items if not item.get_closest_marker("large")]
+
+
 @pytest.fixture(autouse=True)
 def poison() -> Iterator[None]:
     """Fresh memory holds NaN (the largest number for integers), in C++ too, so that an unwritten output shows."""

@@ -73,6 +73,10 @@ bool set_isa(int isa) {
   return false;
 }
 
+ValidSamples valid_samples(const Problem& problem, const Parallel& parallel) {
+  return kernels().valid_samples(problem, parallel);
+}
+
 void forward(const Problem& problem, const Parallel& parallel) { kernels().forward(problem, parallel); }
 
 void backward(const Problem& problem, const Parallel& parallel) { kernels().backward(problem, parallel); }

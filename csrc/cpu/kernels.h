@@ -40,6 +40,7 @@ struct Problem {
   Objective objective;
   Matrix student, teacher, gradient;
   int64_t classes = 0;           // that are compared
+  bool gradient_is_zero = false;  // before anything is written
   int64_t gradient_classes = 0;  // that the gradient has: those beyond `classes` get 0
   int64_t samples = 0;
   int dims = 0;  // of the samples, merged where the strides allow
@@ -53,7 +54,7 @@ struct Problem {
   double* totals = nullptr;
   bool parts = false;
   // What backward needs of forward, if asked for:
-  void* saved = nullptr;       // float or double, saved_size() a sample
+  void* saved = nullptr;       // float or double, saved_size() a sample, its weight first; pixels' weights only
   int64_t* members = nullptr;  // leading classes by rank, members_size() a sample
   // Where logits are standardised by class:
   const double* moments = nullptr;  // count, mean and M2 of each class, of the student, then of the teacher
@@ -76,6 +77,13 @@ inline int64_t members_size(const Objective& objective) {
   return size;
 }
 
+// Whether the samples are next to one another in memory, and each one's classes are not.
+inline bool by_pixels(const Problem& p) {
+  const auto in_planes = [&](const Matrix& m) { return m.class_stride != 1 && m.sample_stride[p.dims - 1] == 1; };
+  constexpr int64_t exact_in_float = int64_t{1} << 24;  // classes are compared as numbers of T
+  return p.dims > 0 && p.samples > 0 && p.classes < exact_in_float && in_planes(p.student) && in_planes(p.teacher);
+}
+
 // Numbers a sample, or all samples, get: see Problem::values.
 inline int64_t value_count(const Problem& p) { return 1 + (p.parts ? p.objective.parts() : 0); }
 
@@ -87,6 +95,14 @@ struct Parallel {
   ParallelFor run;
   int threads;
 };
+
+// Samples that count, the sum of their weights, and whether all weights and targets are right.
+struct ValidSamples {
+  int64_t count = 0;
+  double weight = 0;
+  bool right = true;
+};
+ValidSamples valid_samples(const Problem& problem, const Parallel& parallel);
 
 // Steps 1 and 2 of every sample and, if problem.gradient.data is set, step 3 while the sample is in cache.
 void forward(const Problem& problem, const Parallel& parallel);
@@ -113,6 +129,7 @@ bool set_isa(int isa);
 
 // One build of the kernels for one instruction set.
 struct Kernels {
+  ValidSamples (*valid_samples)(const Problem&, const Parallel&);
   void (*forward)(const Problem&, const Parallel&);
   void (*backward)(const Problem&, const Parallel&);
   void (*class_moments)(const Problem&, const Parallel&, double*);

@@ -1,5 +1,40 @@
 // The kernels of one instruction set (see simd.h): by pixels where samples are next to one another in memory, else by rows.
 
+// Block by block of samples, so that the sum does not depend on the number of threads.
+inline ValidSamples valid_samples(const Problem& p, const Parallel& parallel) {
+  constexpr int64_t kBlock = 1 << 14;
+  if (!p.weight.target && !p.weight.given) return {p.samples, static_cast<double>(p.samples)};
+  std::vector<ValidSamples> blocks(ceil_div(p.samples, kBlock));
+  parallel.run(0, static_cast<int64_t>(blocks.size()), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t first = block * kBlock, last = std::min(first + kBlock, p.samples);
+      int64_t wrong = 0, ignored = 0;
+      for (int64_t n = first; n < last && p.weight.target; ++n) {
+        const int64_t y = p.weight.target[n], counts = y != p.weight.ignore_index;
+        wrong += counts & static_cast<int64_t>(static_cast<uint64_t>(y) >= static_cast<uint64_t>(p.classes));
+        ignored += 1 - counts;
+      }
+      ValidSamples& valid = blocks[block];
+      valid.count = last - first - ignored;
+      valid.weight = static_cast<double>(valid.count);
+      if (p.weight.given) {
+        valid.count = 0;
+        valid.weight = 0;
+        for (int64_t n = first; n < last; ++n) {
+          wrong += !(p.weight.given[n] >= 0);
+          valid.count += p.weight(n) != 0;
+          valid.weight += p.weight(n);
+        }
+      }
+      valid.right = wrong == 0;
+    }
+  });
+  ValidSamples all;
+  for (const ValidSamples& block : blocks)
+    all = {all.count + block.count, all.weight + block.weight, all.right && block.right};
+  return all;
+}
+
 inline void forward(const Problem& problem, const Parallel& parallel) {
   Problem p = problem;
   if (by_pixels(p)) return (p.double_arithmetic ? run_pixels<double> : run_pixels<float>)(p, parallel, p.sums_out);
@@ -55,4 +90,4 @@ inline void scale(const Problem& p, const double* factor, bool per_sample, const
   });
 }
 
-constexpr Kernels kKernels{forward, backward, class_moments, class_sums, scale};
+constexpr Kernels kKernels{valid_samples, forward, backward, class_moments, class_sums, scale};

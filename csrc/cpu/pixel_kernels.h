@@ -11,13 +11,6 @@ constexpr int kChunkLogits = 16384;  // of a tile and a chunk of classes, one si
 constexpr int64_t kStreamBytes = 8 << 20;  // gradients from here on would push everything else out of the caches
 constexpr int kFlushClasses = 4;     // classes that are added up in T before the sum goes on in double precision
 
-// Whether the samples are next to one another in memory, and each one's classes are not.
-inline bool by_pixels(const Problem& p) {
-  const auto in_planes = [&](const Matrix& m) { return m.class_stride != 1 && m.sample_stride[p.dims - 1] == 1; };
-  constexpr int64_t exact_in_float = int64_t{1} << 24;  // classes are compared as numbers of T
-  return p.dims > 0 && p.samples > 0 && p.classes < exact_in_float && in_planes(p.student) && in_planes(p.teacher);
-}
-
 // Runs of at most `pixels` samples that follow one another in memory.
 struct PixelRuns {
   int64_t line, runs_of_line, count;
@@ -69,6 +62,25 @@ inline Vec<T> load_narrowed(const double* from) {
   for (int i = 0; i < kLanes<T>; i += kLanes<double>) store_narrowed(lanes + i, load(from + i));
   return load(lanes);
 }
+
+// A sum of vectors in double precision: a few classes leave no room for the roundings of a float.
+template <class T>
+struct WideSum {
+  Doubles low{}, high{};
+
+  void add(Vec<T> v) {
+    if constexpr (sizeof(T) == 8) {
+      low += v;
+    } else {
+      low += doubles_of(v, 0);
+      high += doubles_of(v, 1);
+    }
+  }
+  void write(double* to) const {
+    store(to, low);
+    if constexpr (sizeof(T) == 4) store(to + kLanes<double>, high);
+  }
+};
 
 // Statistics of one group, a pixel a lane.
 struct PixelStats {
@@ -541,42 +553,37 @@ class PixelWorker {
         const Vec<T> s = load_narrowed<T>(stats[g].student_origin + i), u = load_narrowed<T>(stats[g].teacher_origin + i);
         student_start[g] = s == -infinite ? nothing : s;
         teacher_start[g] = u == -infinite ? nothing : u;
-        if constexpr (!Sums) continue;
-        for (double* sum : {stats[g].student_sum, stats[g].teacher_sum, stats[g].teacher_gap, stats[g].student_gap})
-          std::fill_n(sum + i, W, 0.0);
       }
-      for (int from = 0; from < classes_; from += kFlushClasses) {
-        Vec<T> student_sum[G]{}, teacher_sum[G]{}, teacher_gap[G]{}, student_gap[G]{};
-        for (int j = from; j < std::min(from + kFlushClasses, classes_); ++j) {
-          const int at = j * pitch_ + i;
-          const Vec<T> teacher = load(logits_[1] + at), group = groups.of(static_cast<T>(begin_ + j), teacher);
-          const Vec<T> xs = exponents(load(logits_[0] + at), groups.pick(group, student_start), k);
-          const Vec<T> xt = exponents(teacher, groups.pick(group, teacher_start), k);
-          const Vec<T> es = exp2(xs), et = exp2(xt), gap = xt - xs;
-          store(exps_[t][0] + at, es);
-          store(exps_[t][1] + at, et);
-          if constexpr (!Sums) continue;
-          fetch_ahead(0, j, i);
-          fetch_ahead(1, j, i);
-          // A class without probability adds nothing, however infinite its gap.
-          const Vec<T> forward = et == 0 ? nothing : et * gap, reverse = es == 0 ? nothing : es * gap;
-          for (int g = first_summed; g < G; ++g) {
-            const auto add = [&](Vec<T>& sum, Vec<T> value) KDK_INLINE_LAMBDA {
-              sum += G == 1 || group == T(g) ? value : nothing;
-            };
-            add(student_sum[g], es);
-            add(teacher_sum[g], et);
-            add(teacher_gap[g], forward);
-            if constexpr (Reverse) add(student_gap[g], reverse);
-          }
-        }
+      WideSum<T> student_sum[G], teacher_sum[G], teacher_gap[G], student_gap[G];
+      for (int j = 0; j < classes_; ++j) {
+        const int at = j * pitch_ + i;
+        const Vec<T> teacher = load(logits_[1] + at), group = groups.of(static_cast<T>(begin_ + j), teacher);
+        const Vec<T> xs = exponents(load(logits_[0] + at), groups.pick(group, student_start), k);
+        const Vec<T> xt = exponents(teacher, groups.pick(group, teacher_start), k);
+        const Vec<T> es = exp2(xs), et = exp2(xt), gap = xt - xs;
+        store(exps_[t][0] + at, es);
+        store(exps_[t][1] + at, et);
         if constexpr (!Sums) continue;
+        fetch_ahead(0, j, i);
+        fetch_ahead(1, j, i);
+        // A class without probability adds nothing, however infinite its gap.
+        const Vec<T> forward = et == 0 ? nothing : et * gap, reverse = es == 0 ? nothing : es * gap;
         for (int g = first_summed; g < G; ++g) {
-          add_widened(stats[g].student_sum + i, student_sum[g]);
-          add_widened(stats[g].teacher_sum + i, teacher_sum[g]);
-          add_widened(stats[g].teacher_gap + i, teacher_gap[g]);
-          if constexpr (Reverse) add_widened(stats[g].student_gap + i, student_gap[g]);
+          const auto add = [&](WideSum<T>& sum, Vec<T> value) KDK_INLINE_LAMBDA {
+            sum.add(G == 1 || group == T(g) ? value : nothing);
+          };
+          add(student_sum[g], es);
+          add(teacher_sum[g], et);
+          add(teacher_gap[g], forward);
+          if constexpr (Reverse) add(student_gap[g], reverse);
         }
+      }
+      if constexpr (!Sums) continue;
+      for (int g = 0; g < G; ++g) {
+        student_sum[g].write(stats[g].student_sum + i);
+        teacher_sum[g].write(stats[g].teacher_sum + i);
+        teacher_gap[g].write(stats[g].teacher_gap + i);
+        student_gap[g].write(stats[g].student_gap + i);
       }
     }
   }
@@ -803,7 +810,7 @@ class PixelWorker {
 
   // No gradient for classes from `begin` on.
   void clear(int64_t begin) const {
-    if (!p_.gradient.data) return;
+    if (!p_.gradient.data || p_.gradient_is_zero) return;
     with_dtype(p_.gradient.dtype, [&](auto element) {
       const int64_t stride = p_.gradient.sample_stride[p_.dims - 1];
       for (int64_t j = begin; j < p_.gradient_classes; ++j) {

@@ -519,7 +519,7 @@ class Worker {
   // No gradient for classes in [begin, end); with the last of those compared go those beyond.
   void clear(const Row<T>& row, int64_t begin, int64_t end) const {
     if (end == p_.classes) end = p_.gradient_classes;
-    if (begin == end) return;
+    if (begin == end || p_.gradient_is_zero) return;
     with_dtype(p_.gradient.dtype, [&](auto element) {
       auto* to = static_cast<decltype(element)*>(row.gradient);
       for (int64_t i = begin; i < end; ++i) to[i * p_.gradient.class_stride] = decltype(element){};
