@@ -1,0 +1,161 @@
+"""Step 2: group statistics and weights in, loss parts and gradient coefficients out.
+
+The only kernel code that knows of KL directions. Divergences are small differences of large sums, so that they are taken
+in float64; masses and coefficients are in the arithmetic's type.
+"""
+
+import triton
+import triton.language as tl
+
+from kdkernels.triton_kernels.objective import EXPONENT, GROUP, MASS, groups_of, number
+
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def weighed(forward_weight, reverse_weight, forward, reverse):
+    """Both directions by their weights; one without weight drops out even where it is infinite."""
+    return tl.where(forward_weight != 0, forward_weight * forward, 0.0) + tl.where(
+        reverse_weight != 0, reverse_weight * reverse, 0.0
+    )
+
+
+@triton.jit
+def log_of_one_plus(x):
+    """log(1 + x) for 0 <= x <= 2, to full relative precision."""
+    if x.dtype == tl.float64:
+        u = 1.0 + x
+        return tl.where(u == 1, x, tl.log(u) * (x / tl.where(u == 1, 1.0, u - 1.0)))
+    else:
+        # 2 * atanh(x / (2 + x))
+        s = x / (2.0 + x)
+        z = s * s
+        series = tl.full(x.shape, 1 / 21, x.dtype)
+        for i in tl.static_range(10):
+            series = series * z + 1 / (19 - 2 * i)
+        return 2 * s * series
+
+
+@triton.jit
+def log_mass_over(origin, total, nats):
+    """The group's logsumexp, in float64: origins may be large. -inf for a group without probability."""
+    empty = total == 0
+    log = tl.log(tl.where(empty, 1.0, total).to(origin.dtype)).to(tl.float64)
+    return tl.where(empty, float("-inf"), tl.where(empty, 0.0, origin).to(tl.float64) * nats + log)
+
+
+@triton.jit
+def group_masses(logsumexps, dtype: tl.constexpr):
+    """``(masses, their logarithms)``: softmax over logsumexps, exact where one group holds nearly everything."""
+    largest = logsumexps[0]
+    for g in tl.static_range(1, len(logsumexps)):
+        largest = tl.where(logsumexps[g] > largest, logsumexps[g], largest)
+    distances = ()
+    powers = ()
+    others = tl.zeros(largest.shape, dtype)  # the sum without the first of the largest, which is exactly 1
+    seen = tl.zeros(largest.shape, tl.int1)
+    for g in tl.static_range(len(logsumexps)):
+        distance = (logsumexps[g] - largest).to(dtype)
+        power = tl.exp(distance)
+        first = (logsumexps[g] == largest) & (seen == 0)
+        others += tl.where(first, 0.0, power)
+        seen = seen | first
+        distances = distances + (distance,)
+        powers = powers + (power,)
+    log_total = log_of_one_plus(others)
+    inverse = 1.0 / (1.0 + others)
+    masses = ()
+    logs = ()
+    for g in tl.static_range(len(logsumexps)):
+        masses = masses + (powers[g] * inverse,)
+        logs = logs + (distances[g] - log_total,)
+    return masses, logs
+
+
+@triton.jit
+def evaluate(
+    stats, sizes, numbers, low, FIRST: tl.constexpr, KIND: tl.constexpr, FORWARD: tl.constexpr, REVERSE: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """``(loss, parts, coefficients)`` of one term.
+
+    ``stats`` and ``sizes`` (class counts) have one entry a group; inside a single class there is no divergence.
+    ``parts`` are those of the mass and the groups; coefficients are ``(student, tilt, teacher)`` a group, with
+    dloss/dlogit_i = es_i * (student + tilt * gap_i) - et_i * teacher.
+    """
+    GROUPS: tl.constexpr = groups_of(KIND)
+    MIX: tl.constexpr = FIRST + GROUP + 2 * GROUPS  # where the parts' numbers begin
+    dtype: tl.constexpr = stats[0][0].dtype
+    exponent = number(numbers, low, FIRST + EXPONENT)
+    slope = (exponent.to(tl.float64) * LN2).to(dtype)  # 1 / T: the weights have T^2 already
+    zero = tl.zeros(stats[0][0].shape, dtype)
+    loss = zero
+    parts = ()
+    coefficients = ()
+    student_lses = ()
+    teacher_lses = ()
+    student_inverses = ()
+    for g in tl.static_range(GROUPS):
+        student_origin, teacher_origin, student_sum, teacher_sum, teacher_gap, student_gap = stats[g]
+        no_student, no_teacher = student_sum == 0, teacher_sum == 0
+        student_inverse = tl.where(no_student, 0.0, 1.0 / tl.where(no_student, 1.0, student_sum))
+        teacher_inverse = tl.where(no_teacher, 0.0, 1.0 / tl.where(no_teacher, 1.0, teacher_sum))
+        student_mean_gap = (student_gap * student_inverse * LN2).to(dtype)
+        forward_weight = tl.where(sizes[g] == 1, 0.0, number(numbers, low, FIRST + GROUP + 2 * g))
+        reverse_weight = tl.where(sizes[g] == 1, 0.0, number(numbers, low, FIRST + GROUP + 2 * g + 1))
+        forward, reverse = zero, zero
+        if FORWARD or REVERSE:
+            ratio = teacher_sum * student_inverse
+            log_ratio = tl.log(tl.where(no_student | no_teacher, 1.0, ratio))
+            if FORWARD:
+                difference = teacher_gap * teacher_inverse * LN2 - log_ratio
+                forward = tl.where(no_teacher | (sizes[g] == 1), 0.0, tl.where(no_student, float("inf"), difference))
+                forward = forward.to(dtype)
+            if REVERSE:
+                difference = log_ratio - student_gap * student_inverse * LN2
+                reverse = tl.where(no_student | (sizes[g] == 1), 0.0, tl.where(no_teacher, float("inf"), difference))
+                reverse = reverse.to(dtype)
+        loss += weighed(forward_weight, reverse_weight, forward, reverse)
+        if PARTS:
+            mix = number(numbers, low, MIX + 2 + 2 * g), number(numbers, low, MIX + 3 + 2 * g)
+            parts = parts + (weighed(mix[0], mix[1], forward, reverse),)
+        student_inverse, teacher_inverse = student_inverse.to(dtype), teacher_inverse.to(dtype)
+        student = slope * student_inverse * (
+            forward_weight + tl.where(reverse_weight != 0, reverse_weight * student_mean_gap, 0.0)
+        )
+        tilt = -slope * LN2 * reverse_weight * student_inverse
+        coefficients = coefficients + ((student, tilt, slope * forward_weight * teacher_inverse),)
+        if GROUPS > 1:
+            nats = exponent.to(tl.float64) * LN2
+            student_lses = student_lses + (log_mass_over(student_origin, student_sum, nats),)
+            teacher_lses = teacher_lses + (log_mass_over(teacher_origin, teacher_sum, nats),)
+            student_inverses = student_inverses + (student_inverse,)
+    if GROUPS == 1:
+        return loss, (zero,) + parts, coefficients
+    else:
+        qs, log_qs = group_masses(student_lses, dtype)
+        qt, log_qt = group_masses(teacher_lses, dtype)
+        forward, reverse = zero, zero
+        for g in tl.static_range(GROUPS):
+            forward += tl.where(qt[g] == 0, 0.0, qt[g] * (log_qt[g] - log_qs[g]))
+            reverse += tl.where(qs[g] == 0, 0.0, qs[g] * (log_qs[g] - log_qt[g]))
+        forward_weight = number(numbers, low, FIRST + MASS)
+        reverse_weight = number(numbers, low, FIRST + MASS + 1)
+        loss += weighed(forward_weight, reverse_weight, forward, reverse)
+        if PARTS:
+            mix = number(numbers, low, MIX), number(numbers, low, MIX + 1)
+            parts = (weighed(mix[0], mix[1], forward, reverse),) + parts
+        with_mass = ()
+        for g in tl.static_range(GROUPS):
+            # qs_g * (L_g - KL) with L = log qs - log qt, as a sum of differences: nothing large cancels where a group
+            # holds nearly all the mass.
+            reverse_pull = zero
+            for h in tl.static_range(GROUPS):
+                if h != g:
+                    weight = qs[g] * qs[h]
+                    difference = (log_qs[g] - log_qt[g]) - (log_qs[h] - log_qt[h])
+                    reverse_pull += tl.where(weight == 0, 0.0, weight * difference)
+            pull = weighed(forward_weight, reverse_weight, qs[g] - qt[g], reverse_pull)
+            student, tilt, teacher = coefficients[g]
+            with_mass = with_mass + ((student + slope * student_inverses[g] * pull, tilt, teacher),)
+        return loss, parts, with_mass

@@ -1,0 +1,167 @@
+"""Steps 1 to 3 in one launch, for samples that fit on chip: logits are read once and the gradient is written once.
+
+A program holds all classes of a block of samples. It serves rows (classes next to one another; several rows a program
+when they are short) and pixels (samples next to one another) alike: the compiler lays a tile out as memory is.
+"""
+
+import triton
+import triton.language as tl
+
+from kdkernels.triton_kernels.evaluate import evaluate
+from kdkernels.triton_kernels.gradient import chain, gradient_of, softmax_gradient, store_gradient, weigh
+from kdkernels.triton_kernels.layout import load_tile, locate
+from kdkernels.triton_kernels.objective import BY_CLASS, BY_SAMPLE, CE_WEIGHT, CORRECTION, EPS, EXPONENT, has_single, number
+from kdkernels.triton_kernels.partition import group_sizes, partition
+from kdkernels.triton_kernels.samples import read_factor, read_samples, write_results
+from kdkernels.triton_kernels.saved import save_term, store_columns
+from kdkernels.triton_kernels.standardize import (
+    sample_moments,
+    slope_of_sample,
+    standardization_of_sample,
+    standardize,
+    standardize_by_class,
+)
+from kdkernels.triton_kernels.stats import (
+    groups_with,
+    only,
+    softmax_statistics,
+    start,
+    statistics,
+    statistics_of_single,
+)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "sizes",
+        "student_strides",
+        "teacher_strides",
+        "gradient_strides",
+        "class_count",
+        "gradient_classes",
+        "ks",
+    ]
+)
+def fused_kernel(
+    student,
+    teacher,
+    gradient,
+    target,
+    weight,
+    divisor,
+    affines,
+    losses,
+    parts,
+    saved,
+    members,
+    sizes,
+    student_strides,
+    teacher_strides,
+    gradient_strides,
+    class_count,
+    gradient_classes,
+    ks,
+    ignore_index: tl.int64,
+    scale: tl.float64,
+    numbers,
+    low,
+    TERMS: tl.constexpr,
+    CE: tl.constexpr,
+    STANDARDIZE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    EACH: tl.constexpr,
+    AXIS: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """One block of samples a program. Outputs that are None are not wanted.
+
+    ``losses`` and ``parts`` get a number of each sample or a sum of each block, as ``EACH`` says.
+    """
+    dtype: tl.constexpr = tl.float64 if len(low) > 0 else tl.float32
+    block = tl.program_id(0)
+    outer, within, samples, there = locate(block, sizes, AXIS, WIDE, BLOCK_N)
+    classes = tl.arange(0, BLOCK_C)
+    targets, weights, valid = read_samples(target, weight, samples, there, class_count, ignore_index, dtype)
+    weights = weights * read_factor(scale, divisor).to(dtype)
+    at = (outer, within, classes, class_count, valid, there, sizes)
+    raw = load_tile(student, at, student_strides, AXIS, WIDE, dtype)
+    t = load_tile(teacher, at, teacher_strides, AXIS, WIDE, dtype)
+    s = raw
+    of_student = ()
+    of_teacher = ()
+    if STANDARDIZE == BY_CLASS:
+        s = standardize_by_class(raw, affines, 0, classes, class_count)
+        t = standardize_by_class(t, affines, 1, classes, class_count)
+    if STANDARDIZE == BY_SAMPLE:
+        correction, eps = number(numbers, low, CORRECTION), number(numbers, low, EPS)
+        of_student = standardization_of_sample(sample_moments(raw), correction, eps, dtype)
+        of_teacher = standardization_of_sample(sample_moments(t), correction, eps, dtype)
+        s = standardize(raw, of_student[0][:, None], of_student[1][:, None], of_student[2][:, None])
+        t = standardize(t, of_teacher[0][:, None], of_teacher[1][:, None], of_teacher[2][:, None])
+        of_teacher = (of_teacher[0], of_teacher[1], of_teacher[2])
+
+    loss = tl.zeros([BLOCK_N], dtype)
+    entropy = tl.zeros([BLOCK_N], dtype)
+    softmax = (loss, loss)
+    if CE:
+        origin, total = softmax_statistics(raw)
+        softmax = (origin, (1.0 / total).to(dtype))
+        entropy = (tl.log(total) - (only(raw, classes[None, :] == targets[:, None]) - start(origin))).to(dtype)
+        loss += number(numbers, low, CE_WEIGHT) * entropy
+    values = (entropy,)
+    kept = ()
+    for i in tl.static_range(len(TERMS)):
+        KIND: tl.constexpr = TERMS[i][0]
+        FORWARD: tl.constexpr = TERMS[i][2]
+        REVERSE: tl.constexpr = TERMS[i][3]
+        FIRST: tl.constexpr = TERMS[i][5]
+        exponent = number(numbers, low, FIRST + EXPONENT)
+        single, top, found = partition(t, classes, class_count, targets, ks[i], KIND, TERMS[i][1])
+        of_top, of_rest, exps = statistics(s, t, single, top, exponent, KIND, FORWARD, REVERSE)
+        of_single = of_rest
+        if has_single(KIND):
+            of_single = statistics_of_single(only(s, single), only(t, single))
+        stats = groups_with(of_single, of_top, of_rest, KIND)
+        sizes_of = group_sizes(class_count, ks[i], KIND)
+        of_term, of_parts, coefficients = evaluate(
+            stats, sizes_of, numbers, low, FIRST, KIND, FORWARD, REVERSE, parts is not None
+        )
+        loss += of_term
+        values = values + of_parts
+        if saved is not None:
+            save_term(saved, samples, there, stats, coefficients, COLUMNS[1], TERMS[i][6])
+            store_columns(members, found, samples, there, COLUMNS[2], TERMS[i][7])
+        if STANDARDIZE != BY_SAMPLE:
+            coefficients = weigh(coefficients, weights)
+        kept = kept + ((exps, single, top, stats, coefficients),)
+
+    write_results(tl.where(valid, loss * weights, 0.0), 0, losses, block, samples, there, 1, EACH)
+    if parts is not None:
+        for i in tl.static_range(len(values)):
+            value = tl.where(valid, values[i] * weights, 0.0)
+            write_results(value, i, parts, block, samples, there, len(values), EACH)
+
+    result = raw
+    if gradient is not None or STANDARDIZE == BY_SAMPLE:
+        for i in tl.static_range(len(TERMS)):
+            exps, single, top, stats, coefficients = kept[i]
+            of_term = gradient_of(exps, single, top, stats, coefficients, TERMS[i][0], TERMS[i][4])
+            if i == 0:
+                result = of_term
+            else:
+                result += of_term
+    if STANDARDIZE == BY_SAMPLE:
+        high, factor, offset, slope = of_student
+        slope = slope_of_sample(result, s, slope)
+        of_student = (high, factor, offset, slope)
+        result = chain(result, s, 0.0, slope[:, None], (factor * weights)[:, None])
+    if saved is not None:
+        header = (tl.where(valid, weights, 0.0),) + softmax + of_student + of_teacher
+        store_columns(saved, header, samples, there, COLUMNS[1], 0)
+    if gradient is not None:
+        if CE:
+            at_target = classes[None, :] == targets[:, None]
+            result += softmax_gradient(raw, at_target, softmax, number(numbers, low, CE_WEIGHT) * weights)
+        store_gradient(gradient, result, at, gradient_strides, gradient_classes, AXIS, WIDE)

@@ -1,0 +1,74 @@
+"""Which kernel serves a call, and with what block sizes. There is no autotuning: a call's shape decides."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from kdkernels.triton_kernels.layout import SAMPLES, Layout
+from kdkernels.triton_kernels.objective import Problem
+
+
+class Tile(NamedTuple):
+    """The block of samples and classes that a program holds, and how many warps hold it."""
+
+    block_n: int
+    block_c: int
+    num_warps: int
+
+
+def power_of_two(number: int) -> int:
+    """The least power of two that is not smaller."""
+    return 1 << max(number - 1, 0).bit_length()
+
+
+# Registers hold a tile: 32 elements a thread leave room for two or three numbers of each without spilling.
+_PER_THREAD = 32
+_MOST_WARPS = 16
+_LEAST_CLASSES = 16
+#: Samples next to one another that a program takes: a whole cache line of each class, in any dtype.
+_PIXELS = 64
+
+
+def fused_tile(layout: Layout, problem: Problem) -> Tile | None:
+    """The tile of the fused kernel; None where a sample's classes do not fit on chip."""
+    double = bool(problem.low)
+    block_c = max(power_of_two(layout.gradient_classes), _LEAST_CLASSES)
+    per_thread = _PER_THREAD // (2 if double else 1) // len(problem.terms)
+    block_n = _PIXELS if layout.axis == SAMPLES.value else max(1024 // block_c, 1)
+    block_n = min(block_n, max(power_of_two(layout.sizes[0]), 1))
+    num_warps = max(block_n * block_c // (32 * per_thread), 1)
+    return Tile(block_n, block_c, num_warps) if num_warps <= _MOST_WARPS else None
+
+
+#: Samples that a program of the weights' sum adds up, and classes of one that prepares their standardisation.
+WEIGHT_BLOCK = 4096
+CLASS_BLOCK = 256
+
+
+def sum_block(rows: int) -> int:
+    """Rows that the one program of a column reads at a time."""
+    return min(max(power_of_two(rows), 128), 4096)
+
+
+def sum_warps(block: int) -> int:
+    return max(block // 512, 1)
+
+
+def sweep_tile(layout: Layout, problem: Problem) -> Tile:
+    """The tile of an elementwise sweep: a few thousand elements, in the shape of memory."""
+    per_thread = _PER_THREAD // (4 if problem.low else 2)
+    return _spread(layout, 4 * 32 * per_thread, per_thread)
+
+
+def scale_tile(layout: Layout) -> Tile:
+    """The tile of the sweep that scales a gradient."""
+    return _spread(layout, 4 * 32 * 16, 16)
+
+
+def _spread(layout: Layout, elements: int, per_thread: int) -> Tile:
+    block_c = min(max(power_of_two(layout.gradient_classes), _LEAST_CLASSES), elements)
+    block_n = elements // block_c
+    if layout.axis == SAMPLES.value:
+        block_n = max(block_n, _PIXELS)
+        block_c = elements // block_n
+    return Tile(block_n, block_c, elements // (32 * per_thread))

@@ -1,0 +1,118 @@
+"""Objectives as the kernels see them: what decides their code is a constant, the numbers are run-time arguments."""
+
+import functools
+import math
+import struct
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+WHOLE, TARGET, TOPK, TOP1_TOPK = (tl.constexpr(kind) for kind in range(4))
+#: Standardisation of the logits.
+BY_CLASS, BY_SAMPLE = tl.constexpr(1), tl.constexpr(2)
+_GROUPS = (1, 2, 2, 3)
+_MAX_GROUPS = 3
+_ENCODED_HEADER, _ENCODED_TERM = 4, 5 + 4 * (1 + _MAX_GROUPS)
+
+# Where numbers are: those before the terms, and those of a term from its first one on.
+CE_WEIGHT, CORRECTION, EPS = (tl.constexpr(i) for i in range(3))
+EXPONENT, MASS, GROUP = tl.constexpr(0), tl.constexpr(1), tl.constexpr(3)
+
+# How many columns there are of what forward keeps: before the terms, of a standardised sample, of a group; integers.
+SAVED_HEADER, SAVED_SAMPLE, SAVED_GROUP, MEMBERS = (tl.constexpr(columns) for columns in (3, 7, 5, 3))
+
+
+class Term(NamedTuple):
+    """What decides the code of one term."""
+
+    kind: int
+    largest: bool
+    #: Whether the forward and the reverse divergences inside the groups are wanted.
+    forward: bool
+    reverse: bool
+    #: Whether the gradient depends on each class's own gap.
+    tilt: bool
+    #: Where the term's numbers begin, and its columns of what is kept of a sample.
+    numbers: int
+    saved: int
+    members: int
+
+
+class Problem(NamedTuple):
+    """An objective, unpacked for the kernels; hashable."""
+
+    terms: tuple[Term, ...]
+    ce: bool
+    standardize: int
+    #: Numbers in float32 and, for double arithmetic, what is missing to double precision. Weights have the factor T^2.
+    numbers: tuple[float, ...]
+    low: tuple[float, ...]
+    #: How many classes lead, a term.
+    ks: tuple[int, ...]
+    #: Columns of what is known of a sample: loss parts, numbers and integers that are kept.
+    columns: tuple[int, int, int]
+
+
+@functools.lru_cache(maxsize=256)
+def unpack(encoded: tuple[float, ...], parts: bool, double: bool) -> Problem:
+    """The problem of what ``Objective.encode()`` returned; ``parts``: with the numbers that the loss parts need."""
+    count, rest = divmod(len(encoded) - _ENCODED_HEADER, _ENCODED_TERM)
+    if count not in (1, 2) or rest:
+        raise ValueError(f"objective must be what Objective.encode() returns, got {len(encoded)} numbers")
+    ce_weight, standardize, correction, eps = encoded[:_ENCODED_HEADER]
+    numbers = [ce_weight, correction, eps]
+    terms, ks = [], []
+    part_count, members = 1, 0
+    saved = SAVED_HEADER.value + (SAVED_SAMPLE.value if standardize == BY_SAMPLE.value else 0)
+    for t in range(count):
+        begin = _ENCODED_HEADER + t * _ENCODED_TERM
+        kind, k, largest, temperature, scale, *weights = encoded[begin : begin + _ENCODED_TERM]
+        groups = _GROUPS[int(kind)]
+        pairs = [tuple(weights[i : i + 2]) for i in range(0, len(weights), 2)]
+        mine, mixes = pairs[: 1 + groups], pairs[1 + _MAX_GROUPS :][: 1 + groups]
+        wanted = mine[1:] + (mixes[1:] if parts else [])
+        forward, reverse = (any(pair[i] for pair in wanted) for i in (0, 1))
+        tilt = any(pair[1] for pair in mine[1:])
+        terms.append(Term(int(kind), bool(largest), forward, reverse, tilt, len(numbers), saved, members))
+        numbers.append(math.log2(math.e) / temperature)
+        numbers += [scale * weight for pair in mine + (mixes if parts else []) for weight in pair]
+        ks.append(int(k))
+        part_count += 1 + groups
+        saved += SAVED_GROUP.value * groups
+        members += MEMBERS.value if kind >= TOPK.value else 0
+    high = tuple(_float32(number) for number in numbers)
+    low = tuple(_float32(number - part) for number, part in zip(numbers, high, strict=True)) if double else ()
+    columns = (part_count, saved, members)
+    return Problem(tuple(terms), ce_weight != 0, int(standardize), high, low, tuple(ks), columns)
+
+
+def _float32(number: float) -> float:
+    return struct.unpack("f", struct.pack("f", number))[0]
+
+
+@triton.constexpr_function
+def groups_of(kind):
+    """How many groups a partition has."""
+    return _GROUPS[kind]
+
+
+@triton.constexpr_function
+def has_single(kind):
+    """Whether its first group is one class."""
+    return kind in (1, 3)
+
+
+@triton.constexpr_function
+def by_rank(kind):
+    """Whether the teacher's ranking decides, so that there is a top group."""
+    return kind in (2, 3)
+
+
+@triton.jit
+def number(numbers, low, i: tl.constexpr):
+    """A number in the arithmetic's precision: double if there are low parts."""
+    if len(low) > 0:
+        return numbers[i].to(tl.float64) + low[i].to(tl.float64)
+    else:
+        return numbers[i]

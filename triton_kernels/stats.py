@@ -1,0 +1,155 @@
+"""Step 1, group statistics: all that a loss needs to know of the classes of one group of one sample.
+
+With k = log2(e) / T, for the classes i of a group:
+    es_i = 2^(k * (student_i - student_origin)),  et_i = 2^(k * (teacher_i - teacher_origin)),
+    gap_i = log2(et_i) - log2(es_i)
+    statistics = (student_origin, teacher_origin, sum es, sum et, sum et * gap, sum es * gap)
+Origins are maxima, logits themselves: a constant added to all logits cancels before anything is rounded. Sums are
+carried on in float64, of a few classes each in the arithmetic's type. Statistics merge exactly, over any parts of a row.
+
+A tile is ``[samples, classes]``. Up to three groups: ``single``, one class (the target, or the teacher's best), ``top``,
+the teacher's other best ones, and the rest.
+"""
+
+import triton
+import triton.language as tl
+
+from kdkernels.triton_kernels.objective import TARGET, TOP1_TOPK, TOPK, by_rank, has_single
+
+LOG2E = tl.constexpr(1.4426950408889634)
+CHUNK = tl.constexpr(4)  # classes that are added up before the sum goes on in float64: what one thread has loaded
+
+
+@triton.jit
+def start(origin):
+    """What exponents are counted from: a group without a finite class has no origin and counts from 0."""
+    return tl.where(origin == float("-inf"), 0.0, origin)
+
+
+@triton.jit
+def total(x):
+    """The sum over the classes of a tile, in float64."""
+    if x.dtype == tl.float32 and x.shape[1] > CHUNK:
+        x = tl.sum(tl.reshape(x, [x.shape[0], x.shape[1] // CHUNK, CHUNK]), 2)
+    return tl.sum(x.to(tl.float64), 1)
+
+
+@triton.jit
+def only(x, mask):
+    """The value at the one class of each row that is in ``mask``; 0 where there is none."""
+    return tl.sum(tl.where(mask, x, 0.0), 1)
+
+
+@triton.jit
+def power_of_single(origin):
+    """The sum of a group of one class: 1, or 0 where it is masked; NaN where it is no number."""
+    return tl.where(origin == float("-inf"), 0.0, 1.0 + (origin - origin))
+
+
+@triton.jit
+def statistics_of_single(student, teacher):
+    """Statistics of a group of one class from its logits."""
+    zero = tl.zeros_like(student).to(tl.float64)
+    student_sum, teacher_sum = power_of_single(student).to(tl.float64), power_of_single(teacher).to(tl.float64)
+    return (student, teacher, student_sum, teacher_sum, zero, zero)
+
+
+@triton.jit
+def origins_of(student, teacher, single, top, KIND: tl.constexpr):
+    """Maxima of the top group (where there is one) and of the rest: a pair of pairs."""
+    if has_single(KIND):
+        student, teacher = tl.where(single, float("-inf"), student), tl.where(single, float("-inf"), teacher)
+    if by_rank(KIND):
+        of_top = (
+            tl.max(tl.where(top, student, float("-inf")), 1),
+            tl.max(tl.where(top, teacher, float("-inf")), 1),
+        )
+        student, teacher = tl.where(top, float("-inf"), student), tl.where(top, float("-inf"), teacher)
+        return of_top, (tl.max(student, 1), tl.max(teacher, 1))
+    else:
+        of_rest = (tl.max(student, 1), tl.max(teacher, 1))
+        return of_rest, of_rest
+
+
+@triton.jit
+def exponentials(student, teacher, single, top, of_top, of_rest, k, KIND: tl.constexpr):
+    """``(es, et, gap)`` of each class, counted from its group's origins; the single class has none here: 0."""
+    student_start, teacher_start = start(of_rest[0])[:, None], start(of_rest[1])[:, None]
+    if has_single(KIND):
+        student, teacher = tl.where(single, float("-inf"), student), tl.where(single, float("-inf"), teacher)
+    if by_rank(KIND):
+        student_start = tl.where(top, start(of_top[0])[:, None], student_start)
+        teacher_start = tl.where(top, start(of_top[1])[:, None], teacher_start)
+    xs, xt = (student - student_start) * k, (teacher - teacher_start) * k
+    return tl.exp2(xs), tl.exp2(xt), xt - xs
+
+
+@triton.jit
+def sums(es, et, gap, FORWARD: tl.constexpr, REVERSE: tl.constexpr):
+    """The four sums over a tile; a class without probability adds nothing, however infinite its gap."""
+    student_sum, teacher_sum = total(es), total(et)
+    teacher_gap, student_gap = tl.zeros_like(student_sum), tl.zeros_like(student_sum)
+    if FORWARD:
+        teacher_gap = total(tl.where(et > 0, et * gap, 0.0))
+    if REVERSE:
+        student_gap = total(tl.where(es > 0, es * gap, 0.0))
+    return (student_sum, teacher_sum, teacher_gap, student_gap)
+
+
+@triton.jit
+def statistics(student, teacher, single, top, k, KIND: tl.constexpr, FORWARD: tl.constexpr, REVERSE: tl.constexpr):
+    """``(statistics of top, statistics of rest, (es, et, gap))`` of a tile; top's are rest's where there is no top."""
+    of_top, of_rest = origins_of(student, teacher, single, top, KIND)
+    es, et, gap = exponentials(student, teacher, single, top, of_top, of_rest, k, KIND)
+    if by_rank(KIND):
+        inside = sums(tl.where(top, es, 0.0), tl.where(top, et, 0.0), gap, FORWARD, REVERSE)
+        outside = sums(tl.where(top, 0.0, es), tl.where(top, 0.0, et), gap, FORWARD, REVERSE)
+        return of_top + inside, of_rest + outside, (es, et, gap)
+    else:
+        rest = of_rest + sums(es, et, gap, FORWARD, REVERSE)
+        return rest, rest, (es, et, gap)
+
+
+@triton.jit
+def merge_along(stats, k):
+    """Merges statistics ``[samples, parts]`` of the parts of rows into those of the rows."""
+    student_origin, teacher_origin, student_sum, teacher_sum, teacher_gap, student_gap = stats
+    student, teacher = tl.max(student_origin, 1), tl.max(teacher_origin, 1)
+    by_student = (start(student_origin) - start(student)[:, None]) * k
+    by_teacher = (start(teacher_origin) - start(teacher)[:, None]) * k
+    # Parts without a class have sums of 0, whatever their factor: but it must not be infinite.
+    by_student = tl.where(student_origin == float("-inf"), 0.0, by_student).to(tl.float64)
+    by_teacher = tl.where(teacher_origin == float("-inf"), 0.0, by_teacher).to(tl.float64)
+    # The change of origin can be huge where a part's sums vanish beside the others'.
+    student_factor, teacher_factor = tl.exp2(by_student), tl.exp2(by_teacher)
+    gap = by_teacher - by_student
+    teacher_gap = tl.where(teacher_factor > 0, teacher_factor * (teacher_gap + gap * teacher_sum), 0.0)
+    student_gap = tl.where(student_factor > 0, student_factor * (student_gap + gap * student_sum), 0.0)
+    return (
+        student,
+        teacher,
+        tl.sum(student_factor * student_sum, 1),
+        tl.sum(teacher_factor * teacher_sum, 1),
+        tl.sum(teacher_gap, 1),
+        tl.sum(student_gap, 1),
+    )
+
+
+@triton.jit
+def softmax_statistics(student):
+    """``(origin, sum)`` of each row's softmax at T = 1, for the cross entropy."""
+    origin = tl.max(student, 1)
+    return origin, total(tl.exp2((student - start(origin)[:, None]) * LOG2E))
+
+
+@triton.jit
+def groups_with(of_single, of_top, of_rest, KIND: tl.constexpr):
+    """One entry a group, in the order of a term's weights."""
+    if KIND == TOP1_TOPK:
+        return (of_single, of_top, of_rest)
+    elif KIND == TOPK:
+        return (of_top, of_rest)
+    elif KIND == TARGET:
+        return (of_single, of_rest)
+    else:
+        return (of_rest,)
