@@ -60,6 +60,7 @@ class Buffer(Flat):
         self.loaded = self.stored = self.atomic = 0
         self.touched = Flat(np.zeros(u8.size, np.uint8))
         self.written = Flat(np.zeros(u8.size, np.uint8))
+        self.storage: object = None
         self.init: Flat | None = None
         self.reach: Flat | None = None
         self.writer: np.ndarray | None = None

@@ -160,7 +160,7 @@ class Module:
             there = Allocation(arg)
             if there.key not in seen:
                 buffer = seen[there.key] = mem.add(names[j] if names else f"arg{j}", there.u8)
-                buffer.reach = Flat(np.zeros(buffer.size, np.uint8))
+                buffer.storage, buffer.reach = there.key, Flat(np.zeros(buffer.size, np.uint8))
                 if there.key in written:
                     buffer.init = Flat(written[there.key])
             buffer = seen[there.key]
@@ -219,7 +219,9 @@ class Module:
         for b in machine.mem.buffers:
             if b.name != "<params>":
                 touched, written = int(np.count_nonzero(b.touched.u8)), int(np.count_nonzero(b.written.u8))
-                stats.buffers[b.name] = BufferStats(b.name, b.size, b.loaded, b.stored, b.atomic, touched, written)
+                stats.buffers[b.name] = BufferStats(
+                    b.name, b.storage, b.size, b.loaded, b.stored, b.atomic, touched, written
+                )
 
 
 def _poison(buffer: Buffer, part: slice) -> None:

@@ -140,7 +140,8 @@ def tokenize(text):
 
 
 def int_of(s):
-    return int(s.rstrip("U"), 0) if not re.fullmatch(r"0\d+U?", s) else int(s.rstrip("U"), 8)
+    s = s.rstrip("U")
+    return int(s, 8) if len(s) > 1 and s.isdecimal() and s[0] == "0" else int(s, 0)
 
 
 class Scope:

@@ -35,6 +35,7 @@ class BufferStats:
     """What a launch did to one allocation, in bytes."""
 
     name: str
+    storage: object = None  # whose bytes these are: the same allocation in other launches has the same
     size: int = 0
     loaded: int = 0
     stored: int = 0
@@ -131,8 +132,8 @@ class Stats:
         for name in ("launches", "barriers", "seconds", *_SUMMED):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         for name, buffer in other.buffers.items():
-            mine = self.buffers.setdefault(name, BufferStats(name))
-            for column in fields(BufferStats)[1:]:
+            mine = self.buffers.setdefault(name, BufferStats(name, buffer.storage))
+            for column in fields(BufferStats)[2:]:
                 setattr(mine, column.name, getattr(mine, column.name) + getattr(buffer, column.name))
         for message in other.warnings:
             self.warn(message)

@@ -39,49 +39,65 @@ class Launch(NamedTuple):
     stats: Stats
 
 
-class SimDriver:
-    """The slice of Triton's driver that launching needs, for a GPU of compute capability ``arch``.
+class _Driver:
+    """The slice of Triton's driver that launching needs; nothing of it touches a device."""
 
-    ``log`` has an entry a launch, ``stats`` their totals by kernel.
-    """
-
-    def __init__(self, arch: int, options: dict[str, Any]) -> None:
-        self.arch, self.options = arch, options
-        self.stats: dict[str, Stats] = {}
-        self.log: list[Launch] = []
-        self.fresh: dict[Any, tuple[torch.Tensor, np.ndarray]] = {}
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
         self.utils = SimpleNamespace(unload_module=lambda module: None, get_device_properties=self.properties)
 
-    def properties(self, device: int = 0) -> dict[str, int]:
-        shared = MAX_SHARED[self.arch]
+    def properties(self, device: Any = 0) -> dict[str, int]:
+        shared = MAX_SHARED.get(self.target.arch, 65536)
         return {"max_shared_mem": shared, "multiprocessor_count": 132, "max_num_regs": 65536, "warpSize": 32}
 
     def is_active(self) -> bool:
         return True
 
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.arch, 32)
+        return self.target
 
-    def get_current_device(self) -> int:
-        return self.arch  # a device a target, so that kernels compiled for another one are not taken for its own
+    def get_current_device(self) -> Any:
+        return self.target.arch  # a device a target, so that kernels compiled for another one are not taken for its own
 
-    def set_current_device(self, device: int) -> None:
+    def set_current_device(self, device: Any) -> None:
         pass
 
-    def get_current_stream(self, device: int = 0) -> int:
+    def get_current_stream(self, device: Any = 0) -> int:
         return 0
 
     def get_active_torch_device(self) -> torch.device:
         return torch.device("cpu")
 
     def get_device_interface(self) -> SimpleNamespace:
-        return SimpleNamespace(current_device=lambda: self.arch, synchronize=lambda *args: None)
+        return SimpleNamespace(current_device=self.get_current_device, synchronize=lambda *args: None)
 
     def map_python_to_cpp_type(self, ty: str) -> str:
         return ty
 
-    def get_device_capability(self, device: int = 0) -> tuple[int, int]:
-        return divmod(self.arch, 10)
+    def launch(self, compiled: CompiledKernel, grid: tuple[int, int, int], args: tuple[Any, ...]) -> None:
+        raise NotImplementedError
+
+
+class CompileDriver(_Driver):
+    """Launches run nothing: ``compiled`` collects the kernels that would have run, by the hash of their source."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        super().__init__(target)
+        self.compiled: dict[str, CompiledKernel] = {}
+
+    def launch(self, compiled: CompiledKernel, grid: tuple[int, int, int], args: tuple[Any, ...]) -> None:
+        self.compiled[compiled.metadata.hash] = compiled
+
+
+class SimDriver(_Driver):
+    """Launches run in the simulator. ``log`` has an entry a launch, ``stats`` their totals by kernel."""
+
+    def __init__(self, arch: int, options: dict[str, Any]) -> None:
+        super().__init__(GPUTarget("cuda", arch, 32))
+        self.options = options
+        self.stats: dict[str, Stats] = {}
+        self.log: list[Launch] = []
+        self.fresh: dict[Any, tuple[torch.Tensor, np.ndarray]] = {}
 
     def allocated(self, tensor: torch.Tensor) -> None:
         """Takes note of memory that may not be read before it is written."""
@@ -141,7 +157,7 @@ class _Launcher:
 def _init_handles(compiled: CompiledKernel) -> None:
     """In place of CompiledKernel's: nothing is loaded."""
     if compiled._run is None:
-        most = MAX_SHARED[compiled.metadata.target.arch]
+        most = driver.active.properties()["max_shared_mem"]
         if compiled.metadata.shared > most:
             raise OutOfResources(compiled.metadata.shared, most, "shared memory")
         compiled._run = _Launcher(compiled)
@@ -170,6 +186,28 @@ def _noting(allocate, sim):
 
 
 @contextlib.contextmanager
+def _active(new: _Driver) -> Iterator[None]:
+    before = driver._active
+    driver.set_active(new)
+    init_handles, CompiledKernel._init_handles = CompiledKernel._init_handles, _init_handles
+    try:
+        yield
+    finally:
+        driver._active, CompiledKernel._init_handles = before, init_handles
+
+
+@contextlib.contextmanager
+def compiling_triton(target: GPUTarget) -> Iterator[CompileDriver]:
+    """Within this context Triton's launches on CPU tensors compile for ``target`` and do not run.
+
+    What host code does between launches sees tensors that no kernel has written.
+    """
+    compiler = CompileDriver(target)
+    with _active(compiler):
+        yield compiler
+
+
+@contextlib.contextmanager
 def patched_triton(arch: int = 90, *, fresh: bool = False, **options: Any) -> Iterator[SimDriver]:
     """Within this context Triton's launches on CPU tensors run in the simulator.
 
@@ -178,21 +216,17 @@ def patched_triton(arch: int = 90, *, fresh: bool = False, **options: Any) -> It
         fresh: what ``torch.empty`` and its kin return meanwhile may not be read by a kernel before one has written it.
             (Kernels write it: what torch writes into it, ``fill_`` say, is not seen.)
         options: of :class:`~ptxsim.machine.Options`.
-
-    The kernels' cached binaries are kept by target, so that contexts with different ``arch`` do not mix.
     """
-    before, sim = driver._active, SimDriver(arch, options)
-    driver.set_active(sim)
-    init_handles, CompiledKernel._init_handles = CompiledKernel._init_handles, _init_handles
+    sim = SimDriver(arch, options)
     allocators = [getattr(owner, name) for owner, name in _ALLOCATORS] if fresh else []
     try:
         for (owner, name), allocate in zip(_ALLOCATORS, allocators, strict=False):
             setattr(owner, name, _noting(allocate, sim))
-        yield sim
+        with _active(sim):
+            yield sim
     finally:
         for (owner, name), allocate in zip(_ALLOCATORS, allocators, strict=False):
             setattr(owner, name, allocate)
-        driver._active, CompiledKernel._init_handles = before, init_handles
 
 
 def triton_run(
