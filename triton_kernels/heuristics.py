@@ -43,6 +43,9 @@ def fused_tile(layout: Layout, problem: Problem) -> Tile | None:
 #: Samples that a program of the weights' sum adds up, and classes of one that prepares their standardisation.
 WEIGHT_BLOCK = 4096
 CLASS_BLOCK = 256
+#: Candidates for the top k that one program merges, of one or several samples.
+_MOST_CANDIDATES = 8192
+_MERGED = 2048
 
 
 def sum_block(rows: int) -> int:
@@ -54,6 +57,25 @@ def sum_warps(block: int) -> int:
     return max(block // 512, 1)
 
 
+def split_tile(layout: Layout, problem: Problem) -> Tile:
+    """The part of some samples whose statistics a program takes. Small parts fill a GPU even with one sample."""
+    per_thread = _PER_THREAD // (2 if problem.low else 1) // len(problem.terms)
+    return _spread(layout, 4 * 32 * per_thread, per_thread)
+
+
+def sets_aside(split: int, tile: Tile, problem: Problem) -> bool:
+    """Whether the parts' own best classes are few enough to be candidates in one merge."""
+    k = max(problem.ks)
+    return 0 < k <= tile.block_c // 4 and power_of_two(split * k) <= _MOST_CANDIDATES
+
+
+def merge_tile(split: int, k: int) -> Tile:
+    """Samples, and candidates of each (or parts), that a program merges."""
+    block_c = power_of_two(split * k)
+    block_n = max(_MERGED // max(block_c, _LEAST_CLASSES), 1)
+    return Tile(block_n, block_c, min(max(block_n * block_c // 1024, 1), _MOST_WARPS))
+
+
 def sweep_tile(layout: Layout, problem: Problem) -> Tile:
     """The tile of an elementwise sweep: a few thousand elements, in the shape of memory."""
     per_thread = _PER_THREAD // (4 if problem.low else 2)
@@ -63,6 +85,18 @@ def sweep_tile(layout: Layout, problem: Problem) -> Tile:
 def scale_tile(layout: Layout) -> Tile:
     """The tile of the sweep that scales a gradient."""
     return _spread(layout, 4 * 32 * 16, 16)
+
+
+def class_tile(layout: Layout) -> Tile:
+    """The tile of a sum over samples: short in classes, so that there are programs enough."""
+    block_n, block_c = (_PIXELS, 32) if layout.axis == SAMPLES.value else (16, 128)
+    return Tile(block_n, min(block_c, max(power_of_two(layout.classes), _LEAST_CLASSES)), 4)
+
+
+def stretch(blocks: int, tiles: int) -> int:
+    """Blocks of samples that one program adds up: programs enough for a GPU, and few partial sums."""
+    stretches = min(max(1024 // tiles, 1), 64, max(blocks // 2, 1))
+    return -(-blocks // stretches)
 
 
 def _spread(layout: Layout, elements: int, per_thread: int) -> Tile:

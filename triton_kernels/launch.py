@@ -8,17 +8,33 @@ from typing import NamedTuple
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from kdkernels.triton_kernels import heuristics
+from kdkernels.triton_kernels.classes import (
+    add_stretches_kernel,
+    class_moments_kernel,
+    class_sums_kernel,
+    merge_class_moments_kernel,
+)
 from kdkernels.triton_kernels.fused import fused_kernel
 from kdkernels.triton_kernels.heuristics import Tile
 from kdkernels.triton_kernels.layout import Layout, find_layout
-from kdkernels.triton_kernels.objective import BY_CLASS, Problem, unpack
+from kdkernels.triton_kernels.objective import BY_CLASS, BY_SAMPLE, Problem, Term, unpack
 from kdkernels.triton_kernels.samples import scale_kernel, sum_rows_kernel, weight_sum_kernel
+from kdkernels.triton_kernels.split import merge_kernel, part_columns, select_kernel, split_kernel
+from kdkernels.triton_kernels.split_standardize import (
+    products_kernel,
+    sample_moments_kernel,
+    settle_moments_kernel,
+    slope_kernel,
+)
 from kdkernels.triton_kernels.standardize import ROWS, affines_kernel
 from kdkernels.triton_kernels.sweep import gradient_kernel
 from kdkernels.validation import REDUCTIONS
+
+_TRITON = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
 class Matrices(NamedTuple):
@@ -61,6 +77,34 @@ def _on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
 def _flat(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """One number a sample, in the samples' order."""
     return None if tensor is None else tensor.to(dtype).contiguous()
+
+
+class Samples(NamedTuple):
+    """What is known of the samples besides their logits, flat and in the kernels' types."""
+
+    target: Tensor | None
+    weight: Tensor | None
+    divisor: Tensor | None
+    ignore_index: int
+    scale: float
+
+
+class Kept(NamedTuple):
+    """What forward keeps of the samples for the sweep."""
+
+    saved: Tensor | None
+    members: Tensor | None
+
+
+def _constants(layout: Layout, tile: Tile) -> dict[str, int]:
+    """The constants and the launch options that most kernels take."""
+    return {
+        "AXIS": layout.axis,
+        "WIDE": layout.wide,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_C": tile.block_c,
+        "num_warps": tile.num_warps,
+    }
 
 
 def _sample_blocks(layout: Layout, tile: Tile) -> int:
@@ -117,88 +161,293 @@ def forward(
     by_class = moments is not None
     grad = torch.empty_like(student) if gradient and not by_class else None
     m = _matrices(student, teacher, class_dim, num_classes, grad)
-    layout = m.layout
+    samples = m.layout.samples
     problem = unpack(tuple(objective), parts, m.dtype == torch.float64)
     _check_moments(problem, moments)
     if gradient and by_class and not save:
         raise ValueError("save must go with gradient where there are moments")
     each = REDUCTIONS[reduction] == "none"
-    part_count, saved_count, member_count = problem.columns
-    samples = layout.samples
+    columns = problem.columns.parts
     shape = [size for dim, size in enumerate(student.shape) if each and dim != class_dim]
-    saved = m.new(samples, saved_count) if save else m.new(0)
-    members = m.new(samples, member_count, dtype=torch.int64) if save else m.new(0, dtype=torch.int64)
+    tile = heuristics.fused_tile(m.layout, problem)
+    keep = save or tile is None
+    saved = m.new(samples, problem.columns.saved) if keep else None
+    members = m.new(samples, problem.columns.members, dtype=torch.int64) if keep else None
     if samples == 0:
-        loss, values = m.new(*shape).zero_(), m.new(*shape, part_count).zero_() if parts else m.new(0)
-        sums = m.new(2, num_classes, dtype=torch.float64).zero_() if gradient and by_class else student.new_empty(0)
-        return loss, values, sums if grad is None else grad, saved, members
-    with _on_device(student):
-        target, weight = _flat(target, torch.int64), _flat(sample_weight, m.dtype)
-        divisor = denominator
-        if divisor is None and REDUCTIONS[reduction] == "mean":
-            if target is None and weight is None:
-                scale /= samples
-            else:
-                divisor = _weight_sum(target, weight, samples, ignore_index, student.device)
-        elif REDUCTIONS[reduction] == "batchmean":
-            scale /= student.shape[0]
-        affines = _affines(m, moments, None, objective) if moments is not None else None
-        tile = heuristics.fused_tile(layout, problem)
-        assert tile is not None
-        blocks = _sample_blocks(layout, tile)
-        rows = m.new(*shape) if each else m.new(blocks, 1, dtype=torch.float64)
-        part_rows = None
-        if parts:
-            part_rows = m.new(*shape, part_count) if each else m.new(blocks, part_count, dtype=torch.float64)
-        fused_kernel[(blocks,)](
-            student,
-            teacher,
-            grad,
-            target,
-            weight,
-            divisor,
-            affines,
-            rows,
-            part_rows,
-            saved if save else None,
-            members if save else None,
-            *layout.run_time,
-            problem.ks,
-            ignore_index,
-            scale,
+        loss = m.new(*shape).zero_()
+        values = m.new(*shape, columns).zero_() if parts else m.new(0)
+    else:
+        with _on_device(student):
+            target, weight = _flat(target, torch.int64), _flat(sample_weight, m.dtype)
+            divisor = denominator
+            if divisor is None and REDUCTIONS[reduction] == "mean":
+                if target is None and weight is None:
+                    scale /= samples
+                else:
+                    divisor = _weight_sum(target, weight, samples, ignore_index, student.device)
+            elif REDUCTIONS[reduction] == "batchmean":
+                scale /= student.shape[0]
+            affines = None if moments is None else _affines(m, moments, None, objective)
+            marks = Samples(target, weight, divisor, ignore_index, scale)
+            kept = Kept(saved, members)
+            run = _fused if tile is not None else _split
+            rows, part_rows = run(m, problem, marks, affines, kept, shape, each, parts)
+            loss = rows if each else _sum_rows(rows, m.dtype).reshape(())
+            values = m.new(0) if part_rows is None else part_rows if each else _sum_rows(part_rows, m.dtype)
+    if gradient and by_class:
+        one = torch.ones((), dtype=m.dtype, device=student.device)
+        grad = class_sums(
+            one, student, teacher, target, saved, members, moments, objective, class_dim, num_classes
+        )
+    if not save:
+        saved, members = m.new(0), m.new(0, dtype=torch.int64)
+    return loss, values, student.new_empty(0) if grad is None else grad, saved, members
+
+
+def _results(
+    m: Matrices, problem: Problem, shape: list[int], each: bool, parts: bool, blocks: int
+) -> tuple[Tensor, Tensor | None]:
+    """Room for the losses and their parts: of each sample, or of each block of samples."""
+    columns = problem.columns.parts
+    if each:
+        return m.new(*shape), m.new(*shape, columns) if parts else None
+    double = torch.float64
+    return m.new(blocks, 1, dtype=double), m.new(blocks, columns, dtype=double) if parts else None
+
+
+def _fused(
+    m: Matrices,
+    problem: Problem,
+    marks: Samples,
+    affines: Tensor | None,
+    kept: Kept,
+    shape: list[int],
+    each: bool,
+    parts: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """All steps in one launch."""
+    tile = heuristics.fused_tile(m.layout, problem)
+    assert tile is not None
+    blocks = _sample_blocks(m.layout, tile)
+    rows, part_rows = _results(m, problem, shape, each, parts, blocks)
+    fused_kernel[(blocks,)](
+        m.student,
+        m.teacher,
+        m.gradient,
+        marks.target,
+        marks.weight,
+        marks.divisor,
+        affines,
+        rows,
+        part_rows,
+        kept.saved,
+        kept.members,
+        m.layout.sizes,
+        m.layout.student,
+        m.layout.teacher,
+        m.layout.gradient,
+        m.layout.classes,
+        m.layout.gradient_classes,
+        problem.ks,
+        marks.ignore_index,
+        marks.scale,
+        problem.numbers,
+        problem.low,
+        TERMS=problem.terms,
+        CE=problem.ce,
+        STANDARDIZE=problem.standardize,
+        COLUMNS=problem.columns,
+        EACH=each,
+        **_constants(m.layout, tile),
+    )
+    return rows, part_rows
+
+
+def _split(
+    m: Matrices,
+    problem: Problem,
+    marks: Samples,
+    affines: Tensor | None,
+    kept: Kept,
+    shape: list[int],
+    each: bool,
+    parts: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Statistics of parts of the samples, their merge, and a sweep for the gradient."""
+    layout, samples = m.layout, m.layout.samples
+    tile = heuristics.split_tile(layout, problem)
+    split = triton.cdiv(layout.classes, tile.block_c)
+    merge_tile = heuristics.merge_tile(split, 1)
+    by_sample = problem.standardize == BY_SAMPLE.value
+    grid = (_sample_blocks(layout, tile) * split,)
+    merge_grid = (triton.cdiv(samples, merge_tile.block_n),)
+    where = layout.sizes, layout.student, layout.teacher, layout.classes
+    constants = {"STANDARDIZE": problem.standardize, "COLUMNS": problem.columns, **_constants(layout, tile)}
+    merging = {"COLUMNS": problem.columns, "BLOCK_N": merge_tile.block_n, "num_warps": merge_tile.num_warps}
+    if by_sample:
+        moments = m.new(samples, split, 6, dtype=torch.float64)
+        sample_moments_kernel[grid](
+            m.student,
+            m.teacher,
+            marks.target,
+            marks.weight,
+            moments,
+            *where,
+            marks.ignore_index,
+            dtype=_TRITON[m.dtype],
+            **_constants(layout, tile),
+        )
+        settle_moments_kernel[merge_grid](
+            moments, kept.saved, samples, split, problem.numbers, problem.low, PARTS=merge_tile.block_c, **merging
+        )
+    if heuristics.sets_aside(split, tile, problem):
+        candidate_count = sum(problem.ks)
+        candidates = m.new(samples, split, candidate_count, 2)
+        candidate_classes = m.new(samples, split, candidate_count, dtype=torch.int32)
+    else:
+        candidate_count, candidates, candidate_classes = 0, None, None
+        for term, k in zip(problem.terms, problem.ks, strict=True):
+            if k:
+                _select(m, problem, marks, affines, kept, term, k, tile)
+    stats = m.new(samples, split, part_columns(problem.terms), dtype=torch.float64)
+    split_kernel[grid](
+        m.student,
+        m.teacher,
+        marks.target,
+        marks.weight,
+        affines,
+        kept.saved,
+        kept.members,
+        stats,
+        candidates,
+        candidate_classes,
+        *where,
+        problem.ks,
+        candidate_count,
+        marks.ignore_index,
+        problem.numbers,
+        problem.low,
+        TERMS=problem.terms,
+        CE=problem.ce,
+        **constants,
+    )
+    merge_tile = heuristics.merge_tile(split, max(problem.ks) if candidates is not None else 1)
+    blocks = triton.cdiv(samples, merge_tile.block_n)
+    rows, part_rows = _results(m, problem, shape, each, parts, blocks)
+    merge_kernel[(blocks,)](
+        stats,
+        candidates,
+        candidate_classes,
+        marks.target,
+        marks.weight,
+        marks.divisor,
+        rows,
+        part_rows,
+        kept.saved,
+        kept.members,
+        samples,
+        layout.classes,
+        split,
+        problem.ks,
+        candidate_count,
+        marks.ignore_index,
+        marks.scale,
+        problem.numbers,
+        problem.low,
+        TERMS=problem.terms,
+        CE=problem.ce,
+        COLUMNS=problem.columns,
+        EACH=each,
+        BLOCK_N=merge_tile.block_n,
+        PARTS=heuristics.power_of_two(split),
+        CANDIDATES=merge_tile.block_c,
+        num_warps=merge_tile.num_warps,
+    )
+    if by_sample:
+        products = m.new(samples, split, dtype=torch.float64)
+        products_kernel[grid](
+            m.student,
+            m.teacher,
+            marks.target,
+            kept.saved,
+            kept.members,
+            products,
+            *where,
             problem.numbers,
             problem.low,
             TERMS=problem.terms,
-            CE=problem.ce,
-            STANDARDIZE=problem.standardize,
-            COLUMNS=problem.columns,
-            EACH=each,
-            AXIS=layout.axis,
-            WIDE=layout.wide,
-            BLOCK_N=tile.block_n,
-            BLOCK_C=tile.block_c,
-            num_warps=tile.num_warps,
+            **constants,
         )
-        loss = rows if each else _sum_rows(rows, m.dtype).reshape(())
-        values = m.new(0)
-        if part_rows is not None:
-            values = part_rows if each else _sum_rows(part_rows, m.dtype)
-    if grad is None:
-        grad = student.new_empty(0)
-        if gradient:
-            grad = class_sums(
-                torch.ones((), dtype=m.dtype, device=student.device),
-                student,
-                teacher,
-                target,
-                saved,
-                members,
-                moments,
-                objective,
-                class_dim,
-                num_classes,
-            )
-    return loss, values, grad, saved, members
+        slope_kernel[merge_grid](
+            products, kept.saved, samples, split, PARTS=heuristics.merge_tile(split, 1).block_c, **merging
+        )
+    if m.gradient is not None:
+        _sweep(m, problem, None, marks.target, affines, kept)
+    return rows, part_rows
+
+
+def _select(
+    m: Matrices,
+    problem: Problem,
+    marks: Samples,
+    affines: Tensor | None,
+    kept: Kept,
+    term: Term,
+    k: int,
+    tile: Tile,
+) -> None:
+    """Finds a term's leading classes before the statistics."""
+    select_kernel[(_sample_blocks(m.layout, tile),)](
+        m.teacher,
+        marks.target,
+        marks.weight,
+        affines,
+        kept.saved,
+        kept.members,
+        m.layout.sizes,
+        m.layout.teacher,
+        m.layout.classes,
+        k,
+        marks.ignore_index,
+        TERM=term,
+        STANDARDIZE=problem.standardize,
+        COLUMNS=problem.columns,
+        dtype=_TRITON[m.dtype],
+        **_constants(m.layout, tile),
+    )
+
+
+def _sweep(
+    m: Matrices, problem: Problem, grad_loss: Tensor | None, target: Tensor | None, affines: Tensor | None, kept: Kept
+) -> None:
+    """The gradient from what was kept."""
+    layout = m.layout
+    tile = heuristics.sweep_tile(layout, problem)
+    grid = (_sample_blocks(layout, tile) * triton.cdiv(layout.gradient_classes, tile.block_c),)
+    gradient_kernel[grid](
+        grad_loss,
+        m.student,
+        m.teacher,
+        m.gradient,
+        target,
+        affines,
+        kept.saved,
+        kept.members,
+        layout.sizes,
+        layout.student,
+        layout.teacher,
+        layout.gradient,
+        layout.classes,
+        layout.gradient_classes,
+        problem.numbers,
+        problem.low,
+        TERMS=problem.terms,
+        CE=problem.ce,
+        STANDARDIZE=problem.standardize,
+        COLUMNS=problem.columns,
+        EACH=grad_loss is not None and grad_loss.dim() > 0,
+        **_constants(layout, tile),
+    )
 
 
 def backward(
@@ -215,44 +464,119 @@ def backward(
     num_classes: int,
 ) -> Tensor:
     """See :meth:`kdkernels.ops.Ops.backward`."""
-    gradient = torch.empty_like(student)
-    m = _matrices(student, teacher, class_dim, num_classes, gradient)
-    layout = m.layout
+    m = _matrices(student, teacher, class_dim, num_classes, torch.empty_like(student))
+    assert m.gradient is not None
     problem = unpack(tuple(objective), False, m.dtype == torch.float64)
     _check_moments(problem, moments)
     if (moments is None) != (sums is None):
         raise ValueError("sums must be given with moments")
+    if m.layout.samples:
+        with _on_device(student):
+            affines = None if moments is None else _affines(m, moments, sums, objective)
+            _sweep(m, problem, grad_loss.contiguous(), _flat(target, torch.int64), affines, Kept(saved, members))
+    return m.gradient
+
+
+def class_moments(
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor | None,
+    sample_weight: Tensor | None,
+    class_dim: int,
+    num_classes: int,
+    ignore_index: int,
+) -> Tensor:
+    """See :meth:`kdkernels.ops.Ops.class_moments`."""
+    m = _matrices(student, teacher, class_dim, num_classes)
+    layout = m.layout
+    moments = m.new(2, 3, num_classes, dtype=torch.float64)
     if layout.samples == 0:
-        return gradient
+        return moments.zero_()
     with _on_device(student):
-        target = _flat(target, torch.int64)
-        affines = _affines(m, moments, sums, objective) if moments is not None else None
-        tile = heuristics.sweep_tile(layout, problem)
-        grid = (_sample_blocks(layout, tile) * triton.cdiv(layout.gradient_classes, tile.block_c),)
-        gradient_kernel[grid](
+        tile, blocks, stretch = _stretches(layout)
+        tiles, stretches = triton.cdiv(num_classes, tile.block_c), triton.cdiv(blocks, stretch)
+        partial = moments if stretches == 1 else m.new(stretches, 2, 3, num_classes, dtype=torch.float64)
+        class_moments_kernel[(tiles * stretches,)](
+            student,
+            teacher,
+            _flat(target, torch.int64),
+            _flat(sample_weight, m.dtype),
+            partial,
+            layout.sizes,
+            layout.student,
+            layout.teacher,
+            num_classes,
+            blocks,
+            stretch,
+            ignore_index,
+            dtype=_TRITON[m.dtype],
+            **_constants(layout, tile),
+        )
+        if stretches > 1:
+            block = heuristics.CLASS_BLOCK
+            grid = (2 * triton.cdiv(num_classes, block),)
+            merge_class_moments_kernel[grid](partial, moments, stretches, num_classes, BLOCK=block, num_warps=4)
+    return moments
+
+
+def class_sums(
+    grad_loss: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor | None,
+    saved: Tensor,
+    members: Tensor,
+    moments: Tensor,
+    objective: list[float],
+    class_dim: int,
+    num_classes: int,
+) -> Tensor:
+    """See :meth:`kdkernels.ops.Ops.class_sums`."""
+    m = _matrices(student, teacher, class_dim, num_classes)
+    layout = m.layout
+    problem = unpack(tuple(objective), False, m.dtype == torch.float64)
+    sums = m.new(2, num_classes, dtype=torch.float64)
+    if layout.samples == 0:
+        return sums.zero_()
+    with _on_device(student):
+        tile, blocks, stretch = _stretches(layout)
+        tiles, stretches = triton.cdiv(num_classes, tile.block_c), triton.cdiv(blocks, stretch)
+        partial = sums if stretches == 1 else m.new(stretches, 2, num_classes, dtype=torch.float64)
+        class_sums_kernel[(tiles * stretches,)](
             grad_loss.contiguous(),
             student,
             teacher,
-            gradient,
-            target,
-            affines,
+            _flat(target, torch.int64),
+            _affines(m, moments, None, objective),
             saved,
             members,
-            *layout.run_time,
+            partial,
+            layout.sizes,
+            layout.student,
+            layout.teacher,
+            num_classes,
+            blocks,
+            stretch,
             problem.numbers,
             problem.low,
             TERMS=problem.terms,
-            CE=problem.ce,
             STANDARDIZE=problem.standardize,
             COLUMNS=problem.columns,
             EACH=grad_loss.dim() > 0,
-            AXIS=layout.axis,
-            WIDE=layout.wide,
-            BLOCK_N=tile.block_n,
-            BLOCK_C=tile.block_c,
-            num_warps=tile.num_warps,
+            **_constants(layout, tile),
         )
-    return gradient
+        if stretches > 1:
+            block, width = heuristics.CLASS_BLOCK, 2 * num_classes
+            grid = (triton.cdiv(width, block),)
+            add_stretches_kernel[grid](partial, sums, stretches, width, BLOCK=block, num_warps=4)
+    return sums
+
+
+def _stretches(layout: Layout) -> tuple[Tile, int, int]:
+    """The tile of a sum over samples, how many blocks of samples there are, and how many one program adds up."""
+    tile = heuristics.class_tile(layout)
+    blocks = _sample_blocks(layout, tile)
+    return tile, blocks, heuristics.stretch(blocks, triton.cdiv(layout.classes, tile.block_c))
 
 
 def _check_moments(problem: Problem, moments: Tensor | None) -> None:
@@ -275,9 +599,5 @@ def scale_(gradient: Tensor, factor: Tensor, class_dim: int) -> None:
             layout.student,
             layout.classes,
             EACH=factor.dim() > 0,
-            AXIS=layout.axis,
-            WIDE=layout.wide,
-            BLOCK_N=tile.block_n,
-            BLOCK_C=tile.block_c,
-            num_warps=tile.num_warps,
+            **_constants(layout, tile),
         )

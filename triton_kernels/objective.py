@@ -39,6 +39,14 @@ class Term(NamedTuple):
     members: int
 
 
+class Columns(NamedTuple):
+    """Columns of what is known of a sample: loss parts, numbers and integers that are kept."""
+
+    parts: int
+    saved: int
+    members: int
+
+
 class Problem(NamedTuple):
     """An objective, unpacked for the kernels; hashable."""
 
@@ -50,8 +58,7 @@ class Problem(NamedTuple):
     low: tuple[float, ...]
     #: How many classes lead, a term.
     ks: tuple[int, ...]
-    #: Columns of what is known of a sample: loss parts, numbers and integers that are kept.
-    columns: tuple[int, int, int]
+    columns: Columns
 
 
 @functools.lru_cache(maxsize=256)
@@ -83,7 +90,7 @@ def unpack(encoded: tuple[float, ...], parts: bool, double: bool) -> Problem:
         members += MEMBERS.value if kind >= TOPK.value else 0
     high = tuple(_float32(number) for number in numbers)
     low = tuple(_float32(number - part) for number, part in zip(numbers, high, strict=True)) if double else ()
-    columns = (part_count, saved, members)
+    columns = Columns(part_count, saved, members)
     return Problem(tuple(terms), ce_weight != 0, int(standardize), high, low, tuple(ks), columns)
 
 

@@ -111,28 +111,34 @@ def statistics(student, teacher, single, top, k, KIND: tl.constexpr, FORWARD: tl
 
 
 @triton.jit
-def merge_along(stats, k):
-    """Merges statistics ``[samples, parts]`` of the parts of rows into those of the rows."""
+def rebase(stats, student, teacher, k):
+    """The sums of ``stats``, counted from the origins ``student`` and ``teacher``, which are at least as large."""
     student_origin, teacher_origin, student_sum, teacher_sum, teacher_gap, student_gap = stats
-    student, teacher = tl.max(student_origin, 1), tl.max(teacher_origin, 1)
-    by_student = (start(student_origin) - start(student)[:, None]) * k
-    by_teacher = (start(teacher_origin) - start(teacher)[:, None]) * k
-    # Parts without a class have sums of 0, whatever their factor: but it must not be infinite.
-    by_student = tl.where(student_origin == float("-inf"), 0.0, by_student).to(tl.float64)
-    by_teacher = tl.where(teacher_origin == float("-inf"), 0.0, by_teacher).to(tl.float64)
-    # The change of origin can be huge where a part's sums vanish beside the others'.
+    # Without a class there is nothing to count anew, but the factor must not be infinite.
+    by_student = tl.where(student_origin == float("-inf"), 0.0, (start(student_origin) - start(student)) * k)
+    by_teacher = tl.where(teacher_origin == float("-inf"), 0.0, (start(teacher_origin) - start(teacher)) * k)
+    by_student, by_teacher = by_student.to(tl.float64), by_teacher.to(tl.float64)
     student_factor, teacher_factor = tl.exp2(by_student), tl.exp2(by_teacher)
     gap = by_teacher - by_student
-    teacher_gap = tl.where(teacher_factor > 0, teacher_factor * (teacher_gap + gap * teacher_sum), 0.0)
-    student_gap = tl.where(student_factor > 0, student_factor * (student_gap + gap * student_sum), 0.0)
-    return (
-        student,
-        teacher,
-        tl.sum(student_factor * student_sum, 1),
-        tl.sum(teacher_factor * teacher_sum, 1),
-        tl.sum(teacher_gap, 1),
-        tl.sum(student_gap, 1),
-    )
+    teacher_gap = tl.where(teacher_factor == 0, 0.0, teacher_factor * (teacher_gap + gap * teacher_sum))
+    student_gap = tl.where(student_factor == 0, 0.0, student_factor * (student_gap + gap * student_sum))
+    return student_factor * student_sum, teacher_factor * teacher_sum, teacher_gap, student_gap
+
+
+@triton.jit
+def merge_along(stats, k):
+    """The statistics of rows from those of their parts, ``[samples, parts]``."""
+    student, teacher = tl.max(stats[0], 1), tl.max(stats[1], 1)
+    sums_ = rebase(stats, student[:, None], teacher[:, None], k)
+    return (student, teacher, tl.sum(sums_[0], 1), tl.sum(sums_[1], 1), tl.sum(sums_[2], 1), tl.sum(sums_[3], 1))
+
+
+@triton.jit
+def merge(a, b, k):
+    """The statistics of two parts of a group together."""
+    student, teacher = tl.maximum(a[0], b[0]), tl.maximum(a[1], b[1])
+    of_a, of_b = rebase(a, student, teacher, k), rebase(b, student, teacher, k)
+    return (student, teacher, of_a[0] + of_b[0], of_a[1] + of_b[1], of_a[2] + of_b[2], of_a[3] + of_b[3])
 
 
 @triton.jit
