@@ -5,7 +5,6 @@ A program takes a block of classes and a stretch of the blocks of samples; stret
 
 import triton
 import triton.language as tl
-
 from kdkernels.triton_kernels.layout import load_tile, locate
 from kdkernels.triton_kernels.samples import read_samples
 from kdkernels.triton_kernels.sweep import read_kept, standardized_tile, term_gradients

@@ -1,12 +1,11 @@
 """Step 2: group statistics and weights in, loss parts and gradient coefficients out.
 
-The only kernel code that knows of KL directions. Divergences are small differences of large sums, so that they are taken
-in float64; masses and coefficients are in the arithmetic's type.
+The only kernel code that knows of KL directions. Divergences are small differences of large sums and taken in float64;
+masses and coefficients are in the arithmetic's type.
 """
 
 import triton
 import triton.language as tl
-
 from kdkernels.triton_kernels.objective import EXPONENT, GROUP, MASS, groups_of, number
 
 LN2 = tl.constexpr(0.6931471805599453)
@@ -74,7 +73,14 @@ def group_masses(logsumexps, dtype: tl.constexpr):
 
 @triton.jit
 def evaluate(
-    stats, sizes, numbers, low, FIRST: tl.constexpr, KIND: tl.constexpr, FORWARD: tl.constexpr, REVERSE: tl.constexpr,
+    stats,
+    sizes,
+    numbers,
+    low,
+    FIRST: tl.constexpr,
+    KIND: tl.constexpr,
+    FORWARD: tl.constexpr,
+    REVERSE: tl.constexpr,
     PARTS: tl.constexpr,
 ):
     """``(loss, parts, coefficients)`` of one term.
@@ -120,8 +126,10 @@ def evaluate(
             mix = number(numbers, low, MIX + 2 + 2 * g), number(numbers, low, MIX + 3 + 2 * g)
             parts = parts + (weighed(mix[0], mix[1], forward, reverse),)
         student_inverse, teacher_inverse = student_inverse.to(dtype), teacher_inverse.to(dtype)
-        student = slope * student_inverse * (
-            forward_weight + tl.where(reverse_weight != 0, reverse_weight * student_mean_gap, 0.0)
+        student = (
+            slope
+            * student_inverse
+            * (forward_weight + tl.where(reverse_weight != 0, reverse_weight * student_mean_gap, 0.0))
         )
         tilt = -slope * LN2 * reverse_weight * student_inverse
         coefficients = coefficients + ((student, tilt, slope * forward_weight * teacher_inverse),)

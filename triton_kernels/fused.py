@@ -6,11 +6,19 @@ when they are short) and pixels (samples next to one another) alike: the compile
 
 import triton
 import triton.language as tl
-
 from kdkernels.triton_kernels.evaluate import evaluate
 from kdkernels.triton_kernels.gradient import chain, gradient_of, softmax_gradient, store_gradient, weigh
 from kdkernels.triton_kernels.layout import load_tile, locate
-from kdkernels.triton_kernels.objective import BY_CLASS, BY_SAMPLE, CE_WEIGHT, CORRECTION, EPS, EXPONENT, has_single, number
+from kdkernels.triton_kernels.objective import (
+    BY_CLASS,
+    BY_SAMPLE,
+    CE_WEIGHT,
+    CORRECTION,
+    EPS,
+    EXPONENT,
+    has_single,
+    number,
+)
 from kdkernels.triton_kernels.partition import group_sizes, partition
 from kdkernels.triton_kernels.samples import read_factor, read_samples, write_results
 from kdkernels.triton_kernels.saved import save_term, store_columns
@@ -113,20 +121,16 @@ def fused_kernel(
     values = (entropy,)
     kept = ()
     for i in tl.static_range(len(TERMS)):
-        KIND: tl.constexpr = TERMS[i][0]
-        FORWARD: tl.constexpr = TERMS[i][2]
-        REVERSE: tl.constexpr = TERMS[i][3]
-        FIRST: tl.constexpr = TERMS[i][5]
-        exponent = number(numbers, low, FIRST + EXPONENT)
-        single, top, found = partition(t, classes, class_count, targets, ks[i], KIND, TERMS[i][1])
-        of_top, of_rest, exps = statistics(s, t, single, top, exponent, KIND, FORWARD, REVERSE)
+        exponent = number(numbers, low, TERMS[i][5] + EXPONENT)
+        single, top, found = partition(t, classes, class_count, targets, ks[i], TERMS[i][0], TERMS[i][1])
+        of_top, of_rest, exps = statistics(s, t, single, top, exponent, TERMS[i][0], TERMS[i][2], TERMS[i][3])
         of_single = of_rest
-        if has_single(KIND):
+        if has_single(TERMS[i][0]):
             of_single = statistics_of_single(only(s, single), only(t, single))
-        stats = groups_with(of_single, of_top, of_rest, KIND)
-        sizes_of = group_sizes(class_count, ks[i], KIND)
+        stats = groups_with(of_single, of_top, of_rest, TERMS[i][0])
+        sizes_of = group_sizes(class_count, ks[i], TERMS[i][0])
         of_term, of_parts, coefficients = evaluate(
-            stats, sizes_of, numbers, low, FIRST, KIND, FORWARD, REVERSE, parts is not None
+            stats, sizes_of, numbers, low, TERMS[i][5], TERMS[i][0], TERMS[i][2], TERMS[i][3], parts is not None
         )
         loss += of_term
         values = values + of_parts

@@ -2,7 +2,6 @@
 
 import triton
 import triton.language as tl
-
 from kdkernels.triton_kernels.layout import CLASSES, multiple, offsets
 from kdkernels.triton_kernels.objective import by_rank, groups_of, has_single
 from kdkernels.triton_kernels.stats import LOG2E, power_of_single, start

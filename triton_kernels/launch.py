@@ -9,8 +9,6 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from kdkernels.triton_kernels import heuristics
 from kdkernels.triton_kernels.classes import (
     add_stretches_kernel,
@@ -32,6 +30,8 @@ from kdkernels.triton_kernels.split_standardize import (
 )
 from kdkernels.triton_kernels.standardize import ROWS, affines_kernel
 from kdkernels.triton_kernels.sweep import gradient_kernel
+from torch import Tensor
+
 from kdkernels.validation import REDUCTIONS
 
 _TRITON = {torch.float32: tl.float32, torch.float64: tl.float64}
@@ -196,9 +196,7 @@ def forward(
             values = m.new(0) if part_rows is None else part_rows if each else _sum_rows(part_rows, m.dtype)
     if gradient and by_class:
         one = torch.ones((), dtype=m.dtype, device=student.device)
-        grad = class_sums(
-            one, student, teacher, target, saved, members, moments, objective, class_dim, num_classes
-        )
+        grad = class_sums(one, student, teacher, target, saved, members, moments, objective, class_dim, num_classes)
     if not save:
         saved, members = m.new(0), m.new(0, dtype=torch.int64)
     return loss, values, student.new_empty(0) if grad is None else grad, saved, members

@@ -98,7 +98,7 @@ def multiple(number, factor: tl.constexpr):
 
 @triton.jit
 def locate(block, sizes, AXIS: tl.constexpr, WIDE: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Samples of a block: ``(outer index, indices in the inner dimension, their number overall, whether they exist)``."""
+    """Samples of a block: ``(outer index, indices in the inner dimension, numbers overall, whether they exist)``."""
     inner = sizes[0]
     if AXIS == SAMPLES:
         inner = multiple(inner, WIDE)

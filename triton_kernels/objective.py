@@ -94,6 +94,11 @@ def unpack(encoded: tuple[float, ...], parts: bool, double: bool) -> Problem:
     return Problem(tuple(terms), ce_weight != 0, int(standardize), high, low, tuple(ks), columns)
 
 
+def sizes(encoded: tuple[float, ...]) -> Columns:
+    """How many numbers of each kind the ops have a sample."""
+    return unpack(encoded, False, False).columns
+
+
 def _float32(number: float) -> float:
     return struct.unpack("f", struct.pack("f", number))[0]
 
@@ -120,6 +125,6 @@ def by_rank(kind):
 def number(numbers, low, i: tl.constexpr):
     """A number in the arithmetic's precision: double if there are low parts."""
     if len(low) > 0:
-        return numbers[i].to(tl.float64) + low[i].to(tl.float64)
+        return tl.full((), numbers[i], tl.float64) + tl.full((), low[i], tl.float64)
     else:
-        return numbers[i]
+        return tl.full((), numbers[i], tl.float32)

@@ -2,7 +2,6 @@
 
 import triton
 import triton.language as tl
-
 from kdkernels.triton_kernels.objective import TARGET, TOP1_TOPK, TOPK, WHOLE
 from kdkernels.triton_kernels.select import first_best, keys_of, leads, select
 

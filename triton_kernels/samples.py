@@ -2,7 +2,6 @@
 
 import triton
 import triton.language as tl
-
 from kdkernels.triton_kernels.layout import locate, offsets
 
 
@@ -25,6 +24,7 @@ def read_samples(target, weight, samples, there, class_count, ignore_index, dtyp
 @triton.jit
 def read_factor(scale, divisor):
     """What the weighted sum of the losses is multiplied by, in float64; 0 where there is nothing to divide by."""
+    scale = tl.full((), scale, tl.float64)
     if divisor is None:
         return scale
     else:

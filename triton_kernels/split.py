@@ -1,14 +1,13 @@
 """Steps 1 and 2 for samples that do not fit on chip: their classes are split between programs.
 
-:func:`split_kernel` writes the statistics of each part, :func:`merge_kernel` merges them and takes step 2; step 3 is the
-sweep of :mod:`sweep`. Where the teacher's ranking decides, a part does not know which of its classes lead in the end: it
-sets its own k best aside as candidates, and their merge settles it without another pass over the logits. Only a k too
-large for that is searched for beforehand, by :func:`select_kernel`.
+:func:`split_kernel` writes the statistics of each part, :func:`merge_kernel` merges them and takes step 2; step 3 is
+:mod:`sweep`'s. Where the teacher's ranking decides, a part does not know which of its classes lead in the end: it sets
+its own k best aside as candidates, and their merge settles it without another pass over the logits. Only a k too large
+for that is searched for beforehand, by :func:`select_kernel`.
 """
 
 import triton
 import triton.language as tl
-
 from kdkernels.triton_kernels.evaluate import evaluate
 from kdkernels.triton_kernels.layout import load_tile, locate
 from kdkernels.triton_kernels.objective import (
@@ -35,8 +34,8 @@ from kdkernels.triton_kernels.stats import (
 )
 from kdkernels.triton_kernels.sweep import standardized_tile
 
-# Columns of a part's statistics, in float64: of the cross entropy (origin, sum, logit of the target), then for each term the
-# single class's logits, the count of candidates, and the statistics of the top group and of the rest.
+# Columns of a part's statistics, in float64: of the cross entropy (origin, sum, logit of the target), then for each term
+# the single class's logits, the count of candidates, and the statistics of the top group and of the rest.
 SOFTMAX_COLUMNS, TERM_COLUMNS = tl.constexpr(3), tl.constexpr(15)
 _SINGLE, _COUNT, _TOP, _REST = (tl.constexpr(column) for column in (0, 2, 3, 9))
 
@@ -53,9 +52,7 @@ def first_candidate(ks, term):
     return sum(ks[:term])
 
 
-@triton.jit(
-    do_not_specialize=["sizes", "student_strides", "teacher_strides", "class_count", "ks", "candidate_count"]
-)
+@triton.jit(do_not_specialize=["sizes", "student_strides", "teacher_strides", "class_count", "ks", "candidate_count"])
 def split_kernel(
     student,
     teacher,
@@ -105,12 +102,9 @@ def split_kernel(
         store_columns(stats, of_softmax, row, there, PART, 0)
     first = tl.full((), 0, tl.int32)  # among the candidates
     for i in tl.static_range(len(TERMS)):
-        KIND: tl.constexpr = TERMS[i][0]
-        LARGEST: tl.constexpr = TERMS[i][1]
-        FIRST: tl.constexpr = SOFTMAX_COLUMNS + TERM_COLUMNS * i
         exponent = number(numbers, low, TERMS[i][5] + EXPONENT)
-        if by_rank(KIND) and candidates is not None:
-            keys = keys_of(t, (classes < class_count)[None, :], LARGEST)
+        if by_rank(TERMS[i][0]) and candidates is not None:
+            keys = keys_of(t, (classes < class_count)[None, :], TERMS[i][1])
             key, last = select(keys, classes, ks[i])
             aside = leads(keys, classes, key, last) & (classes < class_count)[None, :]
             place = tl.cumsum(aside.to(tl.int32), 1) - 1
@@ -122,17 +116,17 @@ def split_kernel(
             first += ks[i]
             kept_s, kept_t = tl.where(aside, float("-inf"), s), tl.where(aside, float("-inf"), t)
             _, of_rest, _ = statistics(kept_s, kept_t, aside, aside, exponent, 0, TERMS[i][2], TERMS[i][3])
-            store_columns(stats, (tl.sum(aside.to(tl.int32), 1),), row, there, PART, FIRST + _COUNT)
+            store_columns(stats, (tl.sum(aside.to(tl.int32), 1),), row, there, PART, SOFTMAX_COLUMNS + TERM_COLUMNS * i + _COUNT)
         else:
             single, top = partition_again(
-                t, classes, class_count, targets, members, samples, there, COLUMNS[2], TERMS[i][7], KIND, LARGEST
+                t, classes, class_count, targets, members, samples, there, COLUMNS[2], TERMS[i][7], TERMS[i][0], TERMS[i][1]
             )
-            of_top, of_rest, _ = statistics(s, t, single, top, exponent, KIND, TERMS[i][2], TERMS[i][3])
-            if has_single(KIND):
-                store_columns(stats, (only(s, single), only(t, single)), row, there, PART, FIRST + _SINGLE)
-            if by_rank(KIND):
-                store_columns(stats, of_top, row, there, PART, FIRST + _TOP)
-        store_columns(stats, of_rest, row, there, PART, FIRST + _REST)
+            of_top, of_rest, _ = statistics(s, t, single, top, exponent, TERMS[i][0], TERMS[i][2], TERMS[i][3])
+            if has_single(TERMS[i][0]):
+                store_columns(stats, (only(s, single), only(t, single)), row, there, PART, SOFTMAX_COLUMNS + TERM_COLUMNS * i + _SINGLE)
+            if by_rank(TERMS[i][0]):
+                store_columns(stats, of_top, row, there, PART, SOFTMAX_COLUMNS + TERM_COLUMNS * i + _TOP)
+        store_columns(stats, of_rest, row, there, PART, SOFTMAX_COLUMNS + TERM_COLUMNS * i + _REST)
 
 
 @triton.jit
@@ -205,22 +199,18 @@ def merge_kernel(
 
     first = tl.full((), 0, tl.int32)
     for i in tl.static_range(len(TERMS)):
-        KIND: tl.constexpr = TERMS[i][0]
-        FORWARD: tl.constexpr = TERMS[i][2]
-        REVERSE: tl.constexpr = TERMS[i][3]
-        FIRST: tl.constexpr = SOFTMAX_COLUMNS + TERM_COLUMNS * i
         exponent = number(numbers, low, TERMS[i][5] + EXPONENT)
-        of_rest = merge_along(load_parts(stats, row, mask, PART, FIRST + _REST, dtype), exponent)
+        of_rest = merge_along(load_parts(stats, row, mask, PART, SOFTMAX_COLUMNS + TERM_COLUMNS * i + _REST, dtype), exponent)
         of_single = of_rest
         of_top = of_rest
-        if by_rank(KIND) and candidates is not None:
+        if by_rank(TERMS[i][0]) and candidates is not None:
             # A tile of candidates in the order of their classes: position stands for class.
             position = tl.arange(0, CANDIDATES)
             of_part = position // ks[i]
             place = position % ks[i]
             its_row = samples[:, None] * parts + of_part[None, :]
             inside = there[:, None] & (of_part < parts)[None, :]
-            found = tl.load(stats + its_row * PART + FIRST + _COUNT, mask=inside, other=0.0).to(tl.int32)
+            found = tl.load(stats + its_row * PART + SOFTMAX_COLUMNS + TERM_COLUMNS * i + _COUNT, mask=inside, other=0.0).to(tl.int32)
             inside = inside & (place[None, :] < found)
             slot = its_row * candidate_count + first + place[None, :]
             first += ks[i]
@@ -232,36 +222,34 @@ def merge_kernel(
             # Any key that k candidates reach will do among them, but others may reach it too: none reaches the k-th's.
             key = tl.min(tl.where(keys >= key[:, None], keys, HIGHEST), 1)
             best = last
-            if KIND == TOP1_TOPK:
+            if TERMS[i][0] == TOP1_TOPK:
                 best = first_best(keys, position)
-            single, top = masks_of_rank(keys, position, key, last, best, KIND)
-            of_top, of_others, _ = statistics(s, t, single, top & inside, exponent, KIND, FORWARD, REVERSE)
+            single, top = masks_of_rank(keys, position, key, last, best, TERMS[i][0])
+            of_top, of_others, _ = statistics(s, t, single, top & inside, exponent, TERMS[i][0], TERMS[i][2], TERMS[i][3])
             of_rest = merge(of_rest, of_others, exponent)
-            if has_single(KIND):
+            if has_single(TERMS[i][0]):
                 of_single = statistics_of_single(only(s, single), only(t, single))
             last_class = tl.sum(tl.where(position[None, :] == last[:, None], of_class, 0), 1)
             last = tl.where(last == 0x7FFFFFFF, last, last_class)
             best = tl.sum(tl.where(position[None, :] == best[:, None], of_class, 0), 1)
             store_columns(members, (key, last, best), samples, there, COLUMNS[2], TERMS[i][7])
         else:
-            if has_single(KIND):
-                of_student = tl.load(stats + row * PART + FIRST + _SINGLE, mask=mask, other=0.0)
-                of_teacher = tl.load(stats + row * PART + FIRST + _SINGLE + 1, mask=mask, other=0.0)
-                of_single = statistics_of_single(
-                    tl.sum(of_student, 1).to(dtype), tl.sum(of_teacher, 1).to(dtype)
-                )
-            if by_rank(KIND):
-                of_top = merge_along(load_parts(stats, row, mask, PART, FIRST + _TOP, dtype), exponent)
-        groups = groups_with(of_single, of_top, of_rest, KIND)
+            if has_single(TERMS[i][0]):
+                of_student = tl.load(stats + row * PART + SOFTMAX_COLUMNS + TERM_COLUMNS * i + _SINGLE, mask=mask, other=0.0)
+                of_teacher = tl.load(stats + row * PART + SOFTMAX_COLUMNS + TERM_COLUMNS * i + _SINGLE + 1, mask=mask, other=0.0)
+                of_single = statistics_of_single(tl.sum(of_student, 1).to(dtype), tl.sum(of_teacher, 1).to(dtype))
+            if by_rank(TERMS[i][0]):
+                of_top = merge_along(load_parts(stats, row, mask, PART, SOFTMAX_COLUMNS + TERM_COLUMNS * i + _TOP, dtype), exponent)
+        groups = groups_with(of_single, of_top, of_rest, TERMS[i][0])
         of_term, of_parts, coefficients = evaluate(
             groups,
-            group_sizes(class_count, ks[i], KIND),
+            group_sizes(class_count, ks[i], TERMS[i][0]),
             numbers,
             low,
             TERMS[i][5],
-            KIND,
-            FORWARD,
-            REVERSE,
+            TERMS[i][0],
+            TERMS[i][2],
+            TERMS[i][3],
             part_losses is not None,
         )
         loss += of_term
@@ -278,11 +266,25 @@ def merge_kernel(
 
 @triton.jit
 def reach_of(
-    teacher, at, samples, affines, saved, middle, key, FIRST_ONES: tl.constexpr, strides, class_count,
-    LARGEST: tl.constexpr, COLUMNS: tl.constexpr, STANDARDIZE: tl.constexpr, AXIS: tl.constexpr, WIDE: tl.constexpr,
-    BLOCK_C: tl.constexpr, dtype: tl.constexpr,
+    teacher,
+    at,
+    samples,
+    affines,
+    saved,
+    middle,
+    key,
+    FIRST_ONES: tl.constexpr,
+    strides,
+    class_count,
+    LARGEST: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STANDARDIZE: tl.constexpr,
+    AXIS: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    dtype: tl.constexpr,
 ):
-    """How many classes of each sample have a key of at least ``middle``; or the ``key`` and an index up to ``middle``."""
+    """How many classes of each sample have a key of at least ``middle``; or ``key`` and an index up to ``middle``."""
     outer, within, valid, there, sizes = at
     count = tl.zeros(there.shape, tl.int32)
     for begin in range(0, class_count, BLOCK_C):
@@ -334,16 +336,46 @@ def select_kernel(
     while tl.max((low < high).to(tl.int32), 0) > 0:
         middle = (low | high) - ((low ^ high) >> 1)
         reach = reach_of(
-            teacher, at, samples, affines, saved, middle, low, False, strides, class_count, TERM[1], COLUMNS, STANDARDIZE,
-            AXIS, WIDE, BLOCK_C, dtype,
+            teacher,
+            at,
+            samples,
+            affines,
+            saved,
+            middle,
+            low,
+            False,
+            strides,
+            class_count,
+            TERM[1],
+            COLUMNS,
+            STANDARDIZE,
+            AXIS,
+            WIDE,
+            BLOCK_C,
+            dtype,
         )
         searching = low < high
         low = tl.where(searching & (reach >= k), middle, low)
         high = tl.where(searching & (reach < k), middle - 1, high)
     key = low
     above = reach_of(
-        teacher, at, samples, affines, saved, tl.where(key == HIGHEST, key, key + 1), key, False, strides, class_count,
-        TERM[1], COLUMNS, STANDARDIZE, AXIS, WIDE, BLOCK_C, dtype,
+        teacher,
+        at,
+        samples,
+        affines,
+        saved,
+        tl.where(key == HIGHEST, key, key + 1),
+        key,
+        False,
+        strides,
+        class_count,
+        TERM[1],
+        COLUMNS,
+        STANDARDIZE,
+        AXIS,
+        WIDE,
+        BLOCK_C,
+        dtype,
     )
     above = tl.where(key == HIGHEST, 0, above)
     # Of its equals the first ones: the least index up to which there are enough.
@@ -352,8 +384,23 @@ def select_kernel(
     while tl.max((first < last).to(tl.int32), 0) > 0:
         middle = first + (last - first) // 2
         reach = reach_of(
-            teacher, at, samples, affines, saved, middle, key, True, strides, class_count, TERM[1], COLUMNS, STANDARDIZE,
-            AXIS, WIDE, BLOCK_C, dtype,
+            teacher,
+            at,
+            samples,
+            affines,
+            saved,
+            middle,
+            key,
+            True,
+            strides,
+            class_count,
+            TERM[1],
+            COLUMNS,
+            STANDARDIZE,
+            AXIS,
+            WIDE,
+            BLOCK_C,
+            dtype,
         )
         searching = first < last
         last = tl.where(searching & (reach >= k - above), middle, last)

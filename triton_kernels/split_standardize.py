@@ -2,7 +2,6 @@
 
 import triton
 import triton.language as tl
-
 from kdkernels.triton_kernels.layout import load_tile, locate
 from kdkernels.triton_kernels.objective import CORRECTION, EPS, SAVED_HEADER, number
 from kdkernels.triton_kernels.samples import read_samples
@@ -123,9 +122,7 @@ def products_kernel(
 
 
 @triton.jit(do_not_specialize=["count", "parts"])
-def slope_kernel(
-    products, saved, count, parts, COLUMNS: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr
-):
+def slope_kernel(products, saved, count, parts, COLUMNS: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr):
     """Settles the slope of the chain rule from the parts' products."""
     samples = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     there = samples < count

@@ -5,7 +5,6 @@ Logits of -inf are no part of the moments and stay -inf: such a class is masked.
 
 import triton
 import triton.language as tl
-
 from kdkernels.triton_kernels.stats import total
 
 
@@ -38,16 +37,14 @@ def inverse_deviation(deviation):
 
 # By class -----------------------------------------------------------------------------------------------------------
 
-# Rows of the table that :func:`affines_kernel` writes, a column a class: high, factor, offset of either side, and the chain
-# rule's level and slope.
+# Rows of the table that :func:`affines_kernel` writes, a column a class: high, factor, offset of either side, and the
+# chain rule's level and slope.
 STUDENT, LEVEL, SLOPE, ROWS = (tl.constexpr(row) for row in (0, 6, 7, 8))
 FACTOR = tl.constexpr(1)  # from the side's first row
 
 
 @triton.jit(do_not_specialize=["class_count"])
-def affines_kernel(
-    moments, sums, affines, class_count, correction: tl.float64, eps: tl.float64, BLOCK: tl.constexpr
-):
+def affines_kernel(moments, sums, affines, class_count, correction: tl.float64, eps: tl.float64, BLOCK: tl.constexpr):
     """What standardises each class and, with the ``sums`` of its gradient, what the chain rule takes off."""
     classes = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = classes < class_count

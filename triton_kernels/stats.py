@@ -4,20 +4,22 @@ With k = log2(e) / T, for the classes i of a group:
     es_i = 2^(k * (student_i - student_origin)),  et_i = 2^(k * (teacher_i - teacher_origin)),
     gap_i = log2(et_i) - log2(es_i)
     statistics = (student_origin, teacher_origin, sum es, sum et, sum et * gap, sum es * gap)
-Origins are maxima, logits themselves: a constant added to all logits cancels before anything is rounded. Sums are
-carried on in float64, of a few classes each in the arithmetic's type. Statistics merge exactly, over any parts of a row.
+Origins are maxima, logits themselves: a constant added to all logits cancels before anything is rounded. Statistics
+merge exactly, over any parts of a row.
 
-A tile is ``[samples, classes]``. Up to three groups: ``single``, one class (the target, or the teacher's best), ``top``,
-the teacher's other best ones, and the rest.
+A tile is ``[samples, classes]``. There are up to three groups: ``single``, one class (the target, or the teacher's best),
+``top``, the teacher's other best ones, and the rest.
 """
 
 import triton
 import triton.language as tl
-
 from kdkernels.triton_kernels.objective import TARGET, TOP1_TOPK, TOPK, by_rank, has_single
 
 LOG2E = tl.constexpr(1.4426950408889634)
-CHUNK = tl.constexpr(4)  # classes that are added up before the sum goes on in float64: what one thread has loaded
+# Classes that are added up in float32 before the sum goes on in float64. Rounding must average out over many such chunks,
+# and conversions cost: first those that a thread has loaded at a time, in long rows over its loads, too.
+CHUNK = tl.constexpr(8)
+LOADS = tl.constexpr(4)
 
 
 @triton.jit
@@ -29,9 +31,15 @@ def start(origin):
 @triton.jit
 def total(x):
     """The sum over the classes of a tile, in float64."""
-    if x.dtype == tl.float32 and x.shape[1] > CHUNK:
-        x = tl.sum(tl.reshape(x, [x.shape[0], x.shape[1] // CHUNK, CHUNK]), 2)
-    return tl.sum(x.to(tl.float64), 1)
+    N: tl.constexpr = x.shape[0]
+    C: tl.constexpr = x.shape[1]
+    if x.dtype == tl.float64 or C < 16 * CHUNK:
+        return tl.sum(x.to(tl.float64), 1)
+    elif C < 64 * LOADS * CHUNK:
+        return tl.sum(tl.sum(tl.reshape(x, [N, C // CHUNK, CHUNK]), 2).to(tl.float64), 1)
+    else:
+        x = tl.sum(tl.reshape(x, [N, LOADS, C // LOADS]), 1)
+        return tl.sum(tl.sum(tl.reshape(x, [N, C // LOADS // CHUNK, CHUNK]), 2).to(tl.float64), 1)
 
 
 @triton.jit

@@ -2,7 +2,6 @@
 
 import triton
 import triton.language as tl
-
 from kdkernels.triton_kernels.gradient import chain, gradient_of, softmax_gradient, store_gradient, weigh
 from kdkernels.triton_kernels.layout import load_tile, locate
 from kdkernels.triton_kernels.objective import (
@@ -67,18 +66,17 @@ def term_gradients(
     outer, within, classes, class_count, valid, there, sizes = at
     result = s
     for i in tl.static_range(len(TERMS)):
-        KIND: tl.constexpr = TERMS[i][0]
-        origins, coefficients = load_term(saved, samples, there, COLUMNS[1], TERMS[i][6], KIND)
+        origins, coefficients = load_term(saved, samples, there, COLUMNS[1], TERMS[i][6], TERMS[i][0])
         single, top = partition_again(
-            t, classes, class_count, targets, members, samples, there, COLUMNS[2], TERMS[i][7], KIND, TERMS[i][1]
+            t, classes, class_count, targets, members, samples, there, COLUMNS[2], TERMS[i][7], TERMS[i][0], TERMS[i][1]
         )
         exponent = number(numbers, low, TERMS[i][5] + EXPONENT)
         of_rest = origins[len(origins) - 1]
         of_top = of_rest
         if len(origins) > 1:
             of_top = origins[len(origins) - 2]
-        exps = exponentials(s, t, single, top, of_top, of_rest, exponent, KIND)
-        of_term = gradient_of(exps, single, top, origins, weigh(coefficients, weights), KIND, TERMS[i][4])
+        exps = exponentials(s, t, single, top, of_top, of_rest, exponent, TERMS[i][0])
+        of_term = gradient_of(exps, single, top, origins, weigh(coefficients, weights), TERMS[i][0], TERMS[i][4])
         if i == 0:
             result = of_term
         else:
