@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import CUDABackend
 from triton.compiler.compiler import CompiledKernel
 from triton.runtime.driver import driver
 from triton.runtime.errors import OutOfResources
@@ -94,10 +96,14 @@ class SimDriver(_Driver):
 
     def __init__(self, arch: int, options: dict[str, Any]) -> None:
         super().__init__(GPUTarget("cuda", arch, 32))
+        self.arch = arch
         self.options = options
         self.stats: dict[str, Stats] = {}
         self.log: list[Launch] = []
         self.fresh: dict[Any, tuple[torch.Tensor, np.ndarray]] = {}
+
+    def get_current_device(self) -> Any:
+        return "simulated", self.arch  # such kernels have no binary: see _without_binaries
 
     def allocated(self, tensor: torch.Tensor) -> None:
         """Takes note of memory that may not be read before it is written."""
@@ -197,6 +203,19 @@ def _active(new: _Driver) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _without_binaries() -> Iterator[None]:
+    """PTX is all that the simulator needs: Triton compiles no further, and caches what it has in a place of its own."""
+    make_cubin, folder = CUDABackend.make_cubin, triton.knobs.cache.dir
+    CUDABackend.make_cubin = lambda *args: b""
+    try:
+        with triton.knobs.cache.scope():
+            triton.knobs.cache.dir = str(Path(folder) / "ptxsim")
+            yield
+    finally:
+        CUDABackend.make_cubin = make_cubin
+
+
+@contextlib.contextmanager
 def compiling_triton(target: GPUTarget) -> Iterator[CompileDriver]:
     """Within this context Triton's launches on CPU tensors compile for ``target`` and do not run.
 
@@ -222,7 +241,7 @@ def patched_triton(arch: int = 90, *, fresh: bool = False, **options: Any) -> It
     try:
         for (owner, name), allocate in zip(_ALLOCATORS, allocators, strict=False):
             setattr(owner, name, _noting(allocate, sim))
-        with _active(sim):
+        with _without_binaries(), _active(sim):
             yield sim
     finally:
         for (owner, name), allocate in zip(_ALLOCATORS, allocators, strict=False):
