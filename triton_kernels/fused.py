@@ -7,8 +7,15 @@ when they are short) and pixels (samples next to one another) alike: the compile
 import triton
 import triton.language as tl
 from kdkernels.triton_kernels.evaluate import evaluate
-from kdkernels.triton_kernels.gradient import chain, gradient_of, softmax_gradient, store_gradient, weigh
-from kdkernels.triton_kernels.layout import load_tile, locate
+from kdkernels.triton_kernels.gradient import (
+    chain,
+    gradient_of,
+    gradient_of_single,
+    softmax_gradient,
+    store_gradient,
+    weigh,
+)
+from kdkernels.triton_kernels.layout import SAMPLES, load_one, load_tile, locate, store_one
 from kdkernels.triton_kernels.objective import (
     BY_CLASS,
     BY_SAMPLE,
@@ -18,6 +25,7 @@ from kdkernels.triton_kernels.objective import (
     EXPONENT,
     has_single,
     number,
+    only_targets,
 )
 from kdkernels.triton_kernels.partition import group_sizes, partition
 from kdkernels.triton_kernels.samples import read_factor, read_samples, write_results
@@ -88,6 +96,9 @@ def fused_kernel(
     ``losses`` and ``parts`` get a number of each sample or a sum of each block, as ``EACH`` says.
     """
     dtype: tl.constexpr = tl.float64 if len(low) > 0 else tl.float32
+    # Whether the targets' logits are read, and their gradients written, one by one: that spares two passes over a tile.
+    # Where samples are next to one another, that would be a good part of all there is to move.
+    POKE: tl.constexpr = only_targets(TERMS) and STANDARDIZE == 0 and AXIS != SAMPLES
     block = tl.program_id(0)
     outer, within, samples, there = locate(block, sizes, AXIS, WIDE, BLOCK_N)
     classes = tl.arange(0, BLOCK_C)
@@ -110,13 +121,22 @@ def fused_kernel(
         t = standardize(t, of_teacher[0][:, None], of_teacher[1][:, None], of_teacher[2][:, None])
         of_teacher = (of_teacher[0], of_teacher[1], of_teacher[2])
 
+    of_target = (tl.zeros([BLOCK_N], dtype), tl.zeros([BLOCK_N], dtype))
+    if POKE:
+        of_target = (
+            load_one(student, at, student_strides, targets, AXIS, WIDE, dtype),
+            load_one(teacher, at, teacher_strides, targets, AXIS, WIDE, dtype),
+        )
+    elif CE:
+        of_target = (only(raw, classes[None, :] == targets[:, None]), of_target[1])
+
     loss = tl.zeros([BLOCK_N], dtype)
     entropy = tl.zeros([BLOCK_N], dtype)
     softmax = (loss, loss)
     if CE:
         origin, total = softmax_statistics(raw)
         softmax = (origin, (1.0 / total).to(dtype))
-        entropy = (tl.log(total) - (only(raw, classes[None, :] == targets[:, None]) - start(origin))).to(dtype)
+        entropy = (tl.log(total) - (of_target[0] - start(origin))).to(dtype)
         loss += number(numbers, low, CE_WEIGHT) * entropy
     values = (entropy,)
     kept = ()
@@ -125,7 +145,9 @@ def fused_kernel(
         single, top, found = partition(t, classes, class_count, targets, ks[i], TERMS[i][0], TERMS[i][1])
         of_top, of_rest, exps = statistics(s, t, single, top, exponent, TERMS[i][0], TERMS[i][2], TERMS[i][3])
         of_single = of_rest
-        if has_single(TERMS[i][0]):
+        if POKE:
+            of_single = statistics_of_single(of_target[0], of_target[1])
+        elif has_single(TERMS[i][0]):
             of_single = statistics_of_single(only(s, single), only(t, single))
         stats = groups_with(of_single, of_top, of_rest, TERMS[i][0])
         sizes_of = group_sizes(class_count, ks[i], TERMS[i][0])
@@ -138,7 +160,7 @@ def fused_kernel(
             save_term(saved, samples, there, stats, coefficients, COLUMNS[1], TERMS[i][6])
             store_columns(members, found, samples, there, COLUMNS[2], TERMS[i][7])
         if STANDARDIZE != BY_SAMPLE:
-            coefficients = weigh(coefficients, weights)
+            coefficients = weigh(coefficients, weights, valid)
         kept = kept + ((exps, single, top, stats, coefficients),)
 
     write_results(tl.where(valid, loss * weights, 0.0), 0, losses, block, samples, there, 1, EACH)
@@ -151,7 +173,9 @@ def fused_kernel(
     if gradient is not None or STANDARDIZE == BY_SAMPLE:
         for i in tl.static_range(len(TERMS)):
             exps, single, top, stats, coefficients = kept[i]
-            of_term = gradient_of(exps, single, top, stats, coefficients, TERMS[i][0], TERMS[i][4])
+            of_term = gradient_of(exps, top, coefficients, TERMS[i][0], TERMS[i][4])
+            if has_single(TERMS[i][0]) and not POKE:
+                of_term = tl.where(single, gradient_of_single(stats, coefficients)[:, None], of_term)
             if i == 0:
                 result = of_term
             else:
@@ -165,7 +189,18 @@ def fused_kernel(
         header = (tl.where(valid, weights, 0.0),) + softmax + of_student + of_teacher
         store_columns(saved, header, samples, there, COLUMNS[1], 0)
     if gradient is not None:
+        of_entropy = number(numbers, low, CE_WEIGHT) * weights
         if CE:
-            at_target = classes[None, :] == targets[:, None]
-            result += softmax_gradient(raw, at_target, softmax, number(numbers, low, CE_WEIGHT) * weights)
+            columns = (softmax[0][:, None], softmax[1][:, None])
+            result += softmax_gradient(raw, columns, of_entropy[:, None])
+            if not POKE:
+                result -= tl.where(classes[None, :] == targets[:, None], of_entropy[:, None], 0.0)
         store_gradient(gradient, result, at, gradient_strides, gradient_classes, AXIS, WIDE)
+        if POKE:
+            value = tl.zeros([BLOCK_N], dtype)
+            for i in tl.static_range(len(TERMS)):
+                value += gradient_of_single(kept[i][3], kept[i][4])
+            if CE:
+                value += softmax_gradient(of_target[0], softmax, of_entropy) - of_entropy
+            tl.debug_barrier()  # the tile is written
+            store_one(gradient, value, at, gradient_strides, targets, AXIS, WIDE)

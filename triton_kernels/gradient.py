@@ -8,21 +8,19 @@ from kdkernels.triton_kernels.stats import LOG2E, power_of_single, start
 
 
 @triton.jit
-def weigh(coefficients, weight):
-    """The coefficients of each group times each sample's weight."""
+def weigh(coefficients, weight, valid):
+    """The coefficients of each group times each sample's weight; 0 for samples that do not count."""
     weighed = ()
     for g in tl.static_range(len(coefficients)):
         student, tilt, teacher = coefficients[g]
-        weighed = weighed + ((student * weight, tilt * weight, teacher * weight),)
+        student = tl.where(valid, student * weight, 0.0)
+        weighed = weighed + ((student, tl.where(valid, tilt * weight, 0.0), tl.where(valid, teacher * weight, 0.0)),)
     return weighed
 
 
 @triton.jit
-def gradient_of(exps, single, top, stats, coefficients, KIND: tl.constexpr, TILT: tl.constexpr):
-    """The gradient of one term in the logits it sees, from a tile's exponentials (see :mod:`stats`).
-
-    ``stats`` and ``coefficients`` have one entry a group; only the origins of ``stats`` are used.
-    """
+def gradient_of(exps, top, coefficients, KIND: tl.constexpr, TILT: tl.constexpr):
+    """The gradient of one term in the logits it sees, from a tile's exponentials (see :mod:`stats`); 0 at its single."""
     es, et, gap = exps
     GROUPS: tl.constexpr = groups_of(KIND)
     student, tilt, teacher = coefficients[GROUPS - 1]
@@ -33,15 +31,16 @@ def gradient_of(exps, single, top, stats, coefficients, KIND: tl.constexpr, TILT
         tilt = tl.where(top, of_top[1][:, None], tilt)
         teacher = tl.where(top, of_top[2][:, None], teacher)
     if TILT:
-        gradient = tl.where(es > 0, es * (student + tilt * gap), es) - et * teacher
+        return tl.where(es > 0, es * (student + tilt * gap), es) + et * -teacher
     else:
-        gradient = es * student - et * teacher
-    if has_single(KIND):
-        of_single = (
-            power_of_single(stats[0][0]) * coefficients[0][0] - power_of_single(stats[0][1]) * coefficients[0][2]
-        )
-        gradient = tl.where(single, of_single[:, None], gradient)
-    return gradient
+        return es * student + et * -teacher
+
+
+@triton.jit
+def gradient_of_single(stats, coefficients):
+    """That at the single class of each sample, from the statistics and coefficients of the groups."""
+    student, _, teacher = coefficients[0]
+    return power_of_single(stats[0][0]) * student - power_of_single(stats[0][1]) * teacher
 
 
 @triton.jit
@@ -51,19 +50,17 @@ def chain(gradient, h, level, slope, factor):
 
 
 @triton.jit
-def softmax_gradient(logits, at_target, softmax, weight):
-    """The gradient of the cross entropy; ``softmax``: origin and inverse sum of each row."""
+def softmax_gradient(logits, softmax, weight):
+    """The gradient of the cross entropy but for its target; ``softmax``: origin and inverse sum, of the logits' shape."""
     origin, inverse = softmax
-    p = tl.exp2((logits - start(origin)[:, None]) * LOG2E) * (inverse * weight)[:, None]
-    return p - tl.where(at_target, weight[:, None], 0.0)
+    return tl.exp2((logits - start(origin)) * LOG2E) * tl.where(weight != 0, inverse * weight, 0.0)
 
 
 @triton.jit
 def store_gradient(gradient, values, at, strides, gradient_classes, AXIS: tl.constexpr, WIDE: tl.constexpr):
-    """Writes a tile; 0 for samples that do not count and for classes that are not compared."""
-    outer, within, classes, class_count, valid, there, sizes = at
+    """Writes a tile, in which samples that do not count and classes that are not compared have 0 already."""
+    outer, within, classes, _, _, there, sizes = at
     where = offsets(outer, within, classes, sizes, strides, AXIS, WIDE)
-    values = tl.where(valid[:, None] & (classes < class_count)[None, :], values, 0.0)
     inside = classes < gradient_classes
     if AXIS == CLASSES:
         inside = classes < multiple(gradient_classes, WIDE)

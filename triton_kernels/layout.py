@@ -109,20 +109,44 @@ def locate(block, sizes, AXIS: tl.constexpr, WIDE: tl.constexpr, BLOCK_N: tl.con
 
 
 @triton.jit
-def offsets(outer, within, classes, sizes, strides, AXIS: tl.constexpr, WIDE: tl.constexpr):
-    """Offsets ``[samples, classes]`` of the elements of a tile."""
+def sample_offsets(outer, within, sizes, strides, AXIS: tl.constexpr, WIDE: tl.constexpr):
+    """Offsets of a block of samples."""
     base = tl.full((), 0, tl.int64)
     for d in tl.static_range(1, len(sizes)):
         base += (outer % sizes[d]) * multiple(strides[d + 1], WIDE)
         outer = outer // sizes[d]
     if AXIS == SAMPLES:
-        of_samples = base + within.to(tl.int64)
+        return base + within.to(tl.int64)
     else:
-        of_samples = base + within.to(tl.int64) * multiple(strides[1], WIDE)
+        return base + within.to(tl.int64) * multiple(strides[1], WIDE)
+
+
+@triton.jit
+def offsets(outer, within, classes, sizes, strides, AXIS: tl.constexpr, WIDE: tl.constexpr):
+    """Offsets ``[samples, classes]`` of the elements of a tile."""
+    of_samples = sample_offsets(outer, within, sizes, strides, AXIS, WIDE)
     if AXIS == CLASSES:
         return of_samples[:, None] + classes[None, :]
     else:
         return of_samples[:, None] + classes.to(tl.int64)[None, :] * multiple(strides[0], WIDE)
+
+
+@triton.jit
+def load_one(matrix, at, strides, classes_of, AXIS: tl.constexpr, WIDE: tl.constexpr, dtype: tl.constexpr):
+    """One logit of each sample of a tile, of class ``classes_of``, as ``dtype``; -inf where none counts."""
+    outer, within, _, class_count, valid, _, sizes = at
+    of_samples = sample_offsets(outer, within, sizes, strides, AXIS, WIDE)
+    mask = valid & (classes_of < class_count)
+    where = of_samples + classes_of.to(tl.int64) * strides[0]
+    return tl.load(matrix + where, mask=mask, other=float("-inf")).to(dtype)
+
+
+@triton.jit
+def store_one(matrix, values, at, strides, classes_of, AXIS: tl.constexpr, WIDE: tl.constexpr):
+    """Writes one number of each sample of a tile that counts, at class ``classes_of``."""
+    outer, within, _, _, valid, _, sizes = at
+    where = sample_offsets(outer, within, sizes, strides, AXIS, WIDE) + classes_of.to(tl.int64) * strides[0]
+    tl.store(matrix + where, values, mask=valid)
 
 
 @triton.jit

@@ -116,6 +116,12 @@ def has_single(kind):
 
 
 @triton.constexpr_function
+def only_targets(terms):
+    """Whether the target is the single class of every term, and none has more leading classes."""
+    return all(term[0] == 1 for term in terms)
+
+
+@triton.constexpr_function
 def by_rank(kind):
     """Whether the teacher's ranking decides, so that there is a top group."""
     return kind in (2, 3)

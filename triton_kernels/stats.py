@@ -2,7 +2,7 @@
 
 With k = log2(e) / T, for the classes i of a group:
     es_i = 2^(k * (student_i - student_origin)),  et_i = 2^(k * (teacher_i - teacher_origin)),
-    gap_i = log2(et_i) - log2(es_i)
+    gap_i = (teacher_i - teacher_origin) - (student_i - student_origin)
     statistics = (student_origin, teacher_origin, sum es, sum et, sum et * gap, sum es * gap)
 Origins are maxima, logits themselves: a constant added to all logits cancels before anything is rounded. Statistics
 merge exactly, over any parts of a row.
@@ -88,8 +88,8 @@ def exponentials(student, teacher, single, top, of_top, of_rest, k, KIND: tl.con
     if by_rank(KIND):
         student_start = tl.where(top, start(of_top[0])[:, None], student_start)
         teacher_start = tl.where(top, start(of_top[1])[:, None], teacher_start)
-    xs, xt = (student - student_start) * k, (teacher - teacher_start) * k
-    return tl.exp2(xs), tl.exp2(xt), xt - xs
+    student, teacher = student - student_start, teacher - teacher_start
+    return tl.exp2(student * k), tl.exp2(teacher * k), teacher - student
 
 
 @triton.jit
@@ -98,9 +98,9 @@ def sums(es, et, gap, FORWARD: tl.constexpr, REVERSE: tl.constexpr):
     student_sum, teacher_sum = total(es), total(et)
     teacher_gap, student_gap = tl.zeros_like(student_sum), tl.zeros_like(student_sum)
     if FORWARD:
-        teacher_gap = total(tl.where(et > 0, et * gap, 0.0))
+        teacher_gap = total(et * tl.where(et > 0, gap, 0.0))
     if REVERSE:
-        student_gap = total(tl.where(es > 0, es * gap, 0.0))
+        student_gap = total(es * tl.where(es > 0, gap, 0.0))
     return (student_sum, teacher_sum, teacher_gap, student_gap)
 
 
@@ -123,10 +123,9 @@ def rebase(stats, student, teacher, k):
     """The sums of ``stats``, counted from the origins ``student`` and ``teacher``, which are at least as large."""
     student_origin, teacher_origin, student_sum, teacher_sum, teacher_gap, student_gap = stats
     # Without a class there is nothing to count anew, but the factor must not be infinite.
-    by_student = tl.where(student_origin == float("-inf"), 0.0, (start(student_origin) - start(student)) * k)
-    by_teacher = tl.where(teacher_origin == float("-inf"), 0.0, (start(teacher_origin) - start(teacher)) * k)
-    by_student, by_teacher = by_student.to(tl.float64), by_teacher.to(tl.float64)
-    student_factor, teacher_factor = tl.exp2(by_student), tl.exp2(by_teacher)
+    by_student = tl.where(student_origin == float("-inf"), 0.0, start(student_origin) - start(student)).to(tl.float64)
+    by_teacher = tl.where(teacher_origin == float("-inf"), 0.0, start(teacher_origin) - start(teacher)).to(tl.float64)
+    student_factor, teacher_factor = tl.exp2(by_student * k), tl.exp2(by_teacher * k)
     gap = by_teacher - by_student
     teacher_gap = tl.where(teacher_factor == 0, 0.0, teacher_factor * (teacher_gap + gap * teacher_sum))
     student_gap = tl.where(student_factor == 0, 0.0, student_factor * (student_gap + gap * student_sum))

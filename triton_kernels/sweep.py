@@ -2,7 +2,14 @@
 
 import triton
 import triton.language as tl
-from kdkernels.triton_kernels.gradient import chain, gradient_of, softmax_gradient, store_gradient, weigh
+from kdkernels.triton_kernels.gradient import (
+    chain,
+    gradient_of,
+    gradient_of_single,
+    softmax_gradient,
+    store_gradient,
+    weigh,
+)
 from kdkernels.triton_kernels.layout import load_tile, locate
 from kdkernels.triton_kernels.objective import (
     BY_CLASS,
@@ -10,6 +17,7 @@ from kdkernels.triton_kernels.objective import (
     CE_WEIGHT,
     EXPONENT,
     SAVED_HEADER,
+    has_single,
     number,
 )
 from kdkernels.triton_kernels.saved import load_columns, load_term, partition_again
@@ -76,7 +84,10 @@ def term_gradients(
         if len(origins) > 1:
             of_top = origins[len(origins) - 2]
         exps = exponentials(s, t, single, top, of_top, of_rest, exponent, TERMS[i][0])
-        of_term = gradient_of(exps, single, top, origins, weigh(coefficients, weights), TERMS[i][0], TERMS[i][4])
+        coefficients = weigh(coefficients, weights, valid)
+        of_term = gradient_of(exps, top, coefficients, TERMS[i][0], TERMS[i][4])
+        if has_single(TERMS[i][0]):
+            of_term = tl.where(single, gradient_of_single(origins, coefficients)[:, None], of_term)
         if i == 0:
             result = of_term
         else:
@@ -151,7 +162,8 @@ def gradient_kernel(
         factor, _, slope = load_columns(saved, samples, there, COLUMNS[1], SAVED_HEADER + FACTOR, 3)
         result = chain(result, s, 0.0, (slope * weights)[:, None], factor[:, None])
     if CE:
-        softmax = load_columns(saved, samples, there, COLUMNS[1], 1, 2)
-        at_target = classes[None, :] == targets[:, None]
-        result += softmax_gradient(raw, at_target, softmax, number(numbers, low, CE_WEIGHT) * weights)
+        origin, inverse = load_columns(saved, samples, there, COLUMNS[1], 1, 2)
+        of_entropy = (number(numbers, low, CE_WEIGHT) * weights)[:, None]
+        result += softmax_gradient(raw, (origin[:, None], inverse[:, None]), of_entropy)
+        result -= tl.where(classes[None, :] == targets[:, None], of_entropy, 0.0)
     store_gradient(gradient, result, at, gradient_strides, gradient_classes, AXIS, WIDE)
