@@ -35,7 +35,6 @@ def fused_tile(layout: Layout, problem: Problem) -> Tile | None:
     block_c = max(power_of_two(layout.gradient_classes), _LEAST_CLASSES)
     per_thread = _PER_THREAD // (2 if double else 1) // len(problem.terms)
     block_n = _PIXELS if layout.axis == SAMPLES.value else max(1024 // block_c, 1)
-    block_n = min(block_n, max(power_of_two(layout.sizes[0]), 1))
     num_warps = max(block_n * block_c // (32 * per_thread), 1)
     return Tile(block_n, block_c, num_warps) if num_warps <= _MOST_WARPS else None
 
@@ -45,7 +44,8 @@ WEIGHT_BLOCK = 4096
 CLASS_BLOCK = 256
 #: Candidates for the top k that one program merges, of one or several samples.
 _MOST_CANDIDATES = 8192
-_MERGED = 2048
+_MERGED = 256
+_MERGED_PER_THREAD = 8
 
 
 def sum_block(rows: int) -> int:
@@ -73,7 +73,8 @@ def merge_tile(split: int, k: int) -> Tile:
     """Samples, and candidates of each (or parts), that a program merges."""
     block_c = power_of_two(split * k)
     block_n = max(_MERGED // max(block_c, _LEAST_CLASSES), 1)
-    return Tile(block_n, block_c, min(max(block_n * block_c // 1024, 1), _MOST_WARPS))
+    # A thread's elements are unrolled, and merging them takes exponentials in double precision: 8 make code enough.
+    return Tile(block_n, block_c, min(max(block_n * block_c // (32 * _MERGED_PER_THREAD), 1), _MOST_WARPS))
 
 
 def sweep_tile(layout: Layout, problem: Problem) -> Tile:

@@ -360,6 +360,9 @@ def _split(
         PARTS=heuristics.power_of_two(split),
         CANDIDATES=merge_tile.block_c,
         num_warps=merge_tile.num_warps,
+        # Fused, a product and its sum with a neighbour's round differently in the two lanes: copies of one sum would
+        # differ in the last bit, and which of them is kept is left to chance.
+        enable_fp_fusion=False,
     )
     if by_sample:
         products = m.new(samples, split, dtype=torch.float64)

@@ -134,8 +134,7 @@ def load_parts(stats, row, mask, PART: tl.constexpr, column: tl.constexpr, dtype
     """Group statistics of all parts; of those that are not there, nothing."""
     values = ()
     for i in tl.static_range(6):
-        other: tl.constexpr = float("-inf") if i < 2 else 0.0
-        value = tl.load(stats + row * PART + column + i, mask=mask, other=other)
+        value = tl.load(stats + row * PART + column + i, mask=mask, other=float("-inf") if i < 2 else 0.0)
         values = values + ((value.to(dtype) if i < 2 else value),)
     return values
 
