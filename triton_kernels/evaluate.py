@@ -20,6 +20,15 @@ def weighed(forward_weight, reverse_weight, forward, reverse):
 
 
 @triton.jit
+def arctanh_series(z, TERMS: tl.constexpr):
+    """1 + z / 3 + z^2 / 5 + ..., up to z^TERMS."""
+    series = tl.full(z.shape, 1 / (2 * TERMS + 1), z.dtype)
+    for i in tl.static_range(TERMS):
+        series = tl.fma(series, z, tl.full(z.shape, 1 / (2 * (TERMS - i) - 1), z.dtype))
+    return series
+
+
+@triton.jit
 def log(x, TERMS: tl.constexpr):
     """The logarithm of positive float64 numbers, with a relative error of 0.03^TERMS; NaN stays.
 
@@ -30,11 +39,8 @@ def log(x, TERMS: tl.constexpr):
     mantissa = (bits - (exponent << 52)).to(tl.float64, bitcast=True)
     # 2 * atanh(s)
     s = (mantissa - 1.0) / (mantissa + 1.0)
-    z = s * s
-    series = tl.zeros(x.shape, tl.float64) + 1 / (2 * TERMS + 1)
-    for i in tl.static_range(TERMS):
-        series = series * z + 1 / (2 * (TERMS - i) - 1)
-    return tl.where(x == x, exponent.to(tl.float64) * LN2 + 2.0 * s * series, x)
+    result = tl.fma(exponent.to(tl.float64), tl.full(x.shape, LN2, tl.float64), 2.0 * s * arctanh_series(s * s, TERMS))
+    return tl.where(x == x, result, x)
 
 
 @triton.jit
@@ -47,17 +53,14 @@ def log_of_one_plus(x, most: tl.constexpr):
         # 2 * atanh(s)
         TERMS: tl.constexpr = 7 if most == 1 else 11
         s = x / (2.0 + x)
-        z = s * s
-        series = tl.zeros(x.shape, x.dtype) + 1 / (2 * TERMS + 1)
-        for i in tl.static_range(TERMS):
-            series = series * z + 1 / (2 * (TERMS - i) - 1)
-        return 2.0 * s * series
+        return 2.0 * s * arctanh_series(s * s, TERMS)
 
 
 @triton.jit
 def log_sum_exp(origin, empty, log_sum, nats):
     """A group's logsumexp, in float64: origins may be large. -inf for a group without probability."""
-    return tl.where(empty, float("-inf"), tl.where(empty, 0.0, origin).to(tl.float64) * nats + log_sum)
+    origin = tl.where(empty, 0.0, origin).to(tl.float64)
+    return tl.where(empty, float("-inf"), tl.fma(origin, tl.full(origin.shape, nats, tl.float64), log_sum))
 
 
 @triton.jit
@@ -109,7 +112,7 @@ def evaluate(
     GROUPS: tl.constexpr = groups_of(KIND)
     MIX: tl.constexpr = FIRST + GROUP + 2 * GROUPS  # where the parts' numbers begin
     dtype: tl.constexpr = stats[0][0].dtype
-    LOG_TERMS: tl.constexpr = 11 if dtype == tl.float64 else 6
+    LOG_TERMS: tl.constexpr = 11 if dtype == tl.float64 else 5
     exponent = number(numbers, low, FIRST + EXPONENT)
     nats = exponent.to(tl.float64) * LN2  # 1 / T, of a logit
     slope = nats.to(dtype)  # the weights have T^2 already
@@ -145,12 +148,11 @@ def evaluate(
             mix = number(numbers, low, MIX + 2 + 2 * g), number(numbers, low, MIX + 3 + 2 * g)
             parts = parts + (weighed(mix[0], mix[1], forward, reverse),)
         student_inverse, teacher_inverse = student_inverse.to(dtype), teacher_inverse.to(dtype)
-        student = (
-            slope
-            * student_inverse
-            * (forward_weight + tl.where(reverse_weight != 0, reverse_weight * student_mean_gap.to(dtype), 0.0))
-        )
-        tilt = -slope * slope * reverse_weight * student_inverse
+        student, tilt = slope * student_inverse * forward_weight, zero
+        if REVERSE:
+            tilted = tl.where(reverse_weight != 0, reverse_weight * student_mean_gap.to(dtype), 0.0)
+            student += slope * student_inverse * tilted
+            tilt = -slope * slope * reverse_weight * student_inverse
         coefficients = coefficients + ((student, tilt, slope * forward_weight * teacher_inverse),)
         if GROUPS > 1:
             log_sum = tl.zeros(student_sum.shape, tl.float64)

@@ -30,10 +30,11 @@ def gradient_of(exps, top, coefficients, KIND: tl.constexpr, TILT: tl.constexpr)
         student = tl.where(top, of_top[0][:, None], student)
         tilt = tl.where(top, of_top[1][:, None], tilt)
         teacher = tl.where(top, of_top[2][:, None], teacher)
+    pull = et * -teacher
     if TILT:
-        return tl.where(es > 0, es * (student + tilt * gap), es) + et * -teacher
+        return tl.where(es > 0, es * tl.fma(gap, tilt, student), es) + pull
     else:
-        return es * student + et * -teacher
+        return tl.fma(es, student, pull)
 
 
 @triton.jit

@@ -96,14 +96,23 @@ class Kept(NamedTuple):
     members: Tensor | None
 
 
-def _constants(layout: Layout, tile: Tile) -> dict[str, int]:
+def _options(num_warps: int) -> dict[str, int | bool]:
+    """Launch options. Multiply-adds are where the kernels say so and nowhere else.
+
+    A compiler that contracts others may do so differently in the threads that add up the same numbers in another order:
+    their sums would differ, and the result would depend on which of them comes first.
+    """
+    return {"num_warps": num_warps, "enable_fp_fusion": False}
+
+
+def _constants(layout: Layout, tile: Tile) -> dict[str, int | bool]:
     """The constants and the launch options that most kernels take."""
     return {
         "AXIS": layout.axis,
         "WIDE": layout.wide,
         "BLOCK_N": tile.block_n,
         "BLOCK_C": tile.block_c,
-        "num_warps": tile.num_warps,
+        **_options(tile.num_warps),
     }
 
 
@@ -117,7 +126,7 @@ def _sum_rows(table: Tensor, dtype: torch.dtype) -> Tensor:
     rows, columns = table.shape
     out = torch.empty(columns, dtype=dtype, device=table.device)
     block = heuristics.sum_block(rows)
-    sum_rows_kernel[(columns,)](table, out, rows, columns, BLOCK=block, num_warps=heuristics.sum_warps(block))
+    sum_rows_kernel[(columns,)](table, out, rows, columns, BLOCK=block, **_options(heuristics.sum_warps(block)))
     return out
 
 
@@ -126,7 +135,7 @@ def _weight_sum(target: Tensor | None, weight: Tensor | None, samples: int, igno
     block = heuristics.WEIGHT_BLOCK
     programs = triton.cdiv(samples, block)
     sums = torch.empty(programs, 1, dtype=torch.float64, device=device)
-    weight_sum_kernel[(programs,)](target, weight, sums, samples, ignore_index, BLOCK=block, num_warps=4)
+    weight_sum_kernel[(programs,)](target, weight, sums, samples, ignore_index, BLOCK=block, **_options(4))
     return sums if programs == 1 else _sum_rows(sums, torch.float64)
 
 
@@ -136,7 +145,7 @@ def _affines(matrices: Matrices, moments: Tensor, sums: Tensor | None, objective
     table = matrices.new(ROWS.value, classes)
     block = heuristics.CLASS_BLOCK
     grid = (triton.cdiv(classes, block),)
-    affines_kernel[grid](moments, sums, table, classes, *objective[2:4], BLOCK=block, num_warps=4)
+    affines_kernel[grid](moments, sums, table, classes, *objective[2:4], BLOCK=block, **_options(4))
     return table
 
 
@@ -281,7 +290,7 @@ def _split(
     merge_grid = (triton.cdiv(samples, merge_tile.block_n),)
     where = layout.sizes, layout.student, layout.teacher, layout.classes
     constants = {"STANDARDIZE": problem.standardize, "COLUMNS": problem.columns, **_constants(layout, tile)}
-    merging = {"COLUMNS": problem.columns, "BLOCK_N": merge_tile.block_n, "num_warps": merge_tile.num_warps}
+    merging = {"COLUMNS": problem.columns, "BLOCK_N": merge_tile.block_n, **_options(merge_tile.num_warps)}
     if by_sample:
         moments = m.new(samples, split, 6, dtype=torch.float64)
         sample_moments_kernel[grid](
@@ -359,10 +368,9 @@ def _split(
         BLOCK_N=merge_tile.block_n,
         PARTS=heuristics.power_of_two(split),
         CANDIDATES=merge_tile.block_c,
-        num_warps=merge_tile.num_warps,
+        **_options(merge_tile.num_warps),
         # Fused, a product and its sum with a neighbour's round differently in the two lanes: copies of one sum would
         # differ in the last bit, and which of them is kept is left to chance.
-        enable_fp_fusion=False,
     )
     if by_sample:
         products = m.new(samples, split, dtype=torch.float64)
@@ -516,7 +524,7 @@ def class_moments(
         if stretches > 1:
             block = heuristics.CLASS_BLOCK
             grid = (2 * triton.cdiv(num_classes, block),)
-            merge_class_moments_kernel[grid](partial, moments, stretches, num_classes, BLOCK=block, num_warps=4)
+            merge_class_moments_kernel[grid](partial, moments, stretches, num_classes, BLOCK=block, **_options(4))
     return moments
 
 
@@ -569,7 +577,7 @@ def class_sums(
         if stretches > 1:
             block, width = heuristics.CLASS_BLOCK, 2 * num_classes
             grid = (triton.cdiv(width, block),)
-            add_stretches_kernel[grid](partial, sums, stretches, width, BLOCK=block, num_warps=4)
+            add_stretches_kernel[grid](partial, sums, stretches, width, BLOCK=block, **_options(4))
     return sums
 
 
