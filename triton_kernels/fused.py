@@ -47,6 +47,22 @@ from kdkernels.triton_kernels.stats import (
 )
 
 
+@triton.jit
+def tile_gradient(kept, c: tl.constexpr, TERMS: tl.constexpr, POKE: tl.constexpr):
+    """The gradient of a tile in the logits that the terms see; with ``POKE`` 0 at the targets."""
+    result = kept[0][0][c][0]
+    for i in tl.static_range(len(TERMS)):
+        exps, single, top, stats, coefficients = kept[i]
+        of_term = gradient_of(exps[c], top[c], coefficients, TERMS[i][0], TERMS[i][4])
+        if has_single(TERMS[i][0]) and not POKE:
+            of_term = tl.where(single[c], gradient_of_single(stats, coefficients)[:, None], of_term)
+        if i == 0:
+            result = of_term
+        else:
+            result += of_term
+    return result
+
+
 @triton.jit(
     do_not_specialize=[
         "sizes",
@@ -90,6 +106,7 @@ def fused_kernel(
     WIDE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    TILES: tl.constexpr,
 ):
     """One block of samples a program. Outputs that are None are not wanted.
 
@@ -101,26 +118,45 @@ def fused_kernel(
     POKE: tl.constexpr = only_targets(TERMS) and STANDARDIZE == 0 and AXIS != SAMPLES
     block = tl.program_id(0)
     outer, within, samples, there = locate(block, sizes, AXIS, WIDE, BLOCK_N)
-    classes = tl.arange(0, BLOCK_C)
     targets, weights, valid = read_samples(target, weight, samples, there, class_count, ignore_index, dtype)
     weights = weights * read_factor(scale, divisor).to(dtype)
-    at = (outer, within, classes, class_count, valid, there, sizes)
-    raw = load_tile(student, at, student_strides, AXIS, WIDE, dtype)
-    t = load_tile(teacher, at, teacher_strides, AXIS, WIDE, dtype)
+    classes = ()
+    raw = ()
+    s = ()
+    t = ()
+    for c in tl.static_range(TILES):
+        of_tile = c * BLOCK_C + tl.arange(0, BLOCK_C)
+        at = (outer, within, of_tile, class_count, valid, there, sizes)
+        classes = classes + (of_tile,)
+        raw = raw + (load_tile(student, at, student_strides, AXIS, WIDE, dtype),)
+        t = t + (load_tile(teacher, at, teacher_strides, AXIS, WIDE, dtype),)
+    at = (outer, within, classes[0], class_count, valid, there, sizes)
     s = raw
     of_student = ()
     of_teacher = ()
     if STANDARDIZE == BY_CLASS:
-        s = standardize_by_class(raw, affines, 0, classes, class_count)
-        t = standardize_by_class(t, affines, 1, classes, class_count)
+        s = ()
+        of_t = ()
+        for c in tl.static_range(TILES):
+            s = s + (standardize_by_class(raw[c], affines, 0, classes[c], class_count),)
+            of_t = of_t + (standardize_by_class(t[c], affines, 1, classes[c], class_count),)
+        t = of_t
     if STANDARDIZE == BY_SAMPLE:
         correction, eps = number(numbers, low, CORRECTION), number(numbers, low, EPS)
         of_student = standardization_of_sample(sample_moments(raw), correction, eps, dtype)
         of_teacher = standardization_of_sample(sample_moments(t), correction, eps, dtype)
-        s = standardize(raw, of_student[0][:, None], of_student[1][:, None], of_student[2][:, None])
-        t = standardize(t, of_teacher[0][:, None], of_teacher[1][:, None], of_teacher[2][:, None])
+        s = ()
+        of_t = ()
+        for c in tl.static_range(TILES):
+            s = s + (standardize(raw[c], of_student[0][:, None], of_student[1][:, None], of_student[2][:, None]),)
+            of_t = of_t + (standardize(t[c], of_teacher[0][:, None], of_teacher[1][:, None], of_teacher[2][:, None]),)
+        t = of_t
         of_teacher = (of_teacher[0], of_teacher[1], of_teacher[2])
 
+    at_target = ()
+    if CE and not POKE:
+        for c in tl.static_range(TILES):
+            at_target = at_target + (classes[c][None, :] == targets[:, None],)
     of_target = (tl.zeros([BLOCK_N], dtype), tl.zeros([BLOCK_N], dtype))
     if POKE:
         of_target = (
@@ -128,7 +164,7 @@ def fused_kernel(
             load_one(teacher, at, teacher_strides, targets, AXIS, WIDE, dtype),
         )
     elif CE:
-        of_target = (only(raw, classes[None, :] == targets[:, None]), of_target[1])
+        of_target = (only(raw, at_target), of_target[1])
 
     loss = tl.zeros([BLOCK_N], dtype)
     entropy = tl.zeros([BLOCK_N], dtype)
@@ -169,38 +205,35 @@ def fused_kernel(
             value = tl.where(valid, values[i] * weights, 0.0)
             write_results(value, i, parts, block, samples, there, len(values), EACH)
 
-    result = raw
-    if gradient is not None or STANDARDIZE == BY_SAMPLE:
-        for i in tl.static_range(len(TERMS)):
-            exps, single, top, stats, coefficients = kept[i]
-            of_term = gradient_of(exps, top, coefficients, TERMS[i][0], TERMS[i][4])
-            if has_single(TERMS[i][0]) and not POKE:
-                of_term = tl.where(single, gradient_of_single(stats, coefficients)[:, None], of_term)
-            if i == 0:
-                result = of_term
-            else:
-                result += of_term
+    of_entropy = number(numbers, low, CE_WEIGHT) * weights
+    results = ()
     if STANDARDIZE == BY_SAMPLE:
+        for c in tl.static_range(TILES):
+            results = results + (tile_gradient(kept, c, TERMS, POKE),)
         high, factor, offset, slope = of_student
-        slope = slope_of_sample(result, s, slope)
+        slope = slope_of_sample(results, s, slope)
         of_student = (high, factor, offset, slope)
-        result = chain(result, s, 0.0, slope[:, None], (factor * weights)[:, None])
     if saved is not None:
         header = (tl.where(valid, weights, 0.0),) + softmax + of_student + of_teacher
         store_columns(saved, header, samples, there, COLUMNS[1], 0)
     if gradient is not None:
-        of_entropy = number(numbers, low, CE_WEIGHT) * weights
-        if CE:
-            columns = (softmax[0][:, None], softmax[1][:, None])
-            result += softmax_gradient(raw, columns, of_entropy[:, None])
-            if not POKE:
-                result -= tl.where(classes[None, :] == targets[:, None], of_entropy[:, None], 0.0)
-        store_gradient(gradient, result, at, gradient_strides, gradient_classes, AXIS, WIDE)
+        for c in tl.static_range(TILES):
+            if STANDARDIZE == BY_SAMPLE:
+                result = chain(results[c], s[c], 0.0, slope[:, None], (factor * weights)[:, None])
+            else:
+                result = tile_gradient(kept, c, TERMS, POKE)
+            if CE:
+                columns = (softmax[0][:, None], softmax[1][:, None])
+                result += softmax_gradient(raw[c], columns, of_entropy[:, None])
+                if not POKE:
+                    result -= tl.where(at_target[c], of_entropy[:, None], 0.0)
+            of_tile = (outer, within, classes[c], class_count, valid, there, sizes)
+            store_gradient(gradient, result, of_tile, gradient_strides, gradient_classes, AXIS, WIDE)
         if POKE:
             value = tl.zeros([BLOCK_N], dtype)
             for i in tl.static_range(len(TERMS)):
                 value += gradient_of_single(kept[i][3], kept[i][4])
             if CE:
                 value += softmax_gradient(of_target[0], softmax, of_entropy) - of_entropy
-            tl.debug_barrier()  # the tile is written
+            tl.debug_barrier()  # the tiles are written
             store_one(gradient, value, at, gradient_strides, targets, AXIS, WIDE)

@@ -14,6 +14,8 @@ class Tile(NamedTuple):
     block_n: int
     block_c: int
     num_warps: int
+    #: How many tiles of classes a program holds (the fused kernel only).
+    tiles: int = 1
 
 
 def power_of_two(number: int) -> int:
@@ -24,6 +26,7 @@ def power_of_two(number: int) -> int:
 # Registers hold a tile: 32 elements a thread leave room for two or three numbers of each without spilling.
 _PER_THREAD = 32
 _MOST_WARPS = 16
+_TILE = 4096
 _LEAST_CLASSES = 16
 #: Samples next to one another that a program takes: a whole cache line of each class, in any dtype.
 _PIXELS = 64
@@ -36,7 +39,10 @@ def fused_tile(layout: Layout, problem: Problem) -> Tile | None:
     per_thread = _PER_THREAD // (2 if double else 1) // len(problem.terms)
     block_n = _PIXELS if layout.axis == SAMPLES.value else max(1024 // block_c, 1)
     num_warps = max(block_n * block_c // (32 * per_thread), 1)
-    return Tile(block_n, block_c, num_warps) if num_warps <= _MOST_WARPS else None
+    if num_warps > _MOST_WARPS:
+        return None
+    tiles = max(block_c // _TILE, 1)
+    return Tile(block_n, block_c // tiles, num_warps, tiles)
 
 
 #: Samples that a program of the weights' sum adds up, and classes of one that prepares their standardisation.

@@ -265,6 +265,7 @@ def _fused(
         STANDARDIZE=problem.standardize,
         COLUMNS=problem.columns,
         EACH=each,
+        TILES=tile.tiles,
         **_constants(m.layout, tile),
     )
     return rows, part_rows

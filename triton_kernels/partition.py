@@ -8,20 +8,33 @@ from kdkernels.triton_kernels.select import first_best, keys_of, leads, select
 
 @triton.jit
 def partition(teacher, classes, class_count, target, k, KIND: tl.constexpr, LARGEST: tl.constexpr):
-    """``(single, top, members)`` of a tile that holds whole rows; ``members`` tell the leading classes later."""
+    """``(single, top, members)`` of whole rows; ``members`` tell the leading classes later.
+
+    ``teacher`` and ``classes``, ``single`` and ``top`` have one entry a tile.
+    """
+    singles = ()
+    tops = ()
     if KIND == WHOLE:
-        return teacher == teacher, teacher == teacher, ()
+        for c in tl.static_range(len(teacher)):
+            tops = tops + (teacher[c] == teacher[c],)
+        return tops, tops, ()
     elif KIND == TARGET:
-        single = classes[None, :] == target[:, None]
-        return single, single, ()
+        for c in tl.static_range(len(teacher)):
+            singles = singles + (classes[c][None, :] == target[:, None],)
+        return singles, singles, ()
     else:
-        keys = keys_of(teacher, (classes < class_count)[None, :], LARGEST)
+        keys = ()
+        for c in tl.static_range(len(teacher)):
+            keys = keys + (keys_of(teacher[c], (classes[c] < class_count)[None, :], LARGEST),)
         key, last = select(keys, classes, k)
         best = last
         if KIND == TOP1_TOPK:
             best = first_best(keys, classes)
-        single, top = masks_of_rank(keys, classes, key, last, best, KIND)
-        return single, top, (key, last, best)
+        for c in tl.static_range(len(teacher)):
+            single, top = masks_of_rank(keys[c], classes[c], key, last, best, KIND)
+            singles = singles + (single,)
+            tops = tops + (top,)
+        return singles, tops, (key, last, best)
 
 
 @triton.jit

@@ -23,16 +23,25 @@ def keys_of(logits, there, LARGEST: tl.constexpr):
 
 
 @triton.jit
+def count_reaching(keys, bound):
+    """How many keys of each row are not below ``bound``."""
+    count = (keys[0] >= bound[:, None]).to(tl.int32)
+    for c in tl.static_range(1, len(keys)):
+        count += (keys[c] >= bound[:, None]).to(tl.int32)
+    return tl.sum(count, 1)
+
+
+@triton.jit
 def threshold(keys, k, low, high):
     """The k-th largest key of each row, or another number that exactly k keys reach: ``(it, how many reach it)``.
 
     It lies between ``low`` and ``high``. At least k keys must reach ``low``, else the result is ``low``.
     """
-    count = tl.sum((keys >= low[:, None]).to(tl.int32), 1)
+    count = count_reaching(keys, low)
     searching = (count != k) & (low < high)
     while tl.max(searching.to(tl.int32), 0) > 0:
         middle = (low | high) - ((low ^ high) >> 1)  # the mean, rounded up, without overflow
-        reach = tl.sum((keys >= middle[:, None]).to(tl.int32), 1)
+        reach = count_reaching(keys, middle)
         enough = reach >= k
         low = tl.where(searching & enough, middle, low)
         count = tl.where(searching & enough, reach, count)
@@ -42,26 +51,41 @@ def threshold(keys, k, low, high):
 
 
 @triton.jit
+def largest_of(keys):
+    """The largest keys of each row at each place of its tiles."""
+    largest = keys[0]
+    for c in tl.static_range(1, len(keys)):
+        largest = tl.maximum(largest, keys[c])
+    return largest
+
+
+@triton.jit
 def select(keys, classes, k):
-    """``(key, last)``: the k best of each row are those of a larger key, and those of this key up to index ``last``."""
-    ROWS: tl.constexpr = keys.shape[0]
-    SIZE: tl.constexpr = keys.shape[1]
+    """``(key, last)``: the k best of each row are those of a larger key, and those of this key up to index ``last``.
+
+    ``keys`` and ``classes`` have one entry a tile.
+    """
+    ROWS: tl.constexpr = keys[0].shape[0]
+    SIZE: tl.constexpr = keys[0].shape[1]
     HIGHEST: tl.constexpr = 0x7FFFFFFF
-    low = tl.full([ROWS], -0x7FFFFFFF if keys.dtype == tl.int32 else -0x7FFFFFFFFFFFFFFF, keys.dtype)
+    low = tl.full([ROWS], -0x7FFFFFFF if keys[0].dtype == tl.int32 else -0x7FFFFFFFFFFFFFFF, keys[0].dtype)
+    # The k-th largest of the maxima of some chunks is reached by k keys, and rarely by many more.
+    largest = largest_of(keys)
     if SIZE > CHUNK:
-        # The k-th largest of the maxima of some chunks is reached by k keys, and rarely by many more.
-        maxima = tl.max(tl.reshape(keys, [ROWS, SIZE // CHUNK, CHUNK]), 2)
-        high = tl.max(maxima, 1)
-        low, _ = threshold(maxima, k, low, high)
-    else:
-        high = tl.max(keys, 1)
+        largest = tl.max(tl.reshape(largest, [ROWS, SIZE // CHUNK, CHUNK]), 2)
+    high = tl.max(largest, 1)
+    low, _ = threshold((largest,), k, low, high)
     key, count = threshold(keys, k, low, high)
     last = tl.full([ROWS], HIGHEST, tl.int32)
     if tl.max(count, 0) > k:
         # Of equal keys the first ones: the largest of their negated indices.
-        above = tl.sum((keys > key[:, None]).to(tl.int32), 1)
-        negated = tl.where(keys == key[:, None], -classes[None, :], -HIGHEST)
-        least, _ = threshold(negated, k - above, tl.full([ROWS], -HIGHEST + 1, tl.int32), tl.max(negated, 1))
+        above = tl.where(key == high, 0, count_reaching(keys, tl.where(key == high, key, key + 1)))
+        negated = ()
+        for c in tl.static_range(len(keys)):
+            negated = negated + (tl.where(keys[c] == key[:, None], -classes[c][None, :], -HIGHEST),)
+        least, _ = threshold(
+            negated, k - above, tl.full([ROWS], -HIGHEST + 1, tl.int32), tl.max(largest_of(negated), 1)
+        )
         last = tl.where(count > k, -least, last)
     return key, last
 
@@ -75,5 +99,8 @@ def leads(keys, classes, key, last):
 @triton.jit
 def first_best(keys, classes):
     """The index of each row's best class."""
-    best = tl.max(keys, 1)
-    return tl.min(tl.where(keys == best[:, None], classes[None, :], 0x7FFFFFFF), 1)
+    best = tl.max(largest_of(keys), 1)
+    index = tl.where(keys[0] == best[:, None], classes[0][None, :], 0x7FFFFFFF)
+    for c in tl.static_range(1, len(keys)):
+        index = tl.minimum(index, tl.where(keys[c] == best[:, None], classes[c][None, :], 0x7FFFFFFF))
+    return tl.min(index, 1)

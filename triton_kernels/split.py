@@ -97,15 +97,15 @@ def split_kernel(
     t = standardized_tile(t, 1, at, samples, affines, saved, COLUMNS, STANDARDIZE)
     row = samples * parts + part
     if CE:
-        origin, total = softmax_statistics(raw)
-        of_softmax = (origin, total, only(raw, classes[None, :] == targets[:, None]))
+        origin, total = softmax_statistics((raw,))
+        of_softmax = (origin, total, only((raw,), (classes[None, :] == targets[:, None],)))
         store_columns(stats, of_softmax, row, there, PART, 0)
     first = tl.full((), 0, tl.int32)  # among the candidates
     for i in tl.static_range(len(TERMS)):
         exponent = number(numbers, low, TERMS[i][5] + EXPONENT)
         if by_rank(TERMS[i][0]) and candidates is not None:
             keys = keys_of(t, (classes < class_count)[None, :], TERMS[i][1])
-            key, last = select(keys, classes, ks[i])
+            key, last = select((keys,), (classes,), ks[i])
             aside = leads(keys, classes, key, last) & (classes < class_count)[None, :]
             place = tl.cumsum(aside.to(tl.int32), 1) - 1
             slot = row[:, None] * candidate_count + first + place
@@ -115,15 +115,15 @@ def split_kernel(
             tl.store(candidate_classes + slot, tl.zeros_like(place) + classes[None, :], mask=mask)
             first += ks[i]
             kept_s, kept_t = tl.where(aside, float("-inf"), s), tl.where(aside, float("-inf"), t)
-            _, of_rest, _ = statistics(kept_s, kept_t, aside, aside, exponent, 0, TERMS[i][2], TERMS[i][3])
+            _, of_rest, _ = statistics((kept_s,), (kept_t,), (aside,), (aside,), exponent, 0, TERMS[i][2], TERMS[i][3])
             store_columns(stats, (tl.sum(aside.to(tl.int32), 1),), row, there, PART, SOFTMAX_COLUMNS + TERM_COLUMNS * i + _COUNT)
         else:
             single, top = partition_again(
                 t, classes, class_count, targets, members, samples, there, COLUMNS[2], TERMS[i][7], TERMS[i][0], TERMS[i][1]
             )
-            of_top, of_rest, _ = statistics(s, t, single, top, exponent, TERMS[i][0], TERMS[i][2], TERMS[i][3])
+            of_top, of_rest, _ = statistics((s,), (t,), (single,), (top,), exponent, TERMS[i][0], TERMS[i][2], TERMS[i][3])
             if has_single(TERMS[i][0]):
-                store_columns(stats, (only(s, single), only(t, single)), row, there, PART, SOFTMAX_COLUMNS + TERM_COLUMNS * i + _SINGLE)
+                store_columns(stats, (only((s,), (single,)), only((t,), (single,))), row, there, PART, SOFTMAX_COLUMNS + TERM_COLUMNS * i + _SINGLE)
             if by_rank(TERMS[i][0]):
                 store_columns(stats, of_top, row, there, PART, SOFTMAX_COLUMNS + TERM_COLUMNS * i + _TOP)
         store_columns(stats, of_rest, row, there, PART, SOFTMAX_COLUMNS + TERM_COLUMNS * i + _REST)
@@ -217,17 +217,17 @@ def merge_kernel(
             t = tl.load(candidates + 2 * slot + 1, mask=inside, other=float("-inf"))
             of_class = tl.load(candidate_classes + slot, mask=inside, other=0)
             keys = keys_of(t, inside, TERMS[i][1])
-            key, last = select(keys, position, ks[i])
+            key, last = select((keys,), (position,), ks[i])
             # Any key that k candidates reach will do among them, but others may reach it too: none reaches the k-th's.
             key = tl.min(tl.where(keys >= key[:, None], keys, HIGHEST), 1)
             best = last
             if TERMS[i][0] == TOP1_TOPK:
-                best = first_best(keys, position)
+                best = first_best((keys,), (position,))
             single, top = masks_of_rank(keys, position, key, last, best, TERMS[i][0])
-            of_top, of_others, _ = statistics(s, t, single, top & inside, exponent, TERMS[i][0], TERMS[i][2], TERMS[i][3])
+            of_top, of_others, _ = statistics((s,), (t,), (single,), (top & inside,), exponent, TERMS[i][0], TERMS[i][2], TERMS[i][3])
             of_rest = merge(of_rest, of_others, exponent)
             if has_single(TERMS[i][0]):
-                of_single = statistics_of_single(only(s, single), only(t, single))
+                of_single = statistics_of_single(only((s,), (single,)), only((t,), (single,)))
             last_class = tl.sum(tl.where(position[None, :] == last[:, None], of_class, 0), 1)
             last = tl.where(last == 0x7FFFFFFF, last, last_class)
             best = tl.sum(tl.where(position[None, :] == best[:, None], of_class, 0), 1)
@@ -415,7 +415,7 @@ def select_kernel(
             t = standardized_tile(t, 1, tile, samples, affines, saved, COLUMNS, STANDARDIZE)
             keys = keys_of(t, (classes < class_count)[None, :], TERM[1])
             of_tile = tl.max(keys, 1)
-            index = first_best(keys, classes)
+            index = first_best((keys,), (classes,))
             best = tl.where(of_tile > best_key, index, best)
             best_key = tl.maximum(best_key, of_tile)
     store_columns(members, (key, last, best), samples, there, COLUMNS[2], TERM[7])

@@ -5,7 +5,7 @@ Logits of -inf are no part of the moments and stay -inf: such a class is masked.
 
 import triton
 import triton.language as tl
-from kdkernels.triton_kernels.stats import total
+from kdkernels.triton_kernels.stats import totals
 
 
 @triton.jit
@@ -89,19 +89,28 @@ def standardize_by_class(logits, affines, side: tl.constexpr, classes, class_cou
 
 @triton.jit
 def deviation_sums(logits, centre):
-    """Sums over each row of deviations from its centre and of their squares, without masked classes; and the count."""
-    deviations = tl.where(logits == float("-inf"), 0.0, logits - centre[:, None])
-    count = total(tl.where(logits == float("-inf"), 0.0, 1.0).to(logits.dtype))
-    return count, total(deviations), total(deviations * deviations)
+    """Sums over each row of deviations from its centre and of their squares, without masked classes; and the count.
+
+    ``logits`` in one or several tiles.
+    """
+    counts = ()
+    sums = ()
+    squares = ()
+    for c in tl.static_range(len(logits)):
+        masked = logits[c] == float("-inf")
+        deviations = tl.where(masked, 0.0, logits[c] - centre[:, None])
+        counts = counts + (tl.where(masked, 0.0, 1.0).to(deviations.dtype),)
+        sums = sums + (deviations,)
+        squares = squares + (deviations * deviations,)
+    return totals(counts), totals(sums), totals(squares)
 
 
 @triton.jit
 def sample_moments(logits):
-    """Count, mean and sum of squared deviations of each row, in float64."""
-    centre = tl.zeros([logits.shape[0]], logits.dtype)
-    count, sum_, _ = deviation_sums(logits, centre)
+    """Count, mean and sum of squared deviations of each row, in float64; ``logits`` in one or several tiles."""
+    count, sum_, _ = deviation_sums(logits, tl.zeros([logits[0].shape[0]], logits[0].dtype))
     some = tl.maximum(count, 1.0)
-    centre = (sum_ / some).to(logits.dtype)
+    centre = (sum_ / some).to(logits[0].dtype)
     # The second time from close to the mean, so that nothing cancels in the squares.
     _, sum_, square = deviation_sums(logits, centre)
     return count, centre.to(tl.float64) + sum_ / some, tl.maximum(square - sum_ * sum_ / some, 0.0)
@@ -120,8 +129,11 @@ def standardization_of_sample(moments, correction, eps, dtype: tl.constexpr):
 
 @triton.jit
 def slope_of_sample(gradient, h, unit_slope):
-    """The slope of the chain rule of each row, from a tile with all of its gradient.
+    """The slope of the chain rule of each row, from all tiles of its gradient.
 
     The terms do not change when all logits of a sample move together, so the mean of their gradient is 0.
     """
-    return unit_slope * total(tl.where(h == float("-inf"), 0.0, gradient * h)).to(gradient.dtype)
+    products = ()
+    for c in tl.static_range(len(h)):
+        products = products + (tl.where(h[c] == float("-inf"), 0.0, gradient[c] * h[c]),)
+    return unit_slope * totals(products).to(unit_slope.dtype)

@@ -7,7 +7,8 @@ With k = log2(e) / T, for the classes i of a group:
 Origins are maxima, logits themselves: a constant added to all logits cancels before anything is rounded. Statistics
 merge exactly, over any parts of a row.
 
-A tile is ``[samples, classes]``. There are up to three groups: ``single``, one class (the target, or the teacher's best),
+A tile is ``[samples, classes]``; rows may be in several, which are worked on one after the other: that needs fewer
+registers. There are up to three groups: ``single``, one class (the target, or the teacher's best),
 ``top``, the teacher's other best ones, and the rest.
 """
 
@@ -43,9 +44,12 @@ def total(x):
 
 
 @triton.jit
-def only(x, mask):
-    """The value at the one class of each row that is in ``mask``; 0 where there is none."""
-    return tl.sum(tl.where(mask, x, 0.0), 1)
+def only(tiles, masks):
+    """The value at the one class of each row that is in the masks; 0 where there is none."""
+    value = tl.where(masks[0], tiles[0], 0.0)
+    for c in tl.static_range(1, len(tiles)):
+        value += tl.where(masks[c], tiles[c], 0.0)
+    return tl.sum(value, 1)
 
 
 @triton.jit
@@ -63,19 +67,50 @@ def statistics_of_single(student, teacher):
 
 
 @triton.jit
+def without(logits, mask):
+    """The logits outside a group; those in it are masked."""
+    return tl.where(mask, float("-inf"), logits)
+
+
+@triton.jit
+def maxima(tiles):
+    """The maximum of each row over all of its tiles."""
+    largest = tiles[0]
+    for c in tl.static_range(1, len(tiles)):
+        largest = tl.maximum(largest, tiles[c])
+    return tl.max(largest, 1)
+
+
+@triton.jit
+def totals(tiles):
+    """The sum of each row over all of its tiles, in float64."""
+    sum_ = tiles[0]
+    for c in tl.static_range(1, len(tiles)):
+        sum_ += tiles[c]
+    return total(sum_)
+
+
+@triton.jit
 def origins_of(student, teacher, single, top, KIND: tl.constexpr):
     """Maxima of the top group (where there is one) and of the rest: a pair of pairs."""
-    if has_single(KIND):
-        student, teacher = tl.where(single, float("-inf"), student), tl.where(single, float("-inf"), teacher)
+    top_student = ()
+    top_teacher = ()
+    rest_student = ()
+    rest_teacher = ()
+    for c in tl.static_range(len(student)):
+        s, t = student[c], teacher[c]
+        if has_single(KIND):
+            s, t = without(s, single[c]), without(t, single[c])
+        if by_rank(KIND):
+            top_student = top_student + (tl.where(top[c], s, float("-inf")),)
+            top_teacher = top_teacher + (tl.where(top[c], t, float("-inf")),)
+            s, t = without(s, top[c]), without(t, top[c])
+        rest_student = rest_student + (s,)
+        rest_teacher = rest_teacher + (t,)
+    of_rest = (maxima(rest_student), maxima(rest_teacher))
     if by_rank(KIND):
-        of_top = (
-            tl.max(tl.where(top, student, float("-inf")), 1),
-            tl.max(tl.where(top, teacher, float("-inf")), 1),
-        )
-        student, teacher = tl.where(top, float("-inf"), student), tl.where(top, float("-inf"), teacher)
-        return of_top, (tl.max(student, 1), tl.max(teacher, 1))
+        return (maxima(top_student), maxima(top_teacher)), of_rest
     else:
-        of_rest = (tl.max(student, 1), tl.max(teacher, 1))
         return of_rest, of_rest
 
 
@@ -84,7 +119,7 @@ def exponentials(student, teacher, single, top, of_top, of_rest, k, KIND: tl.con
     """``(es, et, gap)`` of each class, counted from its group's origins; the single class has none here: 0."""
     student_start, teacher_start = start(of_rest[0])[:, None], start(of_rest[1])[:, None]
     if has_single(KIND):
-        student, teacher = tl.where(single, float("-inf"), student), tl.where(single, float("-inf"), teacher)
+        student, teacher = without(student, single), without(teacher, single)
     if by_rank(KIND):
         student_start = tl.where(top, start(of_top[0])[:, None], student_start)
         teacher_start = tl.where(top, start(of_top[1])[:, None], teacher_start)
@@ -93,29 +128,62 @@ def exponentials(student, teacher, single, top, of_top, of_rest, k, KIND: tl.con
 
 
 @triton.jit
-def sums(es, et, gap, FORWARD: tl.constexpr, REVERSE: tl.constexpr):
-    """The four sums over a tile; a class without probability adds nothing, however infinite its gap."""
-    student_sum, teacher_sum = total(es), total(et)
-    teacher_gap, student_gap = tl.zeros_like(student_sum), tl.zeros_like(student_sum)
+def summands(exps, mask, MASKED: tl.constexpr, FORWARD: tl.constexpr, REVERSE: tl.constexpr):
+    """What a tile adds to the four sums of the classes in ``mask`` (if ``MASKED``; else of all).
+
+    A class without probability adds nothing, however infinite its gap.
+    """
+    es, et, gap = exps
+    if MASKED:
+        es, et = tl.where(mask, es, 0.0), tl.where(mask, et, 0.0)
+    of_teacher, of_student = et, es
     if FORWARD:
-        teacher_gap = total(et * tl.where(et > 0, gap, 0.0))
+        of_teacher = et * tl.where(et > 0, gap, 0.0)
     if REVERSE:
-        student_gap = total(es * tl.where(es > 0, gap, 0.0))
+        of_student = es * tl.where(es > 0, gap, 0.0)
+    return (es, et, of_teacher, of_student)
+
+
+@triton.jit
+def add_up(parts, FORWARD: tl.constexpr, REVERSE: tl.constexpr):
+    """The four sums over all tiles of a row, in float64."""
+    sum_ = parts[0]
+    for c in tl.static_range(1, len(parts)):
+        part = parts[c]
+        sum_ = (sum_[0] + part[0], sum_[1] + part[1], sum_[2] + part[2], sum_[3] + part[3])
+    student_sum, teacher_sum = total(sum_[0]), total(sum_[1])
+    zero = tl.zeros_like(student_sum)
+    teacher_gap, student_gap = zero, zero
+    if FORWARD:
+        teacher_gap = total(sum_[2])
+    if REVERSE:
+        student_gap = total(sum_[3])
     return (student_sum, teacher_sum, teacher_gap, student_gap)
 
 
 @triton.jit
 def statistics(student, teacher, single, top, k, KIND: tl.constexpr, FORWARD: tl.constexpr, REVERSE: tl.constexpr):
-    """``(statistics of top, statistics of rest, (es, et, gap))`` of a tile; top's are rest's where there is no top."""
+    """``(statistics of top, statistics of rest, exponentials)`` of rows in one or several tiles.
+
+    Arguments and exponentials have one entry a tile; top's statistics are rest's where there is no top.
+    """
     of_top, of_rest = origins_of(student, teacher, single, top, KIND)
-    es, et, gap = exponentials(student, teacher, single, top, of_top, of_rest, k, KIND)
+    exps = ()
+    inside = ()
+    outside = ()
+    for c in tl.static_range(len(student)):
+        of_tile = exponentials(student[c], teacher[c], single[c], top[c], of_top, of_rest, k, KIND)
+        exps = exps + (of_tile,)
+        if by_rank(KIND):
+            inside = inside + (summands(of_tile, top[c], True, FORWARD, REVERSE),)
+            outside = outside + (summands(of_tile, top[c] == 0, True, FORWARD, REVERSE),)
+        else:
+            outside = outside + (summands(of_tile, top[c], False, FORWARD, REVERSE),)
+    of_rest = of_rest + add_up(outside, FORWARD, REVERSE)
     if by_rank(KIND):
-        inside = sums(tl.where(top, es, 0.0), tl.where(top, et, 0.0), gap, FORWARD, REVERSE)
-        outside = sums(tl.where(top, 0.0, es), tl.where(top, 0.0, et), gap, FORWARD, REVERSE)
-        return of_top + inside, of_rest + outside, (es, et, gap)
+        return of_top + add_up(inside, FORWARD, REVERSE), of_rest, exps
     else:
-        rest = of_rest + sums(es, et, gap, FORWARD, REVERSE)
-        return rest, rest, (es, et, gap)
+        return of_rest, of_rest, exps
 
 
 @triton.jit
@@ -150,9 +218,12 @@ def merge(a, b, k):
 
 @triton.jit
 def softmax_statistics(student):
-    """``(origin, sum)`` of each row's softmax at T = 1, for the cross entropy."""
-    origin = tl.max(student, 1)
-    return origin, total(tl.exp2((student - start(origin)[:, None]) * LOG2E))
+    """``(origin, sum)`` of each row's softmax at T = 1, for the cross entropy; ``student`` in one or several tiles."""
+    origin = maxima(student)
+    powers = ()
+    for c in tl.static_range(len(student)):
+        powers = powers + (tl.exp2((student[c] - start(origin)[:, None]) * LOG2E),)
+    return origin, totals(powers)
 
 
 @triton.jit
