@@ -2,7 +2,7 @@
 
 from .errors import BarrierError, DeadlockError, MemoryFault, RaceError, SimError, TrapError, UninitError
 from .module import Module
-from .stats import Access, BufferStats, Stats
+from .stats import Access, BufferStats, Stats, device_bytes
 
 __all__ = [
     "Access",
@@ -16,4 +16,5 @@ __all__ = [
     "Stats",
     "TrapError",
     "UninitError",
+    "device_bytes",
 ]

@@ -153,12 +153,13 @@ class MemoryAccess:
             if kind == "load":
                 flat.touched.mark(index, size)
             warps = lanes >> 5
-            sector = (warps << WINDOW) | ((index + (flat.base & ((1 << WINDOW) - 1))) >> 5)
-            step = sector[1:] - sector[:-1]
-            if (step < 0).any():
-                sector = np.sort(sector)
-                step = sector[1:] - sector[:-1]
-            sectors = (1 + np.count_nonzero(step)) * max(1, size // 32)
+            place = (warps << WINDOW) | (index + (flat.base & ((1 << WINDOW) - 1)))
+            if (place[1:] < place[:-1]).any():
+                place = np.sort(place)
+            if kind != "atomic":  # what several lanes of a warp ask for at once is one request
+                total = (1 + np.count_nonzero(place[1:] != place[:-1])) * size
+            sector = place >> 5
+            sectors = (1 + np.count_nonzero(sector[1:] != sector[:-1])) * max(1, size // 32)
             instructions = 1 + np.count_nonzero(warps[1:] != warps[:-1])
             stats.count_global(kind, total, instructions, sectors, ins.line)
             if kind == "load":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 
 SECTOR = 32
@@ -165,3 +166,20 @@ class Stats:
 
 _SUMMED = tuple(f.name for f in fields(Stats) if f.name.startswith(("shared_", "local_", "const_")))
 _SUMMED = tuple(name for name in _SUMMED if name != "shared_bytes")
+
+
+def device_bytes(launches: Iterable[Stats], matrix_bytes: int) -> int:
+    """Bytes that launches after one another move between a chip and its memory: a model of its cache.
+
+    Buffers of ``matrix_bytes`` or more count each time a byte of them is asked for. Smaller ones count once, however
+    many launches and threads use them: they are still in the cache.
+    """
+    matrices, small = 0, {}
+    for stats in launches:
+        for buffer in stats.buffers.values():
+            if buffer.size >= matrix_bytes:
+                matrices += buffer.loaded + buffer.stored + buffer.atomic
+            else:
+                used = max(buffer.distinct_loaded, buffer.distinct_stored)
+                small[buffer.storage] = max(small.get(buffer.storage, 0), used)
+    return matrices + sum(small.values())
