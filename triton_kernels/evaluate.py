@@ -92,6 +92,17 @@ def group_masses(logsumexps, dtype: tl.constexpr):
 
 
 @triton.jit
+def weigh_parts(of_mass, of_groups, numbers, low, first: tl.constexpr, COUNT: tl.constexpr):
+    """The parts of each of ``COUNT`` terms, from both directions' divergences; their shares begin at ``first``."""
+    parts = ()
+    for i in tl.static_range(COUNT * (1 + len(of_groups))):
+        forward, reverse = ((of_mass,) + of_groups)[i % (1 + len(of_groups))]
+        shares = number(numbers, low, first + 2 * i), number(numbers, low, first + 2 * i + 1)
+        parts = parts + (weighed(shares[0], shares[1], forward, reverse),)
+    return parts
+
+
+@triton.jit
 def evaluate(
     stats,
     sizes,
@@ -106,7 +117,7 @@ def evaluate(
     """``(loss, parts, coefficients)`` of one term.
 
     ``stats`` and ``sizes`` (class counts) have one entry a group; inside a single class there is no divergence.
-    ``parts`` are those of the mass and the groups; coefficients are ``(student, tilt, teacher)`` a group, with
+    ``parts`` are those of the mass and the groups, of each of ``PARTS`` terms; coefficients are ``(student, tilt, teacher)`` a group, with
     dloss/dlogit_i = es_i * (student + tilt * gap_i) - et_i * teacher.
     """
     GROUPS: tl.constexpr = groups_of(KIND)
@@ -118,7 +129,7 @@ def evaluate(
     slope = nats.to(dtype)  # the weights have T^2 already
     zero = tl.zeros(stats[0][0].shape, dtype)
     loss = zero
-    parts = ()
+    of_groups = ()
     coefficients = ()
     student_lses = ()
     teacher_lses = ()
@@ -144,9 +155,7 @@ def evaluate(
             reverse = tl.where(no_student | (sizes[g] == 1), 0.0, tl.where(no_teacher, float("inf"), difference))
             reverse = reverse.to(dtype)
         loss += weighed(forward_weight, reverse_weight, forward, reverse)
-        if PARTS:
-            mix = number(numbers, low, MIX + 2 + 2 * g), number(numbers, low, MIX + 3 + 2 * g)
-            parts = parts + (weighed(mix[0], mix[1], forward, reverse),)
+        of_groups = of_groups + ((forward, reverse),)
         student_inverse, teacher_inverse = student_inverse.to(dtype), teacher_inverse.to(dtype)
         student, tilt = slope * student_inverse * forward_weight, zero
         if REVERSE:
@@ -162,7 +171,7 @@ def evaluate(
             teacher_lses = teacher_lses + (log_sum_exp(teacher_origin, no_teacher, log_sum + log_ratio, nats),)
             student_inverses = student_inverses + (student_inverse,)
     if GROUPS == 1:
-        return loss, (zero,) + parts, coefficients
+        return loss, weigh_parts((zero, zero), of_groups, numbers, low, MIX, PARTS), coefficients
     else:
         qs, log_qs = group_masses(student_lses, dtype)
         qt, log_qt = group_masses(teacher_lses, dtype)
@@ -173,9 +182,7 @@ def evaluate(
         forward_weight = number(numbers, low, FIRST + MASS)
         reverse_weight = number(numbers, low, FIRST + MASS + 1)
         loss += weighed(forward_weight, reverse_weight, forward, reverse)
-        if PARTS:
-            mix = number(numbers, low, MIX), number(numbers, low, MIX + 1)
-            parts = (weighed(mix[0], mix[1], forward, reverse),) + parts
+        parts = weigh_parts((forward, reverse), of_groups, numbers, low, MIX, PARTS)
         with_mass = ()
         for g in tl.static_range(GROUPS):
             # qs_g * (L_g - KL) with L = log qs - log qt, as a sum of differences: nothing large cancels where a group

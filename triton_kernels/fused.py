@@ -188,7 +188,15 @@ def fused_kernel(
         stats = groups_with(of_single, of_top, of_rest, TERMS[i][0])
         sizes_of = group_sizes(class_count, ks[i], TERMS[i][0])
         of_term, of_parts, coefficients = evaluate(
-            stats, sizes_of, numbers, low, TERMS[i][5], TERMS[i][0], TERMS[i][2], TERMS[i][3], parts is not None
+            stats,
+            sizes_of,
+            numbers,
+            low,
+            TERMS[i][5],
+            TERMS[i][0],
+            TERMS[i][2],
+            TERMS[i][3],
+            TERMS[i][8] if parts is not None else 0,
         )
         loss += of_term
         values = values + of_parts

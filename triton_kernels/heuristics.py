@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from kdkernels.triton_kernels.layout import SAMPLES, Layout
-from kdkernels.triton_kernels.objective import Problem
+from kdkernels.triton_kernels.objective import BY_CLASS, BY_SAMPLE, TARGET, TOP1_TOPK, TOPK, WHOLE, Problem
 
 
 class Tile(NamedTuple):
@@ -23,26 +23,48 @@ def power_of_two(number: int) -> int:
     return 1 << max(number - 1, 0).bit_length()
 
 
-# Registers hold a tile: 32 elements a thread leave room for two or three numbers of each without spilling.
+# A program's elements are in registers, of which a thread has 255, or 128 where 16 warps share them.
+_FIXED_REGISTERS = 60
 _PER_THREAD = 32
 _MOST_WARPS = 16
-_TILE = 4096
 _LEAST_CLASSES = 16
+#: Classes of one tile of a row that is worked on tile by tile.
+_TILE = 4096
 #: Samples next to one another that a program takes: a whole cache line of each class, in any dtype.
 _PIXELS = 64
 
 
+def live_numbers(problem: Problem) -> float:
+    """About how many registers an element needs from its statistics to its gradient, as the compiler reports it."""
+    numbers = 0.0
+    for term in problem.terms:
+        numbers += 3 if term.reverse else 2
+        numbers += {WHOLE.value: 0.0, TARGET.value: 0.5, TOPK.value: 3.0, TOP1_TOPK.value: 5.0}[term.kind]
+    numbers += 0.5 if problem.ce else 0
+    numbers += {0: 0, BY_CLASS.value: 2, BY_SAMPLE.value: 8}[problem.standardize]
+    return 2.5 * numbers if problem.low else numbers
+
+
+def fits(problem: Problem, per_thread: int, num_warps: int) -> bool:
+    """Whether threads that hold so many elements have registers enough."""
+    need = _FIXED_REGISTERS + per_thread * live_numbers(problem)
+    return num_warps <= _MOST_WARPS and need <= (255 if num_warps <= 8 else 128)
+
+
 def fused_tile(layout: Layout, problem: Problem) -> Tile | None:
-    """The tile of the fused kernel; None where a sample's classes do not fit on chip."""
-    double = bool(problem.low)
+    """The tile of the fused kernel; None where a sample's classes do not fit on chip.
+
+    Short rows share a program. 32 elements a thread share what every thread does once a row; fewer where the objective
+    needs many registers, 64 where the row would not fit otherwise.
+    """
     block_c = max(power_of_two(layout.gradient_classes), _LEAST_CLASSES)
-    per_thread = _PER_THREAD // (2 if double else 1) // len(problem.terms)
     block_n = _PIXELS if layout.axis == SAMPLES.value else max(1024 // block_c, 1)
-    num_warps = max(block_n * block_c // (32 * per_thread), 1)
-    if num_warps > _MOST_WARPS:
-        return None
-    tiles = max(block_c // _TILE, 1)
-    return Tile(block_n, block_c // tiles, num_warps, tiles)
+    for per_thread in (_PER_THREAD, _PER_THREAD // 2, _PER_THREAD // 4, 2 * _PER_THREAD):
+        num_warps = max(block_n * block_c // (32 * per_thread), 1)
+        if fits(problem, per_thread, num_warps):
+            tiles = max(block_c // _TILE, 1) if per_thread > _PER_THREAD else 1
+            return Tile(block_n, block_c // tiles, num_warps, tiles)
+    return None
 
 
 #: Samples that a program of the weights' sum adds up, and classes of one that prepares their standardisation.
@@ -65,8 +87,8 @@ def sum_warps(block: int) -> int:
 
 def split_tile(layout: Layout, problem: Problem) -> Tile:
     """The part of some samples whose statistics a program takes. Small parts fill a GPU even with one sample."""
-    per_thread = _PER_THREAD // (2 if problem.low else 1) // len(problem.terms)
-    return _spread(layout, 4 * 32 * per_thread, per_thread)
+    per_thread = _PER_THREAD // 2 if fits(problem, _PER_THREAD // 2, 4) else _PER_THREAD // 4
+    return _spread(layout, 8 * 32 * per_thread, per_thread)
 
 
 def sets_aside(split: int, tile: Tile, problem: Problem) -> bool:

@@ -37,6 +37,8 @@ class Term(NamedTuple):
     numbers: int
     saved: int
     members: int
+    #: How many of the objective's terms it stands for: two at one temperature over one partition are one.
+    terms: int
 
 
 class Columns(NamedTuple):
@@ -72,26 +74,33 @@ def unpack(encoded: tuple[float, ...], parts: bool, double: bool) -> Problem:
     terms, ks = [], []
     part_count, members = 1, 0
     saved = SAVED_HEADER.value + (SAVED_SAMPLE.value if standardize == BY_SAMPLE.value else 0)
-    for t in range(count):
-        begin = _ENCODED_HEADER + t * _ENCODED_TERM
-        kind, k, largest, temperature, scale, *weights = encoded[begin : begin + _ENCODED_TERM]
+    for folded in _fold([encoded[_ENCODED_HEADER + t * _ENCODED_TERM :][:_ENCODED_TERM] for t in range(count)]):
+        kind, k, largest, temperature = folded[0][:4]
         groups = _GROUPS[int(kind)]
-        pairs = [tuple(weights[i : i + 2]) for i in range(0, len(weights), 2)]
-        mine, mixes = pairs[: 1 + groups], pairs[1 + _MAX_GROUPS :][: 1 + groups]
-        wanted = mine[1:] + (mixes[1:] if parts else [])
-        forward, reverse = (any(pair[i] for pair in wanted) for i in (0, 1))
-        tilt = any(pair[1] for pair in mine[1:])
-        terms.append(Term(int(kind), bool(largest), forward, reverse, tilt, len(numbers), saved, members))
-        numbers.append(math.log2(math.e) / temperature)
-        numbers += [scale * weight for pair in mine + (mixes if parts else []) for weight in pair]
+        weights, mixes = [0.0] * 2 * (1 + groups), []
+        for term in folded:
+            scale, *numbers_of = term[4:]
+            weights = [sum_ + scale * weight for sum_, weight in zip(weights, numbers_of, strict=False)]
+            mixes += [scale * mix for mix in numbers_of[2 * (1 + _MAX_GROUPS) :][: 2 * (1 + groups)]] if parts else []
+        inside = weights[2:] + [mix for i, mix in enumerate(mixes) if i % (2 * (1 + groups)) > 1]
+        forward, reverse, tilt = any(inside[::2]), any(inside[1::2]), any(weights[3::2])
+        flags = forward, reverse, tilt
+        terms.append(Term(int(kind), bool(largest), *flags, len(numbers), saved, members, len(folded)))
+        numbers += [math.log2(math.e) / temperature, *weights, *mixes]
         ks.append(int(k))
-        part_count += 1 + groups
+        part_count += len(folded) * (1 + groups)
         saved += SAVED_GROUP.value * groups
         members += MEMBERS.value if kind >= TOPK.value else 0
     high = tuple(_float32(number) for number in numbers)
     low = tuple(_float32(number - part) for number, part in zip(numbers, high, strict=True)) if double else ()
     columns = Columns(part_count, saved, members)
     return Problem(tuple(terms), ce_weight != 0, int(standardize), high, low, tuple(ks), columns)
+
+
+def _fold(terms: list[tuple[float, ...]]) -> list[list[tuple[float, ...]]]:
+    """Encoded terms, those together that have one partition and one temperature."""
+    same = len(terms) == 2 and terms[0][:4] == terms[1][:4]
+    return [terms] if same else [[term] for term in terms]
 
 
 def sizes(encoded: tuple[float, ...]) -> Columns:

@@ -116,14 +116,35 @@ def split_kernel(
             first += ks[i]
             kept_s, kept_t = tl.where(aside, float("-inf"), s), tl.where(aside, float("-inf"), t)
             _, of_rest, _ = statistics((kept_s,), (kept_t,), (aside,), (aside,), exponent, 0, TERMS[i][2], TERMS[i][3])
-            store_columns(stats, (tl.sum(aside.to(tl.int32), 1),), row, there, PART, SOFTMAX_COLUMNS + TERM_COLUMNS * i + _COUNT)
+            store_columns(
+                stats, (tl.sum(aside.to(tl.int32), 1),), row, there, PART, SOFTMAX_COLUMNS + TERM_COLUMNS * i + _COUNT
+            )
         else:
             single, top = partition_again(
-                t, classes, class_count, targets, members, samples, there, COLUMNS[2], TERMS[i][7], TERMS[i][0], TERMS[i][1]
+                t,
+                classes,
+                class_count,
+                targets,
+                members,
+                samples,
+                there,
+                COLUMNS[2],
+                TERMS[i][7],
+                TERMS[i][0],
+                TERMS[i][1],
             )
-            of_top, of_rest, _ = statistics((s,), (t,), (single,), (top,), exponent, TERMS[i][0], TERMS[i][2], TERMS[i][3])
+            of_top, of_rest, _ = statistics(
+                (s,), (t,), (single,), (top,), exponent, TERMS[i][0], TERMS[i][2], TERMS[i][3]
+            )
             if has_single(TERMS[i][0]):
-                store_columns(stats, (only((s,), (single,)), only((t,), (single,))), row, there, PART, SOFTMAX_COLUMNS + TERM_COLUMNS * i + _SINGLE)
+                store_columns(
+                    stats,
+                    (only((s,), (single,)), only((t,), (single,))),
+                    row,
+                    there,
+                    PART,
+                    SOFTMAX_COLUMNS + TERM_COLUMNS * i + _SINGLE,
+                )
             if by_rank(TERMS[i][0]):
                 store_columns(stats, of_top, row, there, PART, SOFTMAX_COLUMNS + TERM_COLUMNS * i + _TOP)
         store_columns(stats, of_rest, row, there, PART, SOFTMAX_COLUMNS + TERM_COLUMNS * i + _REST)
@@ -199,7 +220,9 @@ def merge_kernel(
     first = tl.full((), 0, tl.int32)
     for i in tl.static_range(len(TERMS)):
         exponent = number(numbers, low, TERMS[i][5] + EXPONENT)
-        of_rest = merge_along(load_parts(stats, row, mask, PART, SOFTMAX_COLUMNS + TERM_COLUMNS * i + _REST, dtype), exponent)
+        of_rest = merge_along(
+            load_parts(stats, row, mask, PART, SOFTMAX_COLUMNS + TERM_COLUMNS * i + _REST, dtype), exponent
+        )
         of_single = of_rest
         of_top = of_rest
         if by_rank(TERMS[i][0]) and candidates is not None:
@@ -209,7 +232,9 @@ def merge_kernel(
             place = position % ks[i]
             its_row = samples[:, None] * parts + of_part[None, :]
             inside = there[:, None] & (of_part < parts)[None, :]
-            found = tl.load(stats + its_row * PART + SOFTMAX_COLUMNS + TERM_COLUMNS * i + _COUNT, mask=inside, other=0.0).to(tl.int32)
+            found = tl.load(
+                stats + its_row * PART + SOFTMAX_COLUMNS + TERM_COLUMNS * i + _COUNT, mask=inside, other=0.0
+            ).to(tl.int32)
             inside = inside & (place[None, :] < found)
             slot = its_row * candidate_count + first + place[None, :]
             first += ks[i]
@@ -224,7 +249,9 @@ def merge_kernel(
             if TERMS[i][0] == TOP1_TOPK:
                 best = first_best((keys,), (position,))
             single, top = masks_of_rank(keys, position, key, last, best, TERMS[i][0])
-            of_top, of_others, _ = statistics((s,), (t,), (single,), (top & inside,), exponent, TERMS[i][0], TERMS[i][2], TERMS[i][3])
+            of_top, of_others, _ = statistics(
+                (s,), (t,), (single,), (top & inside,), exponent, TERMS[i][0], TERMS[i][2], TERMS[i][3]
+            )
             of_rest = merge(of_rest, of_others, exponent)
             if has_single(TERMS[i][0]):
                 of_single = statistics_of_single(only((s,), (single,)), only((t,), (single,)))
@@ -234,11 +261,17 @@ def merge_kernel(
             store_columns(members, (key, last, best), samples, there, COLUMNS[2], TERMS[i][7])
         else:
             if has_single(TERMS[i][0]):
-                of_student = tl.load(stats + row * PART + SOFTMAX_COLUMNS + TERM_COLUMNS * i + _SINGLE, mask=mask, other=0.0)
-                of_teacher = tl.load(stats + row * PART + SOFTMAX_COLUMNS + TERM_COLUMNS * i + _SINGLE + 1, mask=mask, other=0.0)
+                of_student = tl.load(
+                    stats + row * PART + SOFTMAX_COLUMNS + TERM_COLUMNS * i + _SINGLE, mask=mask, other=0.0
+                )
+                of_teacher = tl.load(
+                    stats + row * PART + SOFTMAX_COLUMNS + TERM_COLUMNS * i + _SINGLE + 1, mask=mask, other=0.0
+                )
                 of_single = statistics_of_single(tl.sum(of_student, 1).to(dtype), tl.sum(of_teacher, 1).to(dtype))
             if by_rank(TERMS[i][0]):
-                of_top = merge_along(load_parts(stats, row, mask, PART, SOFTMAX_COLUMNS + TERM_COLUMNS * i + _TOP, dtype), exponent)
+                of_top = merge_along(
+                    load_parts(stats, row, mask, PART, SOFTMAX_COLUMNS + TERM_COLUMNS * i + _TOP, dtype), exponent
+                )
         groups = groups_with(of_single, of_top, of_rest, TERMS[i][0])
         of_term, of_parts, coefficients = evaluate(
             groups,
@@ -249,7 +282,7 @@ def merge_kernel(
             TERMS[i][0],
             TERMS[i][2],
             TERMS[i][3],
-            part_losses is not None,
+            TERMS[i][8] if part_losses is not None else 0,
         )
         loss += of_term
         values = values + of_parts
