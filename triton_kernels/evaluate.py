@@ -117,7 +117,8 @@ def evaluate(
     """``(loss, parts, coefficients)`` of one term.
 
     ``stats`` and ``sizes`` (class counts) have one entry a group; inside a single class there is no divergence.
-    ``parts`` are those of the mass and the groups, of each of ``PARTS`` terms; coefficients are ``(student, tilt, teacher)`` a group, with
+    ``parts`` are those of the mass and the groups, of each of ``PARTS`` terms;
+    coefficients are ``(student, tilt, teacher)`` a group, with
     dloss/dlogit_i = es_i * (student + tilt * gap_i) - et_i * teacher.
     """
     GROUPS: tl.constexpr = groups_of(KIND)

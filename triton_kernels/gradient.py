@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 from kdkernels.triton_kernels.layout import CLASSES, multiple, offsets
-from kdkernels.triton_kernels.objective import by_rank, groups_of, has_single
+from kdkernels.triton_kernels.objective import by_rank, groups_of
 from kdkernels.triton_kernels.stats import LOG2E, power_of_single, start
 
 
@@ -20,7 +20,7 @@ def weigh(coefficients, weight, valid):
 
 @triton.jit
 def gradient_of(exps, top, coefficients, KIND: tl.constexpr, TILT: tl.constexpr):
-    """The gradient of one term in the logits it sees, from a tile's exponentials (see :mod:`stats`); 0 at its single."""
+    """The gradient of one term in the logits it sees, from a tile's exponentials; 0 at its single class."""
     es, et, gap = exps
     GROUPS: tl.constexpr = groups_of(KIND)
     student, tilt, teacher = coefficients[GROUPS - 1]
@@ -52,7 +52,7 @@ def chain(gradient, h, level, slope, factor):
 
 @triton.jit
 def softmax_gradient(logits, softmax, weight):
-    """The gradient of the cross entropy but for its target; ``softmax``: origin and inverse sum, of the logits' shape."""
+    """The gradient of the cross entropy but for its target; ``softmax``: origin and inverse sum."""
     origin, inverse = softmax
     return tl.exp2((logits - start(origin)) * LOG2E) * tl.where(weight != 0, inverse * weight, 0.0)
 

@@ -34,8 +34,8 @@ from kdkernels.triton_kernels.stats import (
 )
 from kdkernels.triton_kernels.sweep import standardized_tile
 
-# Columns of a part's statistics, in float64: of the cross entropy (origin, sum, logit of the target), then for each term
-# the single class's logits, the count of candidates, and the statistics of the top group and of the rest.
+# Columns of a part's statistics, in float64: of the cross entropy (origin, sum, logit of the target), then for each
+# term the single class's logits, the count of candidates, and the statistics of the top group and of the rest.
 SOFTMAX_COLUMNS, TERM_COLUMNS = tl.constexpr(3), tl.constexpr(15)
 _SINGLE, _COUNT, _TOP, _REST = (tl.constexpr(column) for column in (0, 2, 3, 9))
 

@@ -17,8 +17,8 @@ import triton.language as tl
 from kdkernels.triton_kernels.objective import TARGET, TOP1_TOPK, TOPK, by_rank, has_single
 
 LOG2E = tl.constexpr(1.4426950408889634)
-# Classes that are added up in float32 before the sum goes on in float64. Rounding must average out over many such chunks,
-# and conversions cost: first those that a thread has loaded at a time, in long rows over its loads, too.
+# Classes that are added up in float32 before the sum goes on in float64. Rounding must average out over many
+# such chunks, and conversions cost: first those that a thread has loaded at a time, in long rows over its loads, too.
 CHUNK = tl.constexpr(8)
 LOADS = tl.constexpr(4)
 
