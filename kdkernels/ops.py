@@ -58,7 +58,8 @@ class Ops:
     def class_moments(self, call: Call) -> Tensor:
         """Count, mean and sum of squared deviations of each class over the valid samples.
 
-        ``(2, 3, num_classes)`` float64: the student's, then the teacher's. Logits of -inf (masked classes) are not counted.
+        ``(2, 3, num_classes)`` float64: the student's, then the teacher's. Logits of -inf (masked classes) are not
+        counted.
         """
         try:
             return self._ops.class_moments.default(
@@ -79,8 +80,9 @@ class Ops:
         """``(loss, parts, gradient, saved, members)``; what was not asked for is empty.
 
         ``moments`` are those of :meth:`class_moments` where logits are standardised by class, else None. ``gradient``
-        is that of the reduced loss in the student's logits; ``saved`` and ``members`` are what :meth:`backward` needs to
-        compute it later, as it must where there are moments: then ``gradient`` is the :meth:`class_sums` it needs too.
+        is that of the reduced loss in the student's logits; ``saved`` and ``members`` are what :meth:`backward` needs
+        to compute it later, as it must where there are moments: then ``gradient`` is the :meth:`class_sums` it needs
+        too.
         """
         try:
             return self._ops.forward.default(
