@@ -45,9 +45,9 @@ def live_numbers(problem: Problem) -> float:
     return 2.5 * numbers if problem.low else numbers
 
 
-def fits(problem: Problem, per_thread: int, num_warps: int) -> bool:
-    """Whether threads that hold so many elements have registers enough."""
-    need = _FIXED_REGISTERS + per_thread * live_numbers(problem)
+def fits(problem: Problem, per_thread: int, num_warps: int, block_n: int = 1) -> bool:
+    """Whether threads that hold so many elements have registers enough; with many samples each needs as many again."""
+    need = _FIXED_REGISTERS + per_thread * live_numbers(problem) * (2 if block_n > 1 else 1)
     return num_warps <= _MOST_WARPS and need <= (255 if num_warps <= 8 else 128)
 
 
@@ -59,9 +59,9 @@ def fused_tile(layout: Layout, problem: Problem) -> Tile | None:
     """
     block_c = max(power_of_two(layout.gradient_classes), _LEAST_CLASSES)
     block_n = _PIXELS if layout.axis == SAMPLES.value else max(1024 // block_c, 1)
-    for per_thread in (_PER_THREAD, _PER_THREAD // 2, _PER_THREAD // 4, 2 * _PER_THREAD):
+    for per_thread in (_PER_THREAD, _PER_THREAD // 2, _PER_THREAD // 4, _PER_THREAD // 8, 2 * _PER_THREAD):
         num_warps = max(block_n * block_c // (32 * per_thread), 1)
-        if fits(problem, per_thread, num_warps):
+        if fits(problem, per_thread, num_warps, block_n):
             tiles = max(block_c // _TILE, 1) if per_thread > _PER_THREAD else 1
             return Tile(block_n, block_c // tiles, num_warps, tiles)
     return None
@@ -73,7 +73,7 @@ CLASS_BLOCK = 256
 #: Candidates for the top k that one program merges, of one or several samples.
 _MOST_CANDIDATES = 8192
 _MERGED = 256
-_MERGED_PER_THREAD = 8
+_MERGED_PER_THREAD = 2
 
 
 def sum_block(rows: int) -> int:
@@ -101,7 +101,7 @@ def merge_tile(split: int, k: int) -> Tile:
     """Samples, and candidates of each (or parts), that a program merges."""
     block_c = power_of_two(split * k)
     block_n = max(_MERGED // max(block_c, _LEAST_CLASSES), 1)
-    # A thread's elements are unrolled, and merging them takes exponentials in double precision: 8 make code enough.
+    # A thread's elements are unrolled, and merging them takes exponentials in double precision: a few make code enough.
     return Tile(block_n, block_c, min(max(block_n * block_c // (32 * _MERGED_PER_THREAD), 1), _MOST_WARPS))
 
 
@@ -119,7 +119,7 @@ def scale_tile(layout: Layout) -> Tile:
 def class_tile(layout: Layout) -> Tile:
     """The tile of a sum over samples: short in classes, so that there are programs enough."""
     block_n, block_c = (_PIXELS, 32) if layout.axis == SAMPLES.value else (16, 128)
-    return Tile(block_n, min(block_c, max(power_of_two(layout.classes), _LEAST_CLASSES)), 4)
+    return Tile(block_n, min(block_c, max(power_of_two(layout.classes), _LEAST_CLASSES)), 8)
 
 
 def stretch(blocks: int, tiles: int) -> int:

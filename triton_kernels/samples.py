@@ -2,7 +2,7 @@
 
 import triton
 import triton.language as tl
-from kdkernels.triton_kernels.layout import locate, offsets
+from kdkernels.triton_kernels.layout import CLASSES, locate, multiple, offsets
 
 
 @triton.jit
@@ -91,5 +91,8 @@ def scale_kernel(
     else:
         by = tl.zeros([BLOCK_N], dtype) + tl.load(factor).to(dtype)
     at = gradient + offsets(outer, within, classes, sizes, strides, AXIS, WIDE)
-    mask = there[:, None] & (classes < class_count)[None, :]
+    inside = classes < class_count
+    if AXIS == CLASSES:
+        inside = classes < multiple(class_count, WIDE)
+    mask = there[:, None] & inside[None, :]
     tl.store(at, tl.load(at, mask=mask, other=0.0).to(dtype) * by[:, None], mask=mask)
