@@ -8,20 +8,21 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kdkernels import distributed, ops
+from kdkernels import distributed
+from kdkernels.ops import Ops
 from kdkernels.validation import Call
 
 
-def fused_loss(call: Call, *, recompute: bool, parts: bool) -> tuple[Tensor, Tensor | None]:
-    """``(loss, parts)`` of a checked call by the kernels, differentiable in the student's logits if that is asked for.
+def fused_loss(call: Call, ops: Ops, *, recompute: bool, parts: bool) -> tuple[Tensor, Tensor | None]:
+    """``(loss, parts)`` of a checked call by a backend's ops, differentiable in the student's logits if asked for.
 
     Without a gradient nothing of the logits' size is allocated. ``parts`` has its parts in the last dimension; None
     unless asked for.
     """
     if not (call.student.requires_grad and torch.is_grad_enabled()):
-        loss, values, *_ = ops.forward(call, _class_moments(call), gradient=False, save=False, parts=parts)
+        loss, values, *_ = ops.forward(call, _class_moments(call, ops), gradient=False, save=False, parts=parts)
         return loss, values if parts else None
-    result = DistillationFunction.apply(call.student, call, recompute, parts)
+    result = DistillationFunction.apply(call.student, call, ops, recompute, parts)
     return result if parts else (result, None)
 
 
@@ -33,10 +34,10 @@ class DistillationFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, call: Call, recompute: bool, parts: bool) -> Any:
+    def forward(ctx: Any, student: Tensor, call: Call, ops: Ops, recompute: bool, parts: bool) -> Any:
         if torch.compiler.is_compiling():
             call = call._replace(student=student)  # tracing knows a function's tensors by its arguments only
-        moments = _class_moments(call)
+        moments = _class_moments(call, ops)
         if moments is not None:
             # Sums for an upstream gradient that is one number can be had now; with one a sample they are weighted.
             now = not recompute and call.reduction != "none"
@@ -48,6 +49,7 @@ class DistillationFunction(torch.autograd.Function):
         if parts:
             ctx.mark_non_differentiable(values)
         ctx.set_materialize_grads(False)
+        ctx.ops = ops
         ctx.recompute = recompute
         if recompute:
             ctx.save_for_backward(
@@ -62,13 +64,14 @@ class DistillationFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if grad_loss is None:
-            return None, None, None, None
+            return None, None, None, None, None
         # Grad mode is on only where a graph of the backward is asked for; the guard's own cost is not small.
         gradient = _guarded_gradient if torch.is_grad_enabled() else _gradient
-        return gradient(ctx, grad_loss), None, None, None
+        return gradient(ctx, grad_loss), None, None, None, None
 
 
 def _gradient(ctx: Any, grad_loss: Tensor) -> Tensor:
+    ops = ctx.ops
     if ctx.recompute:
         student, teacher, target, saved, members, moments, sums = ctx.saved_tensors
         call = ctx.call._replace(student=student, teacher=teacher, target=target)
@@ -90,7 +93,7 @@ def _gradient(ctx: Any, grad_loss: Tensor) -> Tensor:
 _guarded_gradient = once_differentiable(_gradient)
 
 
-def _class_moments(call: Call) -> Tensor | None:
+def _class_moments(call: Call, ops: Ops) -> Tensor | None:
     """The moments of the classes where they standardise the logits, over the batches of all processes."""
     if call.objective.standardize != "class":
         return None

@@ -14,8 +14,12 @@ from kdkernels.validation import Call
 logger = logging.getLogger("kdkernels")
 
 #: Names that ``backend=`` and the environment variable KDKERNELS_BACKEND take.
-BACKENDS = ("auto", "cpu", "reference")
+BACKENDS = ("auto", "cpu", "triton", "reference")
 ENVIRONMENT = "KDKERNELS_BACKEND"
+#: Set to 1, an explicit ``backend="triton"`` takes CPU tensors, for Triton's interpreter and for tests.
+TRITON_CPU = "KDKERNELS_TRITON_CPU"
+#: Set to 1, targets and weights are checked on a GPU too, which waits for it.
+DEBUG = "KDKERNELS_DEBUG"
 _logged: set[str] = set()
 
 
@@ -27,6 +31,8 @@ def why_not(backend: str, device_type: str, dims: int = 2) -> str | None:
     """Why ``backend`` cannot serve logits of ``dims`` dimensions on ``device_type``; None if it can."""
     if backend == "reference":
         return None
+    if backend == "triton":
+        return _why_not_triton(device_type)
     if device_type != "cpu":
         return f"it serves CPU tensors, and the logits are on {device_type}"
     if ops.unavailable is not None:
@@ -36,9 +42,24 @@ def why_not(backend: str, device_type: str, dims: int = 2) -> str | None:
     return None
 
 
+def _why_not_triton(device_type: str) -> str | None:
+    if device_type == "cpu" and os.environ.get(TRITON_CPU) != "1":
+        return f"it serves CUDA tensors, and the logits are on cpu (for tests, {TRITON_CPU}=1 lets it take them)"
+    if device_type not in ("cpu", "cuda"):
+        return f"it serves CUDA tensors, and the logits are on {device_type}"
+    return ops.triton_unavailable
+
+
 def preference(device_type: str) -> tuple[str, ...]:
     """Backends for a device, fastest first."""
-    return ("cpu", "reference") if device_type == "cpu" else ("reference",)
+    return {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}.get(device_type, ("reference",))
+
+
+def checks_samples(backend: str, device_type: str) -> bool:
+    """Whether to check targets and weights before the call: the backend does not, and it costs little."""
+    if backend == "cpu":
+        return False
+    return (backend == "reference" and device_type == "cpu") or os.environ.get(DEBUG) == "1"
 
 
 def choose(call: Call, requested: str = "auto") -> str:
@@ -79,6 +100,7 @@ def report() -> str:
         lines.append(f"extension    built; CPU kernels for {sets}; in use: {ops.cpu_instruction_set()}")
     else:
         lines.append(f"extension    missing: {ops.unavailable}")
+    lines.append(f"triton       {ops.triton_unavailable or 'installed'}")
     lines.append(f"environment  {ENVIRONMENT}={os.environ.get(ENVIRONMENT, '(not set)')}")
     for device_type in ("cpu", "cuda"):
         for backend in preference(device_type):

@@ -11,6 +11,7 @@ from typing_extensions import Unpack
 from kdkernels import autograd, dispatch, objective, reference
 from kdkernels.distributed import ProcessGroup
 from kdkernels.objective import Objective, check_choice
+from kdkernels.ops import OPS
 from kdkernels.validation import MODES, check_call, check_sample_values
 
 Loss = Tensor | tuple[Tensor, dict[str, Tensor]]
@@ -86,7 +87,7 @@ def distillation_loss(
             size); ``"recompute"`` keeps a few numbers a sample and reads the logits again in backward, as both do with
             ``standardize="class"``. A fused
             bfloat16 gradient is rounded when written and again by an upstream factor that is no power of two.
-        backend: ``"auto"``, ``"cpu"`` or ``"reference"``. ``auto`` follows the environment variable
+        backend: ``"auto"``, ``"cpu"``, ``"triton"`` or ``"reference"``. ``auto`` follows the environment variable
             ``KDKERNELS_BACKEND`` if set, else picks the fastest that can serve the call.
         return_parts: also return the unweighted parts of the loss.
 
@@ -97,7 +98,8 @@ def distillation_loss(
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type or value; nothing was computed.
-        IndexError: a target is out of range (on the CPU).
+        IndexError: a target is out of range (on a GPU only with the environment variable ``KDKERNELS_DEBUG=1``; else
+            that sample's loss is NaN).
         RuntimeError: the requested backend cannot serve this call, or a second derivative is asked for.
 
     Shape:
@@ -119,14 +121,15 @@ def distillation_loss(
         ignore_index,
         process_group,
     )
-    if dispatch.choose(call, backend) == "reference":
-        if not torch.compiler.is_compiling() and call.student.device.type == "cpu":
-            check_sample_values(call)
+    backend = dispatch.choose(call, backend)
+    if not torch.compiler.is_compiling() and dispatch.checks_samples(backend, call.student.device.type):
+        check_sample_values(call)
+    if backend == "reference":
         loss, parts = reference.distillation_loss(call)
         if loss.requires_grad:
             loss = autograd.OnceDifferentiable.apply(loss)
         return (loss, parts) if return_parts else loss
-    loss, values = autograd.fused_loss(call, recompute=mode == "recompute", parts=return_parts)
+    loss, values = autograd.fused_loss(call, OPS[backend], recompute=mode == "recompute", parts=return_parts)
     return loss if values is None else (loss, _named_parts(call.objective, values))
 
 

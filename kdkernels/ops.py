@@ -1,12 +1,17 @@
-"""Handles of the native ops ``torch.ops.kdkernels.*``: loading, calling, and their fake kernels for torch.compile.
+"""The ops of the backends with kernels: loading, calling, and their fake kernels for torch.compile.
 
-The schemas are declared in ``csrc/torch_ops.cpp``.
+``torch.ops.kdkernels.*`` are C++ and declared in ``csrc/torch_ops.cpp``; ``torch.ops.kdkernels_triton.*`` have the same
+schemas, are declared here and served by ``kdkernels.triton_kernels.launch``, which is imported with the first call.
 """
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +36,9 @@ def _load() -> str | None:
 #: Why the native ops are missing, or None where they are there.
 unavailable: str | None = _load()
 
+#: Why there are no Triton kernels, or None where they can be compiled.
+triton_unavailable: str | None = None if importlib.util.find_spec("triton") else "triton is not installed"
+
 _ERROR = re.compile(r"(IndexError|ValueError): ([^\n]*)")
 _ERROR_TYPES = {"IndexError": IndexError, "ValueError": ValueError}
 
@@ -41,106 +49,115 @@ def _translated(error: RuntimeError) -> Exception:
     return _ERROR_TYPES[match[1]](match[2]) if match else error
 
 
-def class_moments(call: Call) -> Tensor:
-    """Count, mean and sum of squared deviations of each class over the valid samples, ``(2, 3, num_classes)`` float64.
+class Ops:
+    """The five ops of a backend, called with a checked call."""
 
-    The student's, then the teacher's. Logits of -inf (masked classes) are not counted.
-    """
-    try:
-        return torch.ops.kdkernels.class_moments.default(
+    def __init__(self, namespace: str) -> None:
+        self._ops = getattr(torch.ops, namespace)
+
+    def class_moments(self, call: Call) -> Tensor:
+        """Count, mean and sum of squared deviations of each class over the valid samples.
+
+        ``(2, 3, num_classes)`` float64: the student's, then the teacher's. Logits of -inf (masked classes) are not
+        counted.
+        """
+        try:
+            return self._ops.class_moments.default(
+                call.student,
+                call.teacher,
+                call.target,
+                call.sample_weight,
+                call.class_dim,
+                call.num_classes,
+                call.ignore_index,
+            )
+        except RuntimeError as error:
+            raise _translated(error) from None
+
+    def forward(
+        self, call: Call, moments: Tensor | None = None, *, gradient: bool, save: bool, parts: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """``(loss, parts, gradient, saved, members)``; what was not asked for is empty.
+
+        ``moments`` are those of :meth:`class_moments` where logits are standardised by class, else None. ``gradient``
+        is that of the reduced loss in the student's logits; ``saved`` and ``members`` are what :meth:`backward` needs
+        to compute it later, as it must where there are moments: then ``gradient`` is the :meth:`class_sums` it needs
+        too.
+        """
+        try:
+            return self._ops.forward.default(
+                call.student,
+                call.teacher,
+                call.target,
+                call.sample_weight,
+                call.denominator,
+                moments,
+                call.objective.encode(),
+                call.scale,
+                REDUCTIONS.index(call.reduction),
+                call.class_dim,
+                call.num_classes,
+                call.ignore_index,
+                gradient,
+                save,
+                parts,
+            )
+        except RuntimeError as error:
+            raise _translated(error) from None
+
+    def class_sums(self, call: Call, grad_loss: Tensor, saved: Tensor, members: Tensor, moments: Tensor) -> Tensor:
+        """Sums over the samples of the gradient in each class's standardised logits and of its product with them.
+
+        ``(2, num_classes)`` float64; ``grad_loss`` is a scalar or has one value a sample.
+        """
+        return self._ops.class_sums.default(
+            grad_loss,
             call.student,
             call.teacher,
             call.target,
-            call.sample_weight,
-            call.class_dim,
-            call.num_classes,
-            call.ignore_index,
-        )
-    except RuntimeError as error:
-        raise _translated(error) from None
-
-
-def forward(
-    call: Call, moments: Tensor | None = None, *, gradient: bool, save: bool, parts: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """``(loss, parts, gradient, saved, members)``; what was not asked for is empty.
-
-    ``moments`` are those of :func:`class_moments` where logits are standardised by class, else None. ``gradient`` is
-    that of the reduced loss in the student's logits; ``saved`` and ``members`` are what :func:`backward` needs to
-    compute it later, as it must where there are moments: then ``gradient`` is the :func:`class_sums` it needs too.
-    """
-    try:
-        return torch.ops.kdkernels.forward.default(
-            call.student,
-            call.teacher,
-            call.target,
-            call.sample_weight,
-            call.denominator,
+            saved,
+            members,
             moments,
             call.objective.encode(),
-            call.scale,
-            REDUCTIONS.index(call.reduction),
             call.class_dim,
             call.num_classes,
-            call.ignore_index,
-            gradient,
-            save,
-            parts,
         )
-    except RuntimeError as error:
-        raise _translated(error) from None
+
+    def backward(
+        self,
+        call: Call,
+        grad_loss: Tensor,
+        saved: Tensor,
+        members: Tensor,
+        moments: Tensor | None = None,
+        sums: Tensor | None = None,
+    ) -> Tensor:
+        """The gradient in the student's logits from what :meth:`forward` saved.
+
+        ``grad_loss`` is a scalar or has one value a sample; ``sums`` are those of :meth:`class_sums` where there are
+        ``moments``.
+        """
+        return self._ops.backward.default(
+            grad_loss,
+            call.student,
+            call.teacher,
+            call.target,
+            saved,
+            members,
+            moments,
+            sums,
+            call.objective.encode(),
+            call.class_dim,
+            call.num_classes,
+        )
+
+    def scale_(self, gradient: Tensor, factor: Tensor, class_dim: int) -> None:
+        """Multiplies a gradient in place by a scalar or by one factor a sample; a scalar 1 touches no memory."""
+        self._ops.scale_.default(gradient, factor, class_dim)
 
 
-def class_sums(call: Call, grad_loss: Tensor, saved: Tensor, members: Tensor, moments: Tensor) -> Tensor:
-    """Sums over the samples of the gradient in each class's standardised logits and of its product with them.
-
-    ``(2, num_classes)`` float64; ``grad_loss`` is a scalar or has one value a sample.
-    """
-    return torch.ops.kdkernels.class_sums.default(
-        grad_loss,
-        call.student,
-        call.teacher,
-        call.target,
-        saved,
-        members,
-        moments,
-        call.objective.encode(),
-        call.class_dim,
-        call.num_classes,
-    )
-
-
-def backward(
-    call: Call,
-    grad_loss: Tensor,
-    saved: Tensor,
-    members: Tensor,
-    moments: Tensor | None = None,
-    sums: Tensor | None = None,
-) -> Tensor:
-    """The gradient in the student's logits from what :func:`forward` saved.
-
-    ``grad_loss`` is a scalar or has one value a sample; ``sums`` are those of :func:`class_sums` where there are
-    ``moments``.
-    """
-    return torch.ops.kdkernels.backward.default(
-        grad_loss,
-        call.student,
-        call.teacher,
-        call.target,
-        saved,
-        members,
-        moments,
-        sums,
-        call.objective.encode(),
-        call.class_dim,
-        call.num_classes,
-    )
-
-
-def scale_(gradient: Tensor, factor: Tensor, class_dim: int) -> None:
-    """Multiplies a gradient in place by a scalar or by one factor a sample; a scalar 1 touches no memory."""
-    torch.ops.kdkernels.scale_.default(gradient, factor, class_dim)
+#: The ops of each backend that has kernels.
+OPS = {"cpu": Ops("kdkernels"), "triton": Ops("kdkernels_triton")}
 
 
 INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
@@ -166,18 +183,51 @@ def set_cpu_instruction_set(name: str) -> None:
         raise ValueError(f"instruction set {name!r} is not supported by this CPU or build")
 
 
-if unavailable is None:
+_TRITON_SCHEMAS = (
+    "class_moments(Tensor student, Tensor teacher, Tensor? target, Tensor? sample_weight, int class_dim, "
+    "SymInt num_classes, int ignore_index) -> Tensor",
+    "forward(Tensor student, Tensor teacher, Tensor? target, Tensor? sample_weight, Tensor? denominator, "
+    "Tensor? moments, float[] objective, float scale, int reduction, int class_dim, SymInt num_classes, "
+    "int ignore_index, bool gradient, bool save, bool parts) -> "
+    "(Tensor loss, Tensor parts, Tensor gradient, Tensor saved, Tensor members)",
+    "class_sums(Tensor grad_loss, Tensor student, Tensor teacher, Tensor? target, Tensor saved, Tensor members, "
+    "Tensor moments, float[] objective, int class_dim, SymInt num_classes) -> Tensor",
+    "backward(Tensor grad_loss, Tensor student, Tensor teacher, Tensor? target, Tensor saved, Tensor members, "
+    "Tensor? moments, Tensor? sums, float[] objective, int class_dim, SymInt num_classes) -> Tensor",
+    "scale_(Tensor(a!) gradient, Tensor factor, int class_dim) -> ()",
+)
 
-    def _fake_gradient(student, moments, num_classes):
+
+def _register_triton() -> torch.library.Library:
+    """Declares the Triton backend's ops. CPU tensors are for Triton's interpreter and for tests."""
+    library = torch.library.Library("kdkernels_triton", "DEF")
+    for schema in _TRITON_SCHEMAS:
+        name = library.define(schema)
+        for key in ("CPU", "CUDA"):
+            library.impl(name, _lazily(name), key)
+    return library
+
+
+def _lazily(name: str) -> Callable[..., Any]:
+    def launch(*args: Any) -> Any:
+        return getattr(importlib.import_module("kdkernels.triton_kernels.launch"), name)(*args)
+
+    return launch
+
+
+def _register_fakes(namespace: str, sizes_of: Callable[[Sequence[float]], Sequence[int]]) -> None:
+    """Fake kernels; ``sizes_of`` an objective: numbers a sample of loss parts, saved numbers and members."""
+
+    def fake_gradient(student, moments, num_classes):
         if moments is None:
             return torch.empty_like(student)
         return student.new_empty((2, num_classes), dtype=torch.float64)
 
-    @torch.library.register_fake("kdkernels::class_moments")
+    @torch.library.register_fake(f"{namespace}::class_moments")
     def _(student, teacher, target, sample_weight, class_dim, num_classes, ignore_index):
         return student.new_empty((2, 3, num_classes), dtype=torch.float64)
 
-    @torch.library.register_fake("kdkernels::forward")
+    @torch.library.register_fake(f"{namespace}::forward")
     def _(
         student,
         teacher,
@@ -200,24 +250,34 @@ if unavailable is None:
         samples = student.shape[:class_dim] + student.shape[class_dim + 1 :]
         reduced = samples if REDUCTIONS[reduction] == "none" else ()
         count = student.numel() // student.shape[class_dim] if student.dim() else 1
-        sizes = torch.ops.kdkernels.sizes.default(objective)
+        sizes = sizes_of(objective)
         empty = student.new_empty
         return (
             empty(reduced, dtype=dtype),
             empty((*reduced, sizes[0]) if parts else (0,), dtype=dtype),
-            _fake_gradient(student, moments, num_classes) if gradient else empty((0,)),
+            fake_gradient(student, moments, num_classes) if gradient else empty((0,)),
             empty((count, sizes[1]) if save else (0,), dtype=dtype),
             empty((count, sizes[2]) if save else (0,), dtype=torch.int64),
         )
 
-    @torch.library.register_fake("kdkernels::class_sums")
+    @torch.library.register_fake(f"{namespace}::class_sums")
     def _(grad_loss, student, teacher, target, saved, members, moments, objective, class_dim, num_classes):
         return student.new_empty((2, num_classes), dtype=torch.float64)
 
-    @torch.library.register_fake("kdkernels::backward")
+    @torch.library.register_fake(f"{namespace}::backward")
     def _(grad_loss, student, teacher, target, saved, members, moments, sums, objective, class_dim, num_classes):
         return torch.empty_like(student)
 
-    @torch.library.register_fake("kdkernels::scale_")
+    @torch.library.register_fake(f"{namespace}::scale_")
     def _(gradient, factor, class_dim):
         return None
+
+
+if unavailable is None:
+    _register_fakes("kdkernels", torch.ops.kdkernels.sizes.default)
+if triton_unavailable is None:
+    _library = _register_triton()
+    _register_fakes(
+        "kdkernels_triton",
+        lambda objective: importlib.import_module("kdkernels.triton_kernels.objective").sizes(tuple(objective)),
+    )

@@ -2,11 +2,53 @@
 
 from __future__ import annotations
 
+import importlib
+import os
 from collections.abc import Iterator
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from helpers import BACKENDS, NATIVE_PATHS, PATHS, Path, name_of, require
+from helpers import BACKENDS, INTERPRETED, NATIVE_PATHS, PATHS, Path, name_of, require
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Under Triton's interpreter only what its backend serves is tested."""
+    if not INTERPRETED:
+        return
+    # The interpreter is slow: every eleventh of its tests, all of them if KDKERNELS_ALL_TESTS is set.
+    step = 1 if os.environ.get("KDKERNELS_ALL_TESTS") or len(items) < 500 else 11
+    chosen = [item for item in items if serves_triton(item)][::step]
+    config.hook.pytest_deselected(items=[item for item in items if item not in set(chosen)])
+    items[:] = chosen
+
+
+def serves_triton(item: pytest.Item) -> bool:
+    """Whether a test is one of the Triton backend: by its parameters, or marked so."""
+    parameters = getattr(item, "callspec", None)
+    values = parameters.params.values() if parameters else ()
+    return any(value == "triton" or (isinstance(value, Path) and value.backend == "triton") for value in values)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def rounding() -> None:
+    """Triton's interpreter cuts float32 off to bfloat16; GPUs round, and so does it here."""
+    if not INTERPRETED:
+        return
+    interpreter = importlib.import_module("triton.runtime.interpreter")
+    bfloat16 = importlib.import_module("triton.language").bfloat16
+    cast = interpreter.InterpreterBuilder.cast_impl
+
+    def rounded(self: Any, source: Any, to: Any) -> Any:
+        if to.scalar != bfloat16 or not np.issubdtype(source.data.dtype, np.floating):
+            return cast(self, source, to)
+        values = torch.from_numpy(np.ascontiguousarray(source.data)).to(torch.bfloat16).view(torch.uint16)
+        return interpreter.TensorHandle(values.numpy().reshape(source.data.shape), to.scalar)
+
+    interpreter.InterpreterBuilder.cast_impl = rounded
+    for name in ("create_fp_trunc", "create_fp_ext"):
+        setattr(interpreter.InterpreterBuilder, name, rounded)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

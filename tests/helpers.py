@@ -17,9 +17,14 @@ from kdkernels import dispatch, ops, reference
 from kdkernels.objective import Objective
 from kdkernels.validation import check_call
 
-BACKENDS = ["reference", "cpu"]
+#: Set by ``TRITON_INTERPRET=1 pytest``: the Triton backend's kernels run as Python, on CPU tensors, and nothing else is
+#: tested. Triton decides when a kernel is defined, so that one process cannot test interpreted and compiled kernels.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if INTERPRETED:
+    os.environ[dispatch.TRITON_CPU] = "1"
+BACKENDS = ["triton"] if INTERPRETED else ["reference", "cpu"]
 #: Backends whose two modes are different code.
-NATIVE_BACKENDS = ["cpu"]
+NATIVE_BACKENDS = [backend for backend in BACKENDS if backend != "reference"]
 
 
 class Path(NamedTuple):
@@ -38,7 +43,7 @@ class Path(NamedTuple):
 
 NATIVE_PATHS = [Path(backend, mode) for backend in NATIVE_BACKENDS for mode in ("fused", "recompute")]
 #: The reference has autograd for its only mode.
-PATHS = [Path("reference", "fused"), *NATIVE_PATHS]
+PATHS = [*(Path("reference", "fused") for backend in BACKENDS if backend == "reference"), *NATIVE_PATHS]
 
 # The accuracy table of the documentation. A loss is judged by the precision it is computed in (float32 for half
 # precision logits), a gradient by the precision it is returned in.

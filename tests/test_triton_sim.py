@@ -1,0 +1,337 @@
+"""The Triton backend's compiled kernels, run: for sm_80 and sm_90 in the simulator, or on the GPU there is.
+
+The host code is the user's: the public API, with nothing changed but where launches go. The simulator checks every
+access against the tensors' bounds, shared memory for races, global memory for races between programs, and that nothing
+is read that nobody wrote; results are held to the accuracy table against the float64 reference. What the kernels may
+cost is counted at the end.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import Path, make_inputs, name_of, needed_target
+from kdkernels.triton_kernels.launch import scale_
+from losses import LOSSES, STANDARDIZED
+from ptxsim import device_bytes
+from triton_targets import ARCHITECTURES, check, device, needs_simulator, run
+
+ALL = LOSSES | STANDARDIZED
+FUSED, RECOMPUTE = Path("triton", "fused"), Path("triton", "recompute")
+LAST = ARCHITECTURES[-1]
+
+F16, BF16, F64 = torch.float16, torch.bfloat16, torch.float64
+
+
+# What is computed -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_loss(name: str) -> None:
+    """Several rows a program, and a last program with fewer."""
+    inputs = make_inputs((21, 100))
+    check(ALL[name], inputs.student, inputs.teacher, FUSED, LAST, target=inputs.target)
+
+
+@pytest.mark.parametrize("name", ["kd", "bdd_two_temperatures", "gdkd3", "everything", "pr_dkd", "ls_gdkd"])
+def test_recomputed(name: str) -> None:
+    """The gradient by its own sweep, from what forward kept, with a factor from above for each sample."""
+    inputs = make_inputs((9, 100))
+    check(ALL[name], inputs.student, inputs.teacher, RECOMPUTE, LAST, target=inputs.target, reduction="none")
+
+
+@pytest.mark.parametrize(
+    ("name", "dtypes"),
+    [
+        *((name, (dtype, dtype)) for name in ("dkd", "gdkd", "ls_dkd", "pr_kd") for dtype in (F16, BF16)),
+        ("dkd", (F64, F64)),
+        ("everything", (F64, F64)),
+        ("dkd", (torch.float32, BF16)),
+        ("dkd", (BF16, torch.float32)),
+    ],
+    ids=name_of,
+)
+def test_dtypes(name: str, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    inputs = make_inputs((5, 96), *dtypes)
+    check(ALL[name], inputs.student, inputs.teacher, FUSED, LAST, **needed_target(ALL[name], inputs.target))
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("dkd", (1, 2)),  # the smallest two groups: one class each
+        ("gdkd", (70, 10)),  # many rows a program
+        ("dkd", (3, 257)),  # one more than a power of two
+        ("gdkd", (2, 1000)),
+        ("dkd", (2, 4096)),  # exactly a tile, in wide accesses
+        ("dkd", (2, 4095)),  # and in narrow ones
+        ("gdkd", (1, 16384)),  # the longest rows that fit on chip
+        ("dkd", (2, 16385)),  # one class more: split
+        ("gdkd", (1, 40000)),
+    ],
+    ids=name_of,
+)
+def test_row_lengths(name: str, shape: tuple[int, int]) -> None:
+    inputs = make_inputs(shape)
+    check(ALL[name], inputs.student, inputs.teacher, FUSED, LAST, **needed_target(ALL[name], inputs.target))
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("everything", (2, 33000)),
+        ("gdkd_k20", (2, 33000)),
+        ("ls_gdkd", (2, 33000)),
+        ("pr_gdkd", (6, 20000)),  # of two samples by class only signs are left, and the top k is a draw
+    ],
+    ids=name_of,
+)
+def test_split_rows(name: str, shape: tuple[int, int]) -> None:
+    """Statistics of the parts of a row, their merge and the sweep; both terms' selections, and a long one."""
+    inputs = make_inputs(shape)
+    check(ALL[name], inputs.student, inputs.teacher, FUSED, LAST, **needed_target(ALL[name], inputs.target))
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("everything", (2, 19, 8, 16)),  # pixels in wide accesses
+        ("ls_dkd", (2, 19, 8, 16)),
+        ("dkd", (2, 21, 5, 7)),  # and in narrow ones
+        ("gdkd3", (2, 21, 5, 7)),
+        ("pr_dkd", (2, 21, 5, 7)),
+        ("dkd", (1, 1000, 5, 6)),  # more classes than fit on chip
+        ("gdkd", (1, 1000, 5, 6)),
+    ],
+    ids=name_of,
+)
+def test_pixels(name: str, shape: tuple[int, ...]) -> None:
+    """Channels first: what is next to one another in memory are samples."""
+    inputs = make_inputs(shape)
+    options = {"target": inputs.target, "reduction": "batchmean"}
+    check(ALL[name], inputs.student, inputs.teacher, FUSED, LAST, **options)
+
+
+@pytest.mark.skipif(len(ARCHITECTURES) == 1, reason="a GPU is one architecture")
+@pytest.mark.parametrize(
+    ("name", "shape", "dtype", "path"),
+    [
+        ("dkd", (21, 100), BF16, FUSED),
+        ("gdkd", (2, 4096), F16, RECOMPUTE),
+        ("everything", (5, 100), F64, FUSED),
+        ("bdd", (9, 101), torch.float32, RECOMPUTE),
+        ("dkd", (2, 19, 8, 16), BF16, FUSED),
+        ("pr_dkd", (2, 21, 5, 7), torch.float32, FUSED),
+        ("ls_gdkd", (9, 100), torch.float32, FUSED),
+        ("gdkd3", (2, 17000), torch.float32, FUSED),
+        ("ls_dkd", (2, 17000), BF16, FUSED),
+    ],
+    ids=name_of,
+)
+def test_older_architecture(name: str, shape: tuple[int, ...], dtype: torch.dtype, path: Path) -> None:
+    """A cross-section of all of this for sm_80."""
+    inputs = make_inputs(shape, dtype)
+    check(ALL[name], inputs.student, inputs.teacher, path, ARCHITECTURES[0], target=inputs.target)
+
+
+# What does not count, and what is extreme --------------------------------------------------------------------------
+
+LAYOUTS = {"rows": (21, 90), "split rows": (5, 17001), "pixels": (2, 21, 5, 7)}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["dkd", "pr_dkd"])
+def test_samples_that_do_not_count(name: str, layout: str) -> None:
+    """Ignored samples and such of weight 0 hold NaN and inf, and are neither read into anything nor left unwritten."""
+    student, teacher, target = make_inputs(LAYOUTS[layout])
+    target, weight = target.flatten(), torch.rand(target.numel()) + 0.5
+    target[::3] = -100
+    weight[1::5] = 0.0
+    nothing = (target == -100) | (weight == 0)
+    samples = student[:, 0].shape
+    for logits, value in ((student, torch.nan), (teacher, torch.inf)):
+        logits.movedim(1, -1)[nothing.reshape(samples)] = value
+    options = {"target": target.reshape(samples), "sample_weight": weight.reshape(samples)}
+    check(ALL[name], student, teacher, FUSED, LAST, **options)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["dkd", "gdkd3", "bdd", "lskd"])
+def test_masked_classes(name: str, layout: str) -> None:
+    """Classes of -inf in both add nothing; in the teacher alone they add nothing to forward divergences."""
+    student, teacher, target = make_inputs(LAYOUTS[layout])
+    for logits in (student, teacher):
+        logits[:, 3:6] = -torch.inf
+    if name != "bdd":  # the reverse divergence would be infinite
+        teacher[:, 7] = -torch.inf
+    check(ALL[name], student, teacher, FUSED, LAST, **needed_target(ALL[name], target.clamp(min=9)))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_target_far_above_the_rest(layout: str) -> None:
+    student, teacher, target = make_inputs(LAYOUTS[layout], scale=1.0)
+    index = target.unsqueeze(1)
+    for logits in (student, teacher):
+        logits.scatter_add_(1, index, torch.full(index.shape, 1e4))
+    check(ALL["dkd"], student, teacher, FUSED, LAST, target=target, reduction="sum")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_ties_of_the_top_k(layout: str) -> None:
+    """The lowest index wins: the student's logits differ where the teacher's are alike."""
+    student, teacher, _ = make_inputs(LAYOUTS[layout])
+    teacher = (teacher / 2).round() * 2
+    check(ALL["gdkd"], student, teacher, FUSED, LAST)
+
+
+def test_targets_out_of_range() -> None:
+    """No access out of bounds; the sample's loss is NaN and the others' are untouched."""
+    student, teacher, target = make_inputs((6, 90))
+    target[2], target[4] = 90, -1
+    got, _ = run(ALL["dkd"], student, teacher, FUSED, LAST, torch.ones(6), target=target, reduction="none")
+    right = torch.tensor([0, 1, 3, 5])
+    assert got.loss.isnan().tolist() == [False, False, True, False, True, False]
+    part = student[right], teacher[right], FUSED, LAST, torch.ones(4)
+    want, _ = run(ALL["dkd"], *part, target=target[right], reduction="none")
+    assert torch.equal(got.loss[right], want.loss)
+    assert torch.equal(got.gradient[right], want.gradient)
+
+
+def test_views() -> None:
+    """Strides and offsets: each view's bounds are its own, not its storage's."""
+    student, teacher, target = make_inputs((13, 40))
+    wide = torch.full((13, 50), torch.nan)
+    wide[:, 3:43] = student
+    tall = torch.full((40, 13), torch.nan).t()
+    tall.copy_(teacher)
+    check(LOSSES["dkd"], wide[:, 3:43], teacher, FUSED, LAST, target=target)
+    check(LOSSES["dkd"], wide[:, 3:43], tall, RECOMPUTE, LAST, target=target)
+
+
+def test_padded_vocabularies() -> None:
+    """``num_classes``: the padding is never read (it holds NaN) and its gradient is 0."""
+    student, teacher, target = make_inputs((7, 100))
+    student[:, 90:], teacher = torch.nan, teacher[:, :96].contiguous()
+    teacher[:, 90:] = torch.nan
+    case, target = LOSSES["dkd"], target.clamp(max=89)
+    got, _ = run(case, student, teacher, FUSED, LAST, target=target, num_classes=90)
+    whole, _ = run(case, student[:, :90], teacher[:, :90], FUSED, LAST, target=target)
+    assert torch.equal(got.loss, whole.loss)
+    assert torch.equal(got.gradient[:, :90], whole.gradient)
+    assert not got.gradient[:, 90:].any()
+
+
+def test_denominator_and_factor() -> None:
+    student, teacher, target = make_inputs((7, 90))
+    options = {"target": target, "denominator": torch.tensor(11.0)}
+    check(LOSSES["dkd"], student, teacher, FUSED, LAST, torch.tensor(3.0), **options)
+
+
+# What it costs -----------------------------------------------------------------------------------------------------
+
+#: Bytes moved for loss and gradient over two reads and one write of the matrix, and one read of the targets where the
+#: loss has some. Beyond what fits on chip the logits are read twice: 5/3.
+ON_CHIP, SPLIT = 1.02, 1.70
+
+
+def cost(name: str, shape: tuple[int, ...], dtype: torch.dtype, arch: int = LAST) -> tuple[float, float, float, list]:
+    """``(bytes / floor, coalescing, thread-instructions an element, launches)`` of a training step."""
+    case = ALL[name]
+    inputs = make_inputs(shape, dtype)
+    _, sim = run(case, inputs.student, inputs.teacher, FUSED, arch, **needed_target(case, inputs.target))
+    assert sim is not None
+    all_stats = [launch.stats for launch in sim.log]
+    elements = inputs.student.numel()
+    floor = 3 * inputs.student.nbytes + (inputs.target.nbytes if case.needs_target else 0)
+    moved = device_bytes(all_stats, inputs.student.nbytes)
+    # Numbers of a sample are a few bytes wherever they are: coalescing is that of the matrices.
+    wide = [
+        access
+        for stats in all_stats
+        for access in stats.sectors_of_line.values()
+        if access.bytes >= 256 * access.instrs
+    ]
+    coalescing = sum(access.bytes for access in wide) / sum(32 * access.sectors for access in wide)
+    instructions = sum(stats.thread_instrs for stats in all_stats) / elements
+    return moved / floor, coalescing, instructions, sim.log
+
+
+@needs_simulator
+@pytest.mark.parametrize(
+    ("name", "classes", "dtype", "arch"),
+    [
+        *((name, c, BF16, 90) for name in ("dkd", "gdkd", "bdd") for c in (100, 1000, 4096)),
+        *((name, 16384, BF16, 90) for name in ("dkd", "bdd")),
+        *(("dkd", c, torch.float32, 90) for c in (100, 1000, 4096, 16384)),
+        *(("dkd", c, BF16, 80) for c in (100, 4096)),
+    ],
+    ids=name_of,
+)
+def test_cost_of_rows_on_chip(name: str, classes: int, dtype: torch.dtype, arch: int) -> None:
+    samples = 64 if classes == 100 else 16
+    moved, coalescing, _, launches = cost(name, (samples, classes), dtype, arch)
+    assert moved <= ON_CHIP
+    if classes * dtype.itemsize % 32 == 0:  # rows of whole sectors
+        assert coalescing >= 0.95
+    assert [launch.name for launch in launches if launch.name.startswith(("fused", "split"))] == ["fused_kernel"]
+
+
+@needs_simulator
+@pytest.mark.parametrize(
+    ("name", "classes"),
+    [*((name, c) for name in ("dkd", "gdkd", "bdd") for c in (32000, 128256)), ("gdkd", 16384)],
+)
+def test_cost_of_split_rows(name: str, classes: int) -> None:
+    moved, coalescing, _, _ = cost(name, (2, classes), BF16)
+    assert moved <= SPLIT
+    assert coalescing >= 0.95
+
+
+@needs_simulator
+@pytest.mark.parametrize(("name", "dtype"), [("dkd", torch.float32), ("dkd", BF16), ("gdkd", BF16)], ids=name_of)
+def test_cost_of_pixels(name: str, dtype: torch.dtype) -> None:
+    moved, coalescing, _, _ = cost(name, (2, 19, 32, 32), dtype)
+    assert moved <= ON_CHIP
+    assert coalescing >= 0.95
+
+
+@needs_simulator
+@pytest.mark.parametrize(("name", "most"), [("kd", 45), ("dkd", 47)])
+def test_instructions(name: str, most: float) -> None:
+    """Few enough for an H100 to be bound by its memory."""
+    assert cost(name, (64, 4096), BF16)[2] <= most
+
+
+@needs_simulator
+@pytest.mark.parametrize(
+    ("name", "options", "forward", "backward"),
+    [
+        ("kd", {}, ["fused_kernel", "sum_rows_kernel"], []),
+        # Which samples count, and so what the mean divides by, is known on the device only.
+        ("dkd", {}, ["weight_sum_kernel", "fused_kernel", "sum_rows_kernel"], []),
+        ("dkd", {"reduction": "sum"}, ["fused_kernel", "sum_rows_kernel"], []),
+        ("gdkd", {"reduction": "none"}, ["fused_kernel"], ["scale_kernel"]),
+    ],
+)
+def test_launches(name: str, options: dict[str, str], forward: list[str], backward: list[str]) -> None:
+    """One launch touches the matrices; the others add up a number a program."""
+    inputs = make_inputs((64, 100))
+    case = ALL[name]
+    options = options | needed_target(case, inputs.target)
+    upstream = torch.ones(64) if "reduction" in options and options["reduction"] == "none" else None
+    _, sim = run(case, inputs.student, inputs.teacher, FUSED, LAST, upstream, **options)
+    assert [launch.name for launch in sim.log] == forward + backward
+
+
+@needs_simulator
+def test_unit_factor_touches_no_memory() -> None:
+    """What backward launches with an upstream gradient of 1, on a GPU, where the host does not know that it is 1."""
+    gradient = torch.randn(64, 1000)
+    with device(LAST) as sim:
+        scale_(gradient, torch.ones(()), 1)
+        kept = gradient.clone()
+        scale_(gradient, torch.full((), 3.0), 1)
+    one, other = (launch.stats for launch in sim.log)
+    assert one.buffers["gradient"].loaded == one.buffers["gradient"].stored == 0
+    assert other.buffers["gradient"].loaded == other.buffers["gradient"].stored == gradient.nbytes
+    assert torch.equal(gradient, 3 * kept)

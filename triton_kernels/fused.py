@@ -1,0 +1,247 @@
+"""Steps 1 to 3 in one launch, for samples that fit on chip: logits are read once and the gradient is written once.
+
+A program holds all classes of a block of samples. It serves rows (classes next to one another; several rows a program
+when they are short) and pixels (samples next to one another) alike: the compiler lays a tile out as memory is.
+"""
+
+import triton
+import triton.language as tl
+from kdkernels.triton_kernels.evaluate import evaluate
+from kdkernels.triton_kernels.gradient import (
+    chain,
+    gradient_of,
+    gradient_of_single,
+    softmax_gradient,
+    store_gradient,
+    weigh,
+)
+from kdkernels.triton_kernels.layout import SAMPLES, load_one, load_tile, locate, store_one
+from kdkernels.triton_kernels.objective import (
+    BY_CLASS,
+    BY_SAMPLE,
+    CE_WEIGHT,
+    CORRECTION,
+    EPS,
+    EXPONENT,
+    has_single,
+    number,
+    only_targets,
+)
+from kdkernels.triton_kernels.partition import group_sizes, partition
+from kdkernels.triton_kernels.samples import read_factor, read_samples, write_results
+from kdkernels.triton_kernels.saved import save_term, store_columns
+from kdkernels.triton_kernels.standardize import (
+    sample_moments,
+    slope_of_sample,
+    standardization_of_sample,
+    standardize,
+    standardize_by_class,
+)
+from kdkernels.triton_kernels.stats import (
+    groups_with,
+    only,
+    softmax_statistics,
+    start,
+    statistics,
+    statistics_of_single,
+)
+
+
+@triton.jit
+def tile_gradient(kept, c: tl.constexpr, TERMS: tl.constexpr, POKE: tl.constexpr):
+    """The gradient of a tile in the logits that the terms see; with ``POKE`` 0 at the targets."""
+    result = kept[0][0][c][0]
+    for i in tl.static_range(len(TERMS)):
+        exps, single, top, stats, coefficients = kept[i]
+        of_term = gradient_of(exps[c], top[c], coefficients, TERMS[i][0], TERMS[i][4])
+        if has_single(TERMS[i][0]) and not POKE:
+            of_term = tl.where(single[c], gradient_of_single(stats, coefficients)[:, None], of_term)
+        if i == 0:
+            result = of_term
+        else:
+            result += of_term
+    return result
+
+
+@triton.jit(
+    do_not_specialize=[
+        "sizes",
+        "student_strides",
+        "teacher_strides",
+        "gradient_strides",
+        "class_count",
+        "gradient_classes",
+        "ks",
+    ]
+)
+def fused_kernel(
+    student,
+    teacher,
+    gradient,
+    target,
+    weight,
+    divisor,
+    affines,
+    losses,
+    parts,
+    saved,
+    members,
+    sizes,
+    student_strides,
+    teacher_strides,
+    gradient_strides,
+    class_count,
+    gradient_classes,
+    ks,
+    ignore_index: tl.int64,
+    scale: tl.float64,
+    numbers,
+    low,
+    TERMS: tl.constexpr,
+    CE: tl.constexpr,
+    STANDARDIZE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    EACH: tl.constexpr,
+    AXIS: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """One block of samples a program. Outputs that are None are not wanted.
+
+    ``losses`` and ``parts`` get a number of each sample or a sum of each block, as ``EACH`` says.
+    """
+    dtype: tl.constexpr = tl.float64 if len(low) > 0 else tl.float32
+    # Whether the targets' logits are read, and their gradients written, one by one: that spares two passes over a tile.
+    # Where samples are next to one another, that would be a good part of all there is to move.
+    POKE: tl.constexpr = only_targets(TERMS) and STANDARDIZE == 0 and AXIS != SAMPLES
+    block = tl.program_id(0)
+    outer, within, samples, there = locate(block, sizes, AXIS, WIDE, BLOCK_N)
+    targets, weights, valid = read_samples(target, weight, samples, there, class_count, ignore_index, dtype)
+    weights = weights * read_factor(scale, divisor).to(dtype)
+    classes = ()
+    raw = ()
+    s = ()
+    t = ()
+    for c in tl.static_range(TILES):
+        of_tile = c * BLOCK_C + tl.arange(0, BLOCK_C)
+        at = (outer, within, of_tile, class_count, valid, there, sizes)
+        classes = classes + (of_tile,)
+        raw = raw + (load_tile(student, at, student_strides, AXIS, WIDE, dtype),)
+        t = t + (load_tile(teacher, at, teacher_strides, AXIS, WIDE, dtype),)
+    at = (outer, within, classes[0], class_count, valid, there, sizes)
+    s = raw
+    of_student = ()
+    of_teacher = ()
+    if STANDARDIZE == BY_CLASS:
+        s = ()
+        of_t = ()
+        for c in tl.static_range(TILES):
+            s = s + (standardize_by_class(raw[c], affines, 0, classes[c], class_count),)
+            of_t = of_t + (standardize_by_class(t[c], affines, 1, classes[c], class_count),)
+        t = of_t
+    if STANDARDIZE == BY_SAMPLE:
+        correction, eps = number(numbers, low, CORRECTION), number(numbers, low, EPS)
+        of_student = standardization_of_sample(sample_moments(raw), correction, eps, dtype)
+        of_teacher = standardization_of_sample(sample_moments(t), correction, eps, dtype)
+        s = ()
+        of_t = ()
+        for c in tl.static_range(TILES):
+            s = s + (standardize(raw[c], of_student[0][:, None], of_student[1][:, None], of_student[2][:, None]),)
+            of_t = of_t + (standardize(t[c], of_teacher[0][:, None], of_teacher[1][:, None], of_teacher[2][:, None]),)
+        t = of_t
+        of_teacher = (of_teacher[0], of_teacher[1], of_teacher[2])
+
+    at_target = ()
+    if CE and not POKE:
+        for c in tl.static_range(TILES):
+            at_target = at_target + (classes[c][None, :] == targets[:, None],)
+    of_target = (tl.zeros([BLOCK_N], dtype), tl.zeros([BLOCK_N], dtype))
+    if POKE:
+        of_target = (
+            load_one(student, at, student_strides, targets, AXIS, WIDE, dtype),
+            load_one(teacher, at, teacher_strides, targets, AXIS, WIDE, dtype),
+        )
+    elif CE:
+        of_target = (only(raw, at_target), of_target[1])
+
+    loss = tl.zeros([BLOCK_N], dtype)
+    entropy = tl.zeros([BLOCK_N], dtype)
+    softmax = (loss, loss)
+    if CE:
+        origin, total = softmax_statistics(raw)
+        softmax = (origin, (1.0 / total).to(dtype))
+        entropy = (tl.log(total) - (of_target[0] - start(origin))).to(dtype)
+        loss += number(numbers, low, CE_WEIGHT) * entropy
+    values = (entropy,)
+    kept = ()
+    for i in tl.static_range(len(TERMS)):
+        exponent = number(numbers, low, TERMS[i][5] + EXPONENT)
+        single, top, found = partition(t, classes, class_count, targets, ks[i], TERMS[i][0], TERMS[i][1])
+        of_top, of_rest, exps = statistics(s, t, single, top, exponent, TERMS[i][0], TERMS[i][2], TERMS[i][3])
+        of_single = of_rest
+        if POKE:
+            of_single = statistics_of_single(of_target[0], of_target[1])
+        elif has_single(TERMS[i][0]):
+            of_single = statistics_of_single(only(s, single), only(t, single))
+        stats = groups_with(of_single, of_top, of_rest, TERMS[i][0])
+        sizes_of = group_sizes(class_count, ks[i], TERMS[i][0])
+        of_term, of_parts, coefficients = evaluate(
+            stats,
+            sizes_of,
+            numbers,
+            low,
+            TERMS[i][5],
+            TERMS[i][0],
+            TERMS[i][2],
+            TERMS[i][3],
+            TERMS[i][8] if parts is not None else 0,
+        )
+        loss += of_term
+        values = values + of_parts
+        if saved is not None:
+            save_term(saved, samples, there, stats, coefficients, COLUMNS[1], TERMS[i][6])
+            store_columns(members, found, samples, there, COLUMNS[2], TERMS[i][7])
+        if STANDARDIZE != BY_SAMPLE:
+            coefficients = weigh(coefficients, weights, valid)
+        kept = kept + ((exps, single, top, stats, coefficients),)
+
+    write_results(tl.where(valid, loss * weights, 0.0), 0, losses, block, samples, there, 1, EACH)
+    if parts is not None:
+        for i in tl.static_range(len(values)):
+            value = tl.where(valid, values[i] * weights, 0.0)
+            write_results(value, i, parts, block, samples, there, len(values), EACH)
+
+    of_entropy = number(numbers, low, CE_WEIGHT) * weights
+    results = ()
+    if STANDARDIZE == BY_SAMPLE:
+        for c in tl.static_range(TILES):
+            results = results + (tile_gradient(kept, c, TERMS, POKE),)
+        high, factor, offset, slope = of_student
+        slope = slope_of_sample(results, s, slope)
+        of_student = (high, factor, offset, slope)
+    if saved is not None:
+        header = (tl.where(valid, weights, 0.0),) + softmax + of_student + of_teacher
+        store_columns(saved, header, samples, there, COLUMNS[1], 0)
+    if gradient is not None:
+        for c in tl.static_range(TILES):
+            if STANDARDIZE == BY_SAMPLE:
+                result = chain(results[c], s[c], 0.0, slope[:, None], (factor * weights)[:, None])
+            else:
+                result = tile_gradient(kept, c, TERMS, POKE)
+            if CE:
+                columns = (softmax[0][:, None], softmax[1][:, None])
+                result += softmax_gradient(raw[c], columns, of_entropy[:, None])
+                if not POKE:
+                    result -= tl.where(at_target[c], of_entropy[:, None], 0.0)
+            of_tile = (outer, within, classes[c], class_count, valid, there, sizes)
+            store_gradient(gradient, result, of_tile, gradient_strides, gradient_classes, AXIS, WIDE)
+        if POKE:
+            value = tl.zeros([BLOCK_N], dtype)
+            for i in tl.static_range(len(TERMS)):
+                value += gradient_of_single(kept[i][3], kept[i][4])
+            if CE:
+                value += softmax_gradient(of_target[0], softmax, of_entropy) - of_entropy
+            tl.debug_barrier()  # the tiles are written
+            store_one(gradient, value, at, gradient_strides, targets, AXIS, WIDE)

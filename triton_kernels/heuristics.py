@@ -1,0 +1,137 @@
+"""Which kernel serves a call, and with what block sizes. There is no autotuning: a call's shape decides."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from kdkernels.triton_kernels.layout import SAMPLES, Layout
+from kdkernels.triton_kernels.objective import BY_CLASS, BY_SAMPLE, TARGET, TOP1_TOPK, TOPK, WHOLE, Problem
+
+
+class Tile(NamedTuple):
+    """The block of samples and classes that a program holds, and how many warps hold it."""
+
+    block_n: int
+    block_c: int
+    num_warps: int
+    #: How many tiles of classes a program holds (the fused kernel only).
+    tiles: int = 1
+
+
+def power_of_two(number: int) -> int:
+    """The least power of two that is not smaller."""
+    return 1 << max(number - 1, 0).bit_length()
+
+
+# A program's elements are in registers, of which a thread has 255, or 128 where 16 warps share them.
+_FIXED_REGISTERS = 60
+_PER_THREAD = 32
+_MOST_WARPS = 16
+_LEAST_CLASSES = 16
+#: Classes of one tile of a row that is worked on tile by tile.
+_TILE = 4096
+#: Samples next to one another that a program takes: a whole cache line of each class, in any dtype.
+_PIXELS = 64
+
+
+def live_numbers(problem: Problem) -> float:
+    """About how many registers an element needs from its statistics to its gradient, as the compiler reports it."""
+    numbers = 0.0
+    for term in problem.terms:
+        numbers += 3 if term.reverse else 2
+        numbers += {WHOLE.value: 0.0, TARGET.value: 0.5, TOPK.value: 3.0, TOP1_TOPK.value: 5.0}[term.kind]
+    numbers += 0.5 if problem.ce else 0
+    numbers += {0: 0, BY_CLASS.value: 2, BY_SAMPLE.value: 8}[problem.standardize]
+    return 2.5 * numbers if problem.low else numbers
+
+
+def fits(problem: Problem, per_thread: int, num_warps: int, block_n: int = 1) -> bool:
+    """Whether threads that hold so many elements have registers enough; with many samples each needs as many again."""
+    need = _FIXED_REGISTERS + per_thread * live_numbers(problem) * (2 if block_n > 1 else 1)
+    return num_warps <= _MOST_WARPS and need <= (255 if num_warps <= 8 else 128)
+
+
+def fused_tile(layout: Layout, problem: Problem) -> Tile | None:
+    """The tile of the fused kernel; None where a sample's classes do not fit on chip.
+
+    Short rows share a program. 32 elements a thread share what every thread does once a row; fewer where the objective
+    needs many registers, 64 where the row would not fit otherwise.
+    """
+    block_c = max(power_of_two(layout.gradient_classes), _LEAST_CLASSES)
+    block_n = _PIXELS if layout.axis == SAMPLES.value else max(1024 // block_c, 1)
+    for per_thread in (_PER_THREAD, _PER_THREAD // 2, _PER_THREAD // 4, _PER_THREAD // 8, 2 * _PER_THREAD):
+        num_warps = max(block_n * block_c // (32 * per_thread), 1)
+        if fits(problem, per_thread, num_warps, block_n):
+            tiles = max(block_c // _TILE, 1) if per_thread > _PER_THREAD else 1
+            return Tile(block_n, block_c // tiles, num_warps, tiles)
+    return None
+
+
+#: Samples that a program of the weights' sum adds up, and classes of one that prepares their standardisation.
+WEIGHT_BLOCK = 4096
+CLASS_BLOCK = 256
+#: Candidates for the top k that one program merges, of one or several samples.
+_MOST_CANDIDATES = 8192
+_MERGED = 256
+_MERGED_PER_THREAD = 2
+
+
+def sum_block(rows: int) -> int:
+    """Rows that the one program of a column reads at a time."""
+    return min(max(power_of_two(rows), 128), 4096)
+
+
+def sum_warps(block: int) -> int:
+    return max(block // 512, 1)
+
+
+def split_tile(layout: Layout, problem: Problem) -> Tile:
+    """The part of some samples whose statistics a program takes. Small parts fill a GPU even with one sample."""
+    per_thread = _PER_THREAD // 2 if fits(problem, _PER_THREAD // 2, 4) else _PER_THREAD // 4
+    return _spread(layout, 8 * 32 * per_thread, per_thread)
+
+
+def sets_aside(split: int, tile: Tile, problem: Problem) -> bool:
+    """Whether the parts' own best classes are few enough to be candidates in one merge."""
+    k = max(problem.ks)
+    return 0 < k <= tile.block_c // 4 and power_of_two(split * k) <= _MOST_CANDIDATES
+
+
+def merge_tile(split: int, k: int) -> Tile:
+    """Samples, and candidates of each (or parts), that a program merges."""
+    block_c = power_of_two(split * k)
+    block_n = max(_MERGED // max(block_c, _LEAST_CLASSES), 1)
+    # A thread's elements are unrolled, and merging them takes exponentials in double precision: a few make code enough.
+    return Tile(block_n, block_c, min(max(block_n * block_c // (32 * _MERGED_PER_THREAD), 1), _MOST_WARPS))
+
+
+def sweep_tile(layout: Layout, problem: Problem) -> Tile:
+    """The tile of an elementwise sweep: a few thousand elements, in the shape of memory."""
+    per_thread = _PER_THREAD // (4 if problem.low else 2)
+    return _spread(layout, 4 * 32 * per_thread, per_thread)
+
+
+def scale_tile(layout: Layout) -> Tile:
+    """The tile of the sweep that scales a gradient."""
+    return _spread(layout, 4 * 32 * 16, 16)
+
+
+def class_tile(layout: Layout) -> Tile:
+    """The tile of a sum over samples: short in classes, so that there are programs enough."""
+    block_n, block_c = (_PIXELS, 32) if layout.axis == SAMPLES.value else (16, 128)
+    return Tile(block_n, min(block_c, max(power_of_two(layout.classes), _LEAST_CLASSES)), 8)
+
+
+def stretch(blocks: int, tiles: int) -> int:
+    """Blocks of samples that one program adds up: programs enough for a GPU, and few partial sums."""
+    stretches = min(max(1024 // tiles, 1), 64, max(blocks // 2, 1))
+    return -(-blocks // stretches)
+
+
+def _spread(layout: Layout, elements: int, per_thread: int) -> Tile:
+    block_c = min(max(power_of_two(layout.gradient_classes), _LEAST_CLASSES), elements)
+    block_n = elements // block_c
+    if layout.axis == SAMPLES.value:
+        block_n = max(block_n, _PIXELS)
+        block_c = elements // block_n
+    return Tile(block_n, block_c, elements // (32 * per_thread))

@@ -1,0 +1,613 @@
+"""Host code: unpacks the ops' arguments, chooses kernels and launches them. Nothing here waits for the device."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from kdkernels.triton_kernels import heuristics
+from kdkernels.triton_kernels.classes import (
+    add_stretches_kernel,
+    class_moments_kernel,
+    class_sums_kernel,
+    merge_class_moments_kernel,
+)
+from kdkernels.triton_kernels.fused import fused_kernel
+from kdkernels.triton_kernels.heuristics import Tile
+from kdkernels.triton_kernels.layout import Layout, find_layout
+from kdkernels.triton_kernels.objective import BY_CLASS, BY_SAMPLE, Problem, Term, unpack
+from kdkernels.triton_kernels.samples import scale_kernel, sum_rows_kernel, weight_sum_kernel
+from kdkernels.triton_kernels.split import merge_kernel, part_columns, select_kernel, split_kernel
+from kdkernels.triton_kernels.split_standardize import (
+    products_kernel,
+    sample_moments_kernel,
+    settle_moments_kernel,
+    slope_kernel,
+)
+from kdkernels.triton_kernels.standardize import ROWS, affines_kernel
+from kdkernels.triton_kernels.sweep import gradient_kernel
+from torch import Tensor
+
+from kdkernels.validation import REDUCTIONS
+
+_TRITON = {torch.float32: tl.float32, torch.float64: tl.float64}
+
+
+class Matrices(NamedTuple):
+    """Logits of a call and where they are, as all kernels take them."""
+
+    student: Tensor
+    teacher: Tensor
+    gradient: Tensor | None
+    layout: Layout
+    dtype: torch.dtype  # of the arithmetic
+
+    def new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.empty(shape, dtype=dtype or self.dtype, device=self.student.device)
+
+
+def _matrices(
+    student: Tensor, teacher: Tensor, class_dim: int, num_classes: int, gradient: Tensor | None = None
+) -> Matrices:
+    dtypes = student.dtype, teacher.dtype
+    tensors = (student, teacher, student if gradient is None else gradient)
+    layout = find_layout(
+        tuple(student.shape),
+        tuple(tensor.stride() for tensor in tensors),
+        class_dim,
+        num_classes,
+        tuple(tensor.element_size() for tensor in tensors),
+        all(tensor.data_ptr() % 16 == 0 for tensor in tensors),
+    )
+    dtype = torch.float64 if torch.float64 in dtypes else torch.float32
+    return Matrices(student, teacher, gradient, layout, dtype)
+
+
+def _on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Launches go to the tensor's device, which need not be the current one."""
+    if tensor.is_cuda and tensor.get_device() != torch.cuda.current_device():
+        return torch.cuda.device_of(tensor)
+    return contextlib.nullcontext()
+
+
+def _flat(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """One number a sample, in the samples' order."""
+    return None if tensor is None else tensor.to(dtype).contiguous()
+
+
+class Samples(NamedTuple):
+    """What is known of the samples besides their logits, flat and in the kernels' types."""
+
+    target: Tensor | None
+    weight: Tensor | None
+    divisor: Tensor | None
+    ignore_index: int
+    scale: float
+
+
+class Kept(NamedTuple):
+    """What forward keeps of the samples for the sweep."""
+
+    saved: Tensor | None
+    members: Tensor | None
+
+
+def _options(num_warps: int) -> dict[str, int | bool]:
+    """Launch options. Multiply-adds are where the kernels say so and nowhere else.
+
+    A compiler that contracts others may do so differently in the threads that add up the same numbers in another order:
+    their sums would differ, and the result would depend on which of them comes first.
+    """
+    return {"num_warps": num_warps, "enable_fp_fusion": False}
+
+
+def _constants(layout: Layout, tile: Tile) -> dict[str, int | bool]:
+    """The constants and the launch options that most kernels take."""
+    return {
+        "AXIS": layout.axis,
+        "WIDE": layout.wide,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_C": tile.block_c,
+        **_options(tile.num_warps),
+    }
+
+
+def _sample_blocks(layout: Layout, tile: Tile) -> int:
+    """Blocks of samples: none of them crosses the end of the innermost dimension."""
+    return math.prod(layout.sizes[1:]) * triton.cdiv(layout.sizes[0], tile.block_n)
+
+
+def _sum_rows(table: Tensor, dtype: torch.dtype) -> Tensor:
+    """Sums of the columns of ``table``, ``(rows, columns)`` float64."""
+    rows, columns = table.shape
+    out = torch.empty(columns, dtype=dtype, device=table.device)
+    block = heuristics.sum_block(rows)
+    sum_rows_kernel[(columns,)](table, out, rows, columns, BLOCK=block, **_options(heuristics.sum_warps(block)))
+    return out
+
+
+def _weight_sum(target: Tensor | None, weight: Tensor | None, samples: int, ignore_index: int, device) -> Tensor:
+    """The sum of the weights of the samples that count: one float64 number on the device."""
+    block = heuristics.WEIGHT_BLOCK
+    programs = triton.cdiv(samples, block)
+    sums = torch.empty(programs, 1, dtype=torch.float64, device=device)
+    weight_sum_kernel[(programs,)](target, weight, sums, samples, ignore_index, BLOCK=block, **_options(4))
+    return sums if programs == 1 else _sum_rows(sums, torch.float64)
+
+
+def _affines(matrices: Matrices, moments: Tensor, sums: Tensor | None, objective: list[float]) -> Tensor:
+    """The table of what standardises each class, ``(ROWS, classes)``."""
+    classes = matrices.layout.classes
+    table = matrices.new(ROWS.value, classes)
+    block = heuristics.CLASS_BLOCK
+    grid = (triton.cdiv(classes, block),)
+    affines_kernel[grid](moments, sums, table, classes, *objective[2:4], BLOCK=block, **_options(4))
+    return table
+
+
+def forward(
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor | None,
+    sample_weight: Tensor | None,
+    denominator: Tensor | None,
+    moments: Tensor | None,
+    objective: list[float],
+    scale: float,
+    reduction: int,
+    class_dim: int,
+    num_classes: int,
+    ignore_index: int,
+    gradient: bool,
+    save: bool,
+    parts: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See :meth:`kdkernels.ops.Ops.forward`."""
+    by_class = moments is not None
+    grad = torch.empty_like(student) if gradient and not by_class else None
+    m = _matrices(student, teacher, class_dim, num_classes, grad)
+    samples = m.layout.samples
+    problem = unpack(tuple(objective), parts, m.dtype == torch.float64)
+    _check_moments(problem, moments)
+    if gradient and by_class and not save:
+        raise ValueError("save must go with gradient where there are moments")
+    each = REDUCTIONS[reduction] == "none"
+    columns = problem.columns.parts
+    shape = [size for dim, size in enumerate(student.shape) if each and dim != class_dim]
+    tile = heuristics.fused_tile(m.layout, problem)
+    keep = save or tile is None
+    saved = m.new(samples, problem.columns.saved) if keep else None
+    members = m.new(samples, problem.columns.members, dtype=torch.int64) if keep else None
+    if samples == 0:
+        loss = m.new(*shape).zero_()
+        values = m.new(*shape, columns).zero_() if parts else m.new(0)
+    else:
+        with _on_device(student):
+            target, weight = _flat(target, torch.int64), _flat(sample_weight, m.dtype)
+            divisor = denominator
+            if divisor is None and REDUCTIONS[reduction] == "mean":
+                if target is None and weight is None:
+                    scale /= samples
+                else:
+                    divisor = _weight_sum(target, weight, samples, ignore_index, student.device)
+            elif REDUCTIONS[reduction] == "batchmean":
+                scale /= student.shape[0]
+            affines = None if moments is None else _affines(m, moments, None, objective)
+            marks = Samples(target, weight, divisor, ignore_index, scale)
+            kept = Kept(saved, members)
+            run = _fused if tile is not None else _split
+            rows, part_rows = run(m, problem, marks, affines, kept, shape, each, parts)
+            loss = rows if each else _sum_rows(rows, m.dtype).reshape(())
+            values = m.new(0) if part_rows is None else part_rows if each else _sum_rows(part_rows, m.dtype)
+    if gradient and by_class:
+        one = torch.ones((), dtype=m.dtype, device=student.device)
+        grad = class_sums(one, student, teacher, target, saved, members, moments, objective, class_dim, num_classes)
+    if not save:
+        saved, members = m.new(0), m.new(0, dtype=torch.int64)
+    return loss, values, student.new_empty(0) if grad is None else grad, saved, members
+
+
+def _results(
+    m: Matrices, problem: Problem, shape: list[int], each: bool, parts: bool, blocks: int
+) -> tuple[Tensor, Tensor | None]:
+    """Room for the losses and their parts: of each sample, or of each block of samples."""
+    columns = problem.columns.parts
+    if each:
+        return m.new(*shape), m.new(*shape, columns) if parts else None
+    double = torch.float64
+    return m.new(blocks, 1, dtype=double), m.new(blocks, columns, dtype=double) if parts else None
+
+
+def _fused(
+    m: Matrices,
+    problem: Problem,
+    marks: Samples,
+    affines: Tensor | None,
+    kept: Kept,
+    shape: list[int],
+    each: bool,
+    parts: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """All steps in one launch."""
+    tile = heuristics.fused_tile(m.layout, problem)
+    assert tile is not None
+    blocks = _sample_blocks(m.layout, tile)
+    rows, part_rows = _results(m, problem, shape, each, parts, blocks)
+    fused_kernel[(blocks,)](
+        m.student,
+        m.teacher,
+        m.gradient,
+        marks.target,
+        marks.weight,
+        marks.divisor,
+        affines,
+        rows,
+        part_rows,
+        kept.saved,
+        kept.members,
+        m.layout.sizes,
+        m.layout.student,
+        m.layout.teacher,
+        m.layout.gradient,
+        m.layout.classes,
+        m.layout.gradient_classes,
+        problem.ks,
+        marks.ignore_index,
+        marks.scale,
+        problem.numbers,
+        problem.low,
+        TERMS=problem.terms,
+        CE=problem.ce,
+        STANDARDIZE=problem.standardize,
+        COLUMNS=problem.columns,
+        EACH=each,
+        TILES=tile.tiles,
+        **_constants(m.layout, tile),
+    )
+    return rows, part_rows
+
+
+def _split(
+    m: Matrices,
+    problem: Problem,
+    marks: Samples,
+    affines: Tensor | None,
+    kept: Kept,
+    shape: list[int],
+    each: bool,
+    parts: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Statistics of parts of the samples, their merge, and a sweep for the gradient."""
+    layout, samples = m.layout, m.layout.samples
+    tile = heuristics.split_tile(layout, problem)
+    split = triton.cdiv(layout.classes, tile.block_c)
+    merge_tile = heuristics.merge_tile(split, 1)
+    by_sample = problem.standardize == BY_SAMPLE.value
+    grid = (_sample_blocks(layout, tile) * split,)
+    merge_grid = (triton.cdiv(samples, merge_tile.block_n),)
+    where = layout.sizes, layout.student, layout.teacher, layout.classes
+    constants = {"STANDARDIZE": problem.standardize, "COLUMNS": problem.columns, **_constants(layout, tile)}
+    merging = {"COLUMNS": problem.columns, "BLOCK_N": merge_tile.block_n, **_options(merge_tile.num_warps)}
+    if by_sample:
+        moments = m.new(samples, split, 6, dtype=torch.float64)
+        sample_moments_kernel[grid](
+            m.student,
+            m.teacher,
+            marks.target,
+            marks.weight,
+            moments,
+            *where,
+            marks.ignore_index,
+            dtype=_TRITON[m.dtype],
+            **_constants(layout, tile),
+        )
+        settle_moments_kernel[merge_grid](
+            moments, kept.saved, samples, split, problem.numbers, problem.low, PARTS=merge_tile.block_c, **merging
+        )
+    if heuristics.sets_aside(split, tile, problem):
+        candidate_count = sum(problem.ks)
+        candidates = m.new(samples, split, candidate_count, 2)
+        candidate_classes = m.new(samples, split, candidate_count, dtype=torch.int32)
+    else:
+        candidate_count, candidates, candidate_classes = 0, None, None
+        for term, k in zip(problem.terms, problem.ks, strict=True):
+            if k:
+                _select(m, problem, marks, affines, kept, term, k, tile)
+    stats = m.new(samples, split, part_columns(problem.terms), dtype=torch.float64)
+    split_kernel[grid](
+        m.student,
+        m.teacher,
+        marks.target,
+        marks.weight,
+        affines,
+        kept.saved,
+        kept.members,
+        stats,
+        candidates,
+        candidate_classes,
+        *where,
+        problem.ks,
+        candidate_count,
+        marks.ignore_index,
+        problem.numbers,
+        problem.low,
+        TERMS=problem.terms,
+        CE=problem.ce,
+        **constants,
+    )
+    merge_tile = heuristics.merge_tile(split, max(problem.ks) if candidates is not None else 1)
+    blocks = triton.cdiv(samples, merge_tile.block_n)
+    rows, part_rows = _results(m, problem, shape, each, parts, blocks)
+    merge_kernel[(blocks,)](
+        stats,
+        candidates,
+        candidate_classes,
+        marks.target,
+        marks.weight,
+        marks.divisor,
+        rows,
+        part_rows,
+        kept.saved,
+        kept.members,
+        samples,
+        layout.classes,
+        split,
+        problem.ks,
+        candidate_count,
+        marks.ignore_index,
+        marks.scale,
+        problem.numbers,
+        problem.low,
+        TERMS=problem.terms,
+        CE=problem.ce,
+        COLUMNS=problem.columns,
+        EACH=each,
+        BLOCK_N=merge_tile.block_n,
+        PARTS=heuristics.power_of_two(split),
+        CANDIDATES=merge_tile.block_c,
+        **_options(merge_tile.num_warps),
+        # Fused, a product and its sum with a neighbour's round differently in the two lanes: copies of one sum would
+        # differ in the last bit, and which of them is kept is left to chance.
+    )
+    if by_sample:
+        products = m.new(samples, split, dtype=torch.float64)
+        products_kernel[grid](
+            m.student,
+            m.teacher,
+            marks.target,
+            kept.saved,
+            kept.members,
+            products,
+            *where,
+            problem.numbers,
+            problem.low,
+            TERMS=problem.terms,
+            **constants,
+        )
+        slope_kernel[merge_grid](
+            products, kept.saved, samples, split, PARTS=heuristics.merge_tile(split, 1).block_c, **merging
+        )
+    if m.gradient is not None:
+        _sweep(m, problem, None, marks.target, affines, kept)
+    return rows, part_rows
+
+
+def _select(
+    m: Matrices,
+    problem: Problem,
+    marks: Samples,
+    affines: Tensor | None,
+    kept: Kept,
+    term: Term,
+    k: int,
+    tile: Tile,
+) -> None:
+    """Finds a term's leading classes before the statistics."""
+    select_kernel[(_sample_blocks(m.layout, tile),)](
+        m.teacher,
+        marks.target,
+        marks.weight,
+        affines,
+        kept.saved,
+        kept.members,
+        m.layout.sizes,
+        m.layout.teacher,
+        m.layout.classes,
+        k,
+        marks.ignore_index,
+        TERM=term,
+        STANDARDIZE=problem.standardize,
+        COLUMNS=problem.columns,
+        dtype=_TRITON[m.dtype],
+        **_constants(m.layout, tile),
+    )
+
+
+def _sweep(
+    m: Matrices, problem: Problem, grad_loss: Tensor | None, target: Tensor | None, affines: Tensor | None, kept: Kept
+) -> None:
+    """The gradient from what was kept."""
+    layout = m.layout
+    tile = heuristics.sweep_tile(layout, problem)
+    grid = (_sample_blocks(layout, tile) * triton.cdiv(layout.gradient_classes, tile.block_c),)
+    gradient_kernel[grid](
+        grad_loss,
+        m.student,
+        m.teacher,
+        m.gradient,
+        target,
+        affines,
+        kept.saved,
+        kept.members,
+        layout.sizes,
+        layout.student,
+        layout.teacher,
+        layout.gradient,
+        layout.classes,
+        layout.gradient_classes,
+        problem.numbers,
+        problem.low,
+        TERMS=problem.terms,
+        CE=problem.ce,
+        STANDARDIZE=problem.standardize,
+        COLUMNS=problem.columns,
+        EACH=grad_loss is not None and grad_loss.dim() > 0,
+        **_constants(layout, tile),
+    )
+
+
+def backward(
+    grad_loss: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor | None,
+    saved: Tensor,
+    members: Tensor,
+    moments: Tensor | None,
+    sums: Tensor | None,
+    objective: list[float],
+    class_dim: int,
+    num_classes: int,
+) -> Tensor:
+    """See :meth:`kdkernels.ops.Ops.backward`."""
+    m = _matrices(student, teacher, class_dim, num_classes, torch.empty_like(student))
+    assert m.gradient is not None
+    problem = unpack(tuple(objective), False, m.dtype == torch.float64)
+    _check_moments(problem, moments)
+    if (moments is None) != (sums is None):
+        raise ValueError("sums must be given with moments")
+    if m.layout.samples:
+        with _on_device(student):
+            affines = None if moments is None else _affines(m, moments, sums, objective)
+            _sweep(m, problem, grad_loss.contiguous(), _flat(target, torch.int64), affines, Kept(saved, members))
+    return m.gradient
+
+
+def class_moments(
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor | None,
+    sample_weight: Tensor | None,
+    class_dim: int,
+    num_classes: int,
+    ignore_index: int,
+) -> Tensor:
+    """See :meth:`kdkernels.ops.Ops.class_moments`."""
+    m = _matrices(student, teacher, class_dim, num_classes)
+    layout = m.layout
+    moments = m.new(2, 3, num_classes, dtype=torch.float64)
+    if layout.samples == 0:
+        return moments.zero_()
+    with _on_device(student):
+        tile, blocks, stretch = _stretches(layout)
+        tiles, stretches = triton.cdiv(num_classes, tile.block_c), triton.cdiv(blocks, stretch)
+        partial = moments if stretches == 1 else m.new(stretches, 2, 3, num_classes, dtype=torch.float64)
+        class_moments_kernel[(tiles * stretches,)](
+            student,
+            teacher,
+            _flat(target, torch.int64),
+            _flat(sample_weight, m.dtype),
+            partial,
+            layout.sizes,
+            layout.student,
+            layout.teacher,
+            num_classes,
+            blocks,
+            stretch,
+            ignore_index,
+            dtype=_TRITON[m.dtype],
+            **_constants(layout, tile),
+        )
+        if stretches > 1:
+            block = heuristics.CLASS_BLOCK
+            grid = (2 * triton.cdiv(num_classes, block),)
+            merge_class_moments_kernel[grid](partial, moments, stretches, num_classes, BLOCK=block, **_options(4))
+    return moments
+
+
+def class_sums(
+    grad_loss: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor | None,
+    saved: Tensor,
+    members: Tensor,
+    moments: Tensor,
+    objective: list[float],
+    class_dim: int,
+    num_classes: int,
+) -> Tensor:
+    """See :meth:`kdkernels.ops.Ops.class_sums`."""
+    m = _matrices(student, teacher, class_dim, num_classes)
+    layout = m.layout
+    problem = unpack(tuple(objective), False, m.dtype == torch.float64)
+    sums = m.new(2, num_classes, dtype=torch.float64)
+    if layout.samples == 0:
+        return sums.zero_()
+    with _on_device(student):
+        tile, blocks, stretch = _stretches(layout)
+        tiles, stretches = triton.cdiv(num_classes, tile.block_c), triton.cdiv(blocks, stretch)
+        partial = sums if stretches == 1 else m.new(stretches, 2, num_classes, dtype=torch.float64)
+        class_sums_kernel[(tiles * stretches,)](
+            grad_loss.contiguous(),
+            student,
+            teacher,
+            _flat(target, torch.int64),
+            _affines(m, moments, None, objective),
+            saved,
+            members,
+            partial,
+            layout.sizes,
+            layout.student,
+            layout.teacher,
+            num_classes,
+            blocks,
+            stretch,
+            problem.numbers,
+            problem.low,
+            TERMS=problem.terms,
+            STANDARDIZE=problem.standardize,
+            COLUMNS=problem.columns,
+            EACH=grad_loss.dim() > 0,
+            **_constants(layout, tile),
+        )
+        if stretches > 1:
+            block, width = heuristics.CLASS_BLOCK, 2 * num_classes
+            grid = (triton.cdiv(width, block),)
+            add_stretches_kernel[grid](partial, sums, stretches, width, BLOCK=block, **_options(4))
+    return sums
+
+
+def _stretches(layout: Layout) -> tuple[Tile, int, int]:
+    """The tile of a sum over samples, how many blocks of samples there are, and how many one program adds up."""
+    tile = heuristics.class_tile(layout)
+    blocks = _sample_blocks(layout, tile)
+    return tile, blocks, heuristics.stretch(blocks, triton.cdiv(layout.classes, tile.block_c))
+
+
+def _check_moments(problem: Problem, moments: Tensor | None) -> None:
+    if (problem.standardize == BY_CLASS.value) != (moments is not None):
+        raise ValueError("moments must be given where, and only where, logits are standardised by class")
+
+
+def scale_(gradient: Tensor, factor: Tensor, class_dim: int) -> None:
+    """See :meth:`kdkernels.ops.Ops.scale_`."""
+    if gradient.numel() == 0:
+        return
+    layout = _matrices(gradient, gradient, class_dim, gradient.shape[class_dim]).layout
+    with _on_device(gradient):
+        tile = heuristics.scale_tile(layout)
+        grid = (_sample_blocks(layout, tile) * triton.cdiv(layout.classes, tile.block_c),)
+        scale_kernel[grid](
+            gradient,
+            factor.contiguous(),
+            layout.sizes,
+            layout.student,
+            layout.classes,
+            EACH=factor.dim() > 0,
+            **_constants(layout, tile),
+        )

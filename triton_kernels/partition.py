@@ -1,0 +1,61 @@
+"""Which group each class of a tile is in: masks of the single class and of the top group, by target or by rank."""
+
+import triton
+import triton.language as tl
+from kdkernels.triton_kernels.objective import TARGET, TOP1_TOPK, TOPK, WHOLE
+from kdkernels.triton_kernels.select import first_best, keys_of, leads, select
+
+
+@triton.jit
+def partition(teacher, classes, class_count, target, k, KIND: tl.constexpr, LARGEST: tl.constexpr):
+    """``(single, top, members)`` of whole rows; ``members`` tell the leading classes later.
+
+    ``teacher`` and ``classes``, ``single`` and ``top`` have one entry a tile.
+    """
+    singles = ()
+    tops = ()
+    if KIND == WHOLE:
+        for c in tl.static_range(len(teacher)):
+            tops = tops + (teacher[c] == teacher[c],)
+        return tops, tops, ()
+    elif KIND == TARGET:
+        for c in tl.static_range(len(teacher)):
+            singles = singles + (classes[c][None, :] == target[:, None],)
+        return singles, singles, ()
+    else:
+        keys = ()
+        for c in tl.static_range(len(teacher)):
+            keys = keys + (keys_of(teacher[c], (classes[c] < class_count)[None, :], LARGEST),)
+        key, last = select(keys, classes, k)
+        best = last
+        if KIND == TOP1_TOPK:
+            best = first_best(keys, classes)
+        for c in tl.static_range(len(teacher)):
+            single, top = masks_of_rank(keys[c], classes[c], key, last, best, KIND)
+            singles = singles + (single,)
+            tops = tops + (top,)
+        return singles, tops, (key, last, best)
+
+
+@triton.jit
+def masks_of_rank(keys, classes, key, last, best, KIND: tl.constexpr):
+    """``(single, top)`` by rank."""
+    top = leads(keys, classes, key, last)
+    if KIND == TOP1_TOPK:
+        single = classes[None, :] == best[:, None]
+        return single, top & (single == 0)
+    else:
+        return top, top
+
+
+@triton.jit
+def group_sizes(class_count, k, KIND: tl.constexpr):
+    """How many classes each group has."""
+    if KIND == WHOLE:
+        return (class_count,)
+    elif KIND == TARGET:
+        return (1, class_count - 1)
+    elif KIND == TOPK:
+        return (k, class_count - k)
+    else:
+        return (1, k - 1, class_count - k)

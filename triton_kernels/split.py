@@ -1,0 +1,454 @@
+"""Steps 1 and 2 for samples that do not fit on chip: their classes are split between programs.
+
+:func:`split_kernel` writes the statistics of each part, :func:`merge_kernel` merges them and takes step 2; step 3 is
+:mod:`sweep`'s. Where the teacher's ranking decides, a part does not know which of its classes lead in the end: it sets
+its own k best aside as candidates, and their merge settles it without another pass over the logits. Only a k too large
+for that is searched for beforehand, by :func:`select_kernel`.
+"""
+
+import triton
+import triton.language as tl
+from kdkernels.triton_kernels.evaluate import evaluate
+from kdkernels.triton_kernels.layout import load_tile, locate
+from kdkernels.triton_kernels.objective import (
+    CE_WEIGHT,
+    EXPONENT,
+    TOP1_TOPK,
+    by_rank,
+    has_single,
+    number,
+)
+from kdkernels.triton_kernels.partition import group_sizes, masks_of_rank
+from kdkernels.triton_kernels.samples import read_factor, read_samples, write_results
+from kdkernels.triton_kernels.saved import partition_again, save_term, store_columns
+from kdkernels.triton_kernels.select import first_best, keys_of, leads, select
+from kdkernels.triton_kernels.stats import (
+    groups_with,
+    merge,
+    merge_along,
+    only,
+    softmax_statistics,
+    start,
+    statistics,
+    statistics_of_single,
+)
+from kdkernels.triton_kernels.sweep import standardized_tile
+
+# Columns of a part's statistics, in float64: of the cross entropy (origin, sum, logit of the target), then for each
+# term the single class's logits, the count of candidates, and the statistics of the top group and of the rest.
+SOFTMAX_COLUMNS, TERM_COLUMNS = tl.constexpr(3), tl.constexpr(15)
+_SINGLE, _COUNT, _TOP, _REST = (tl.constexpr(column) for column in (0, 2, 3, 9))
+
+
+@triton.constexpr_function
+def part_columns(terms):
+    """How many numbers are known of a part."""
+    return 3 + 15 * len(terms)
+
+
+@triton.constexpr_function
+def first_candidate(ks, term):
+    """Where the candidates of a term begin among those of a part."""
+    return sum(ks[:term])
+
+
+@triton.jit(do_not_specialize=["sizes", "student_strides", "teacher_strides", "class_count", "ks", "candidate_count"])
+def split_kernel(
+    student,
+    teacher,
+    target,
+    weight,
+    affines,
+    saved,
+    members,
+    stats,
+    candidates,
+    candidate_classes,
+    sizes,
+    student_strides,
+    teacher_strides,
+    class_count,
+    ks,
+    candidate_count,
+    ignore_index: tl.int64,
+    numbers,
+    low,
+    TERMS: tl.constexpr,
+    CE: tl.constexpr,
+    STANDARDIZE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    AXIS: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Statistics of one part of a block of samples. With ``candidates`` None, ``members`` tell which classes lead."""
+    dtype: tl.constexpr = tl.float64 if len(low) > 0 else tl.float32
+    PART: tl.constexpr = part_columns(TERMS)
+    parts = tl.cdiv(class_count, BLOCK_C)
+    part = tl.program_id(0) % parts
+    outer, within, samples, there = locate(tl.program_id(0) // parts, sizes, AXIS, WIDE, BLOCK_N)
+    classes = part * BLOCK_C + tl.arange(0, BLOCK_C)
+    targets, weights, valid = read_samples(target, weight, samples, there, class_count, ignore_index, dtype)
+    at = (outer, within, classes, class_count, valid, there, sizes)
+    raw = load_tile(student, at, student_strides, AXIS, WIDE, dtype)
+    t = load_tile(teacher, at, teacher_strides, AXIS, WIDE, dtype)
+    s = standardized_tile(raw, 0, at, samples, affines, saved, COLUMNS, STANDARDIZE)
+    t = standardized_tile(t, 1, at, samples, affines, saved, COLUMNS, STANDARDIZE)
+    row = samples * parts + part
+    if CE:
+        origin, total = softmax_statistics((raw,))
+        of_softmax = (origin, total, only((raw,), (classes[None, :] == targets[:, None],)))
+        store_columns(stats, of_softmax, row, there, PART, 0)
+    first = tl.full((), 0, tl.int32)  # among the candidates
+    for i in tl.static_range(len(TERMS)):
+        exponent = number(numbers, low, TERMS[i][5] + EXPONENT)
+        if by_rank(TERMS[i][0]) and candidates is not None:
+            keys = keys_of(t, (classes < class_count)[None, :], TERMS[i][1])
+            key, last = select((keys,), (classes,), ks[i])
+            aside = leads(keys, classes, key, last) & (classes < class_count)[None, :]
+            place = tl.cumsum(aside.to(tl.int32), 1) - 1
+            slot = row[:, None] * candidate_count + first + place
+            mask = aside & there[:, None]
+            tl.store(candidates + 2 * slot, s, mask=mask)
+            tl.store(candidates + 2 * slot + 1, t, mask=mask)
+            tl.store(candidate_classes + slot, tl.zeros_like(place) + classes[None, :], mask=mask)
+            first += ks[i]
+            kept_s, kept_t = tl.where(aside, float("-inf"), s), tl.where(aside, float("-inf"), t)
+            _, of_rest, _ = statistics((kept_s,), (kept_t,), (aside,), (aside,), exponent, 0, TERMS[i][2], TERMS[i][3])
+            store_columns(
+                stats, (tl.sum(aside.to(tl.int32), 1),), row, there, PART, SOFTMAX_COLUMNS + TERM_COLUMNS * i + _COUNT
+            )
+        else:
+            single, top = partition_again(
+                t,
+                classes,
+                class_count,
+                targets,
+                members,
+                samples,
+                there,
+                COLUMNS[2],
+                TERMS[i][7],
+                TERMS[i][0],
+                TERMS[i][1],
+            )
+            of_top, of_rest, _ = statistics(
+                (s,), (t,), (single,), (top,), exponent, TERMS[i][0], TERMS[i][2], TERMS[i][3]
+            )
+            if has_single(TERMS[i][0]):
+                store_columns(
+                    stats,
+                    (only((s,), (single,)), only((t,), (single,))),
+                    row,
+                    there,
+                    PART,
+                    SOFTMAX_COLUMNS + TERM_COLUMNS * i + _SINGLE,
+                )
+            if by_rank(TERMS[i][0]):
+                store_columns(stats, of_top, row, there, PART, SOFTMAX_COLUMNS + TERM_COLUMNS * i + _TOP)
+        store_columns(stats, of_rest, row, there, PART, SOFTMAX_COLUMNS + TERM_COLUMNS * i + _REST)
+
+
+@triton.jit
+def load_parts(stats, row, mask, PART: tl.constexpr, column: tl.constexpr, dtype: tl.constexpr):
+    """Group statistics of all parts; of those that are not there, nothing."""
+    values = ()
+    for i in tl.static_range(6):
+        value = tl.load(stats + row * PART + column + i, mask=mask, other=float("-inf") if i < 2 else 0.0)
+        values = values + ((value.to(dtype) if i < 2 else value),)
+    return values
+
+
+@triton.jit(do_not_specialize=["count", "class_count", "parts", "ks", "candidate_count"])
+def merge_kernel(
+    stats,
+    candidates,
+    candidate_classes,
+    target,
+    weight,
+    divisor,
+    losses,
+    part_losses,
+    saved,
+    members,
+    count,
+    class_count,
+    parts,
+    ks,
+    candidate_count,
+    ignore_index: tl.int64,
+    scale: tl.float64,
+    numbers,
+    low,
+    TERMS: tl.constexpr,
+    CE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    EACH: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PARTS: tl.constexpr,
+    CANDIDATES: tl.constexpr,
+):
+    """Merges the parts of a block of samples, takes step 2 and keeps what the sweep needs."""
+    dtype: tl.constexpr = tl.float64 if len(low) > 0 else tl.float32
+    PART: tl.constexpr = part_columns(TERMS)
+    HIGHEST: tl.constexpr = 0x7FFFFFFFFFFFFFFF if dtype == tl.float64 else 0x7FFFFFFF
+    block = tl.program_id(0)
+    samples = block.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    there = samples < count
+    targets, weights, valid = read_samples(target, weight, samples, there, class_count, ignore_index, dtype)
+    weights = weights * read_factor(scale, divisor).to(dtype)
+    part = tl.arange(0, PARTS)
+    row = samples[:, None] * parts + part[None, :]
+    mask = there[:, None] & (part < parts)[None, :]
+
+    loss = tl.zeros([BLOCK_N], dtype)
+    entropy = tl.zeros([BLOCK_N], dtype)
+    softmax = (loss, loss)
+    if CE:
+        origins = tl.load(stats + row * PART, mask=mask, other=float("-inf"))
+        totals = tl.load(stats + row * PART + 1, mask=mask, other=0.0)
+        logit = tl.sum(tl.load(stats + row * PART + 2, mask=mask, other=0.0), 1)
+        origin = tl.max(origins, 1)
+        power = tl.exp2((start(origins) - start(origin)[:, None]) * 1.4426950408889634)
+        total = tl.sum(totals * tl.where(origins == float("-inf"), 1.0, power), 1)
+        softmax = (origin.to(dtype), (1.0 / total).to(dtype))
+        entropy = (tl.log(total) - (logit - start(origin))).to(dtype)
+        loss += number(numbers, low, CE_WEIGHT) * entropy
+    values = (entropy,)
+
+    first = tl.full((), 0, tl.int32)
+    for i in tl.static_range(len(TERMS)):
+        exponent = number(numbers, low, TERMS[i][5] + EXPONENT)
+        of_rest = merge_along(
+            load_parts(stats, row, mask, PART, SOFTMAX_COLUMNS + TERM_COLUMNS * i + _REST, dtype), exponent
+        )
+        of_single = of_rest
+        of_top = of_rest
+        if by_rank(TERMS[i][0]) and candidates is not None:
+            # A tile of candidates in the order of their classes: position stands for class.
+            position = tl.arange(0, CANDIDATES)
+            of_part = position // ks[i]
+            place = position % ks[i]
+            its_row = samples[:, None] * parts + of_part[None, :]
+            inside = there[:, None] & (of_part < parts)[None, :]
+            found = tl.load(
+                stats + its_row * PART + SOFTMAX_COLUMNS + TERM_COLUMNS * i + _COUNT, mask=inside, other=0.0
+            ).to(tl.int32)
+            inside = inside & (place[None, :] < found)
+            slot = its_row * candidate_count + first + place[None, :]
+            first += ks[i]
+            s = tl.load(candidates + 2 * slot, mask=inside, other=float("-inf"))
+            t = tl.load(candidates + 2 * slot + 1, mask=inside, other=float("-inf"))
+            of_class = tl.load(candidate_classes + slot, mask=inside, other=0)
+            keys = keys_of(t, inside, TERMS[i][1])
+            key, last = select((keys,), (position,), ks[i])
+            # Any key that k candidates reach will do among them, but others may reach it too: none reaches the k-th's.
+            key = tl.min(tl.where(keys >= key[:, None], keys, HIGHEST), 1)
+            best = last
+            if TERMS[i][0] == TOP1_TOPK:
+                best = first_best((keys,), (position,))
+            single, top = masks_of_rank(keys, position, key, last, best, TERMS[i][0])
+            of_top, of_others, _ = statistics(
+                (s,), (t,), (single,), (top & inside,), exponent, TERMS[i][0], TERMS[i][2], TERMS[i][3]
+            )
+            of_rest = merge(of_rest, of_others, exponent)
+            if has_single(TERMS[i][0]):
+                of_single = statistics_of_single(only((s,), (single,)), only((t,), (single,)))
+            last_class = tl.sum(tl.where(position[None, :] == last[:, None], of_class, 0), 1)
+            last = tl.where(last == 0x7FFFFFFF, last, last_class)
+            best = tl.sum(tl.where(position[None, :] == best[:, None], of_class, 0), 1)
+            store_columns(members, (key, last, best), samples, there, COLUMNS[2], TERMS[i][7])
+        else:
+            if has_single(TERMS[i][0]):
+                of_student = tl.load(
+                    stats + row * PART + SOFTMAX_COLUMNS + TERM_COLUMNS * i + _SINGLE, mask=mask, other=0.0
+                )
+                of_teacher = tl.load(
+                    stats + row * PART + SOFTMAX_COLUMNS + TERM_COLUMNS * i + _SINGLE + 1, mask=mask, other=0.0
+                )
+                of_single = statistics_of_single(tl.sum(of_student, 1).to(dtype), tl.sum(of_teacher, 1).to(dtype))
+            if by_rank(TERMS[i][0]):
+                of_top = merge_along(
+                    load_parts(stats, row, mask, PART, SOFTMAX_COLUMNS + TERM_COLUMNS * i + _TOP, dtype), exponent
+                )
+        groups = groups_with(of_single, of_top, of_rest, TERMS[i][0])
+        of_term, of_parts, coefficients = evaluate(
+            groups,
+            group_sizes(class_count, ks[i], TERMS[i][0]),
+            numbers,
+            low,
+            TERMS[i][5],
+            TERMS[i][0],
+            TERMS[i][2],
+            TERMS[i][3],
+            TERMS[i][8] if part_losses is not None else 0,
+        )
+        loss += of_term
+        values = values + of_parts
+        save_term(saved, samples, there, groups, coefficients, COLUMNS[1], TERMS[i][6])
+
+    store_columns(saved, (tl.where(valid, weights, 0.0),) + softmax, samples, there, COLUMNS[1], 0)
+    write_results(tl.where(valid, loss * weights, 0.0), 0, losses, block, samples, there, 1, EACH)
+    if part_losses is not None:
+        for i in tl.static_range(len(values)):
+            value = tl.where(valid, values[i] * weights, 0.0)
+            write_results(value, i, part_losses, block, samples, there, len(values), EACH)
+
+
+@triton.jit
+def reach_of(
+    teacher,
+    at,
+    samples,
+    affines,
+    saved,
+    middle,
+    key,
+    FIRST_ONES: tl.constexpr,
+    strides,
+    class_count,
+    LARGEST: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STANDARDIZE: tl.constexpr,
+    AXIS: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    dtype: tl.constexpr,
+):
+    """How many classes of each sample have a key of at least ``middle``; or ``key`` and an index up to ``middle``."""
+    outer, within, valid, there, sizes = at
+    count = tl.zeros(there.shape, tl.int32)
+    for begin in range(0, class_count, BLOCK_C):
+        classes = begin + tl.arange(0, BLOCK_C)
+        tile = (outer, within, classes, class_count, valid, there, sizes)
+        t = load_tile(teacher, tile, strides, AXIS, WIDE, dtype)
+        t = standardized_tile(t, 1, tile, samples, affines, saved, COLUMNS, STANDARDIZE)
+        keys = keys_of(t, (classes < class_count)[None, :], LARGEST)
+        if FIRST_ONES:
+            hit = (keys == key[:, None]) & (classes[None, :] <= middle[:, None])
+        else:
+            hit = keys >= middle[:, None]
+        count += tl.sum(hit.to(tl.int32), 1)
+    return count
+
+
+@triton.jit(do_not_specialize=["sizes", "strides", "class_count", "k"])
+def select_kernel(
+    teacher,
+    target,
+    weight,
+    affines,
+    saved,
+    members,
+    sizes,
+    strides,
+    class_count,
+    k,
+    ignore_index: tl.int64,
+    TERM: tl.constexpr,
+    STANDARDIZE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    AXIS: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    dtype: tl.constexpr,
+):
+    """Finds the k best classes of a block of samples, for any k, by bisection: each step reads the teacher once."""
+    DOUBLE: tl.constexpr = dtype == tl.float64
+    INTEGER: tl.constexpr = tl.int64 if DOUBLE else tl.int32
+    HIGHEST: tl.constexpr = 0x7FFFFFFFFFFFFFFF if DOUBLE else 0x7FFFFFFF
+    outer, within, samples, there = locate(tl.program_id(0), sizes, AXIS, WIDE, BLOCK_N)
+    _, _, valid = read_samples(target, weight, samples, there, class_count, ignore_index, dtype)
+    at = (outer, within, valid, there, sizes)
+    # The k-th key: the largest that k keys reach.
+    low = tl.full([BLOCK_N], -HIGHEST, INTEGER)
+    high = tl.full([BLOCK_N], HIGHEST, INTEGER)
+    while tl.max((low < high).to(tl.int32), 0) > 0:
+        middle = (low | high) - ((low ^ high) >> 1)
+        reach = reach_of(
+            teacher,
+            at,
+            samples,
+            affines,
+            saved,
+            middle,
+            low,
+            False,
+            strides,
+            class_count,
+            TERM[1],
+            COLUMNS,
+            STANDARDIZE,
+            AXIS,
+            WIDE,
+            BLOCK_C,
+            dtype,
+        )
+        searching = low < high
+        low = tl.where(searching & (reach >= k), middle, low)
+        high = tl.where(searching & (reach < k), middle - 1, high)
+    key = low
+    above = reach_of(
+        teacher,
+        at,
+        samples,
+        affines,
+        saved,
+        tl.where(key == HIGHEST, key, key + 1),
+        key,
+        False,
+        strides,
+        class_count,
+        TERM[1],
+        COLUMNS,
+        STANDARDIZE,
+        AXIS,
+        WIDE,
+        BLOCK_C,
+        dtype,
+    )
+    above = tl.where(key == HIGHEST, 0, above)
+    # Of its equals the first ones: the least index up to which there are enough.
+    first = tl.zeros([BLOCK_N], tl.int32)
+    last = tl.zeros([BLOCK_N], tl.int32) + (class_count - 1)
+    while tl.max((first < last).to(tl.int32), 0) > 0:
+        middle = first + (last - first) // 2
+        reach = reach_of(
+            teacher,
+            at,
+            samples,
+            affines,
+            saved,
+            middle,
+            key,
+            True,
+            strides,
+            class_count,
+            TERM[1],
+            COLUMNS,
+            STANDARDIZE,
+            AXIS,
+            WIDE,
+            BLOCK_C,
+            dtype,
+        )
+        searching = first < last
+        last = tl.where(searching & (reach >= k - above), middle, last)
+        first = tl.where(searching & (reach < k - above), middle + 1, first)
+    # The best class: the first one of the largest key.
+    best_key = tl.full([BLOCK_N], -HIGHEST, INTEGER)
+    best = tl.zeros([BLOCK_N], tl.int32)
+    if TERM[0] == TOP1_TOPK:
+        for begin in range(0, class_count, BLOCK_C):
+            classes = begin + tl.arange(0, BLOCK_C)
+            tile = (outer, within, classes, class_count, valid, there, sizes)
+            t = load_tile(teacher, tile, strides, AXIS, WIDE, dtype)
+            t = standardized_tile(t, 1, tile, samples, affines, saved, COLUMNS, STANDARDIZE)
+            keys = keys_of(t, (classes < class_count)[None, :], TERM[1])
+            of_tile = tl.max(keys, 1)
+            index = first_best((keys,), (classes,))
+            best = tl.where(of_tile > best_key, index, best)
+            best_key = tl.maximum(best_key, of_tile)
+    store_columns(members, (key, last, best), samples, there, COLUMNS[2], TERM[7])
