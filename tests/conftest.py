@@ -14,13 +14,12 @@ from helpers import BACKENDS, INTERPRETED, NATIVE_PATHS, PATHS, Path, name_of, r
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Under Triton's interpreter only what its backend serves is tested."""
-    if not INTERPRETED:
-        return
-    # The interpreter is slow: every eleventh of its tests, all of them if KDKERNELS_ALL_TESTS is set.
-    step = 1 if os.environ.get("KDKERNELS_ALL_TESTS") or len(items) < 500 else 11
-    chosen = [item for item in items if serves_triton(item)][::step]
-    config.hook.pytest_deselected(items=[item for item in items if item not in set(chosen)])
+    """Leaves out tests marked ``large`` unless ``-m`` asks for them, and under Triton's interpreter all but its own."""
+    large = "large" in config.getoption("markexpr")
+    chosen = [item for item in items if large or not item.get_closest_marker("large")]
+    if INTERPRETED:
+        chosen = [item for item in chosen if serves_triton(item)]
+    config.hook.pytest_deselected(items=list(set(items) - set(chosen)))
     items[:] = chosen
 
 
@@ -49,14 +48,6 @@ def rounding() -> None:
     interpreter.InterpreterBuilder.cast_impl = rounded
     for name in ("create_fp_trunc", "create_fp_ext"):
         setattr(interpreter.InterpreterBuilder, name, rounded)
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out the tests marked ``large`` unless ``-m`` asks for them."""
-    if "large" in config.getoption("markexpr"):
-        return
-    config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("large")])
-    items[:] = [item for item in items if not item.get_closest_marker("large")]
 
 
 @pytest.fixture(autouse=True)
