@@ -244,13 +244,10 @@ def cost(name: str, shape: tuple[int, ...], dtype: torch.dtype, arch: int = LAST
     elements = inputs.student.numel()
     floor = 3 * inputs.student.nbytes + (inputs.target.nbytes if case.needs_target else 0)
     moved = device_bytes(all_stats, inputs.student.nbytes)
-    # Numbers of a sample are a few bytes wherever they are: coalescing is that of the matrices.
-    wide = [
-        access
-        for stats in all_stats
-        for access in stats.sectors_of_line.values()
-        if access.bytes >= 256 * access.instrs
-    ]
+    # Coalescing is that of the matrices: numbers of a sample are a few bytes wherever they are.
+    sweeps = [stats for stats in all_stats if any(b.size >= inputs.student.nbytes for b in stats.buffers.values())]
+    lines = [access for stats in sweeps for access in stats.sectors_of_line.values()]
+    wide = [access for access in lines if access.bytes >= 64 * access.instrs]
     coalescing = sum(access.bytes for access in wide) / sum(32 * access.sectors for access in wide)
     instructions = sum(stats.thread_instrs for stats in all_stats) / elements
     return moved / floor, coalescing, instructions, sim.log
