@@ -28,6 +28,9 @@ _FIXED_REGISTERS = 60
 _PER_THREAD = 32
 _MOST_WARPS = 16
 _LEAST_CLASSES = 16
+#: Elements of short rows that share a program: what is known of each row takes registers too.
+_SHORT_ROWS = 256
+_MOST_ROWS = 4
 #: Classes of one tile of a row that is worked on tile by tile.
 _TILE = 4096
 #: Samples next to one another that a program takes: a whole cache line of each class, in any dtype.
@@ -58,7 +61,7 @@ def fused_tile(layout: Layout, problem: Problem) -> Tile | None:
     needs many registers, 64 where the row would not fit otherwise.
     """
     block_c = max(power_of_two(layout.gradient_classes), _LEAST_CLASSES)
-    block_n = _PIXELS if layout.axis == SAMPLES.value else max(1024 // block_c, 1)
+    block_n = _PIXELS if layout.axis == SAMPLES.value else min(max(_SHORT_ROWS // block_c, 1), _MOST_ROWS)
     for per_thread in (_PER_THREAD, _PER_THREAD // 2, _PER_THREAD // 4, _PER_THREAD // 8, 2 * _PER_THREAD):
         num_warps = max(block_n * block_c // (32 * per_thread), 1)
         if fits(problem, per_thread, num_warps, block_n):
