@@ -375,6 +375,7 @@ def main(arguments: list[str] | None = None) -> int:
         shutil.rmtree(cache, ignore_errors=True)
     print(report.summary(rows))
     settings = {name: value for name, value in vars(options).items() if name not in ("out", "save")}
+    settings["shapes"] = [shape.name for shape in options.shapes]
     folder, stem = options.out, "results"
     if options.save:
         folder, stem = Path(__file__).parent / "results", report.machine_name(facts)

@@ -13,9 +13,9 @@ from helpers import BACKENDS, INTERPRETED, NATIVE_PATHS, PATHS, Path, name_of, r
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out tests marked ``large`` unless ``-m`` asks for them, and under Triton's interpreter all but its own."""
-    large = "large" in config.getoption("markexpr")
-    chosen = [item for item in items if large or not item.get_closest_marker("large")]
+    """Leaves out marked tests unless ``-m`` asks for them, and under Triton's interpreter all but its own."""
+    left_out = [name for name in ("large", "triton") if name not in config.getoption("markexpr")]
+    chosen = [item for item in items if not any(map(item.get_closest_marker, left_out))]
     if INTERPRETED:
         chosen = [item for item in chosen if serves_triton(item)]
     config.hook.pytest_deselected(items=list(set(items) - set(chosen)))

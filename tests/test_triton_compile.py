@@ -27,6 +27,8 @@ from losses import LOSSES, STANDARDIZED
 from triton.runtime.jit import JITFunction
 from triton_targets import TARGETS, compiler, takes_cpu_tensors
 
+pytestmark = pytest.mark.triton
+
 ALL = LOSSES | STANDARDIZED
 F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
 #: Kernels that read or write the matrices.
@@ -154,8 +156,8 @@ def resources(kernel: Any) -> dict[str, int]:
 
 #: Bytes of stack that a call of the compiler's own division in double precision takes: no spill.
 CALL_FRAME = 8
-#: Kernels that are known to spill in some configuration, and the most bytes a thread, to be brought to 0: the moments of
-#: classes, which are kept of both sides in float64, and the statistics of two terms.
+#: Kernels that are known to spill in some configuration, and the most bytes a thread, to be brought to 0: the moments
+#: of classes, which are kept of both sides in float64, and the statistics of two terms.
 KNOWN_SPILLS = {"class_moments_kernel": 512, "fused_kernel": 256, "gradient_kernel": 512, "merge_kernel": 256}
 _TWO_TERMS = ("fused_kernel", "gradient_kernel", "merge_kernel")
 

@@ -16,6 +16,8 @@ from losses import LOSSES, STANDARDIZED
 from ptxsim import device_bytes
 from triton_targets import ARCHITECTURES, check, device, needs_simulator, run
 
+pytestmark = pytest.mark.triton
+
 ALL = LOSSES | STANDARDIZED
 FUSED, RECOMPUTE = Path("triton", "fused"), Path("triton", "recompute")
 LAST = ARCHITECTURES[-1]
