@@ -88,6 +88,33 @@ def test_processes_give_what_one_gives(backend: str, split: str, tmp_path: FileP
         torch.testing.assert_close(torch.cat(gradients), gradient, rtol=1e-11, atol=1e-13)
 
 
+def evaluate_images(rank: int, sizes: tuple[int, ...], backend: str) -> dict[str, tuple[Tensor, Tensor]]:
+    """Losses and gradients of some images, per pixel, in a group if there are several processes."""
+    start = sum(sizes[:rank])
+    found = {}
+    for name in LOSSES:
+        case = STANDARDIZED[name]
+        tensors = make_inputs((sum(sizes), 20, 9, 11), torch.float64)
+        student, teacher, target = (tensor[start : start + sizes[rank]] for tensor in tensors)
+        target[:, 2:4] = -100
+        student.requires_grad_()
+        group = dist.group.WORLD if len(sizes) > 1 else None
+        loss = case.call(student, teacher, target=target, process_group=group, reduction="sum", backend=backend)
+        loss.backward()
+        found[name] = loss.detach(), student.grad
+    return found
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_pixels_of_several_processes(backend: str, tmp_path: FilePath) -> None:
+    require(backend)
+    parts = run(2, tmp_path, evaluate_images, (3, 1), backend)
+    for name, (loss, gradient) in evaluate_images(0, (4,), backend).items():
+        losses, gradients = zip(*(part[name] for part in parts), strict=True)
+        torch.testing.assert_close(torch.stack(losses).sum(), loss, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(torch.cat(gradients), gradient, rtol=1e-11, atol=1e-13)
+
+
 def evaluate_alone(rank: int, backend: str) -> tuple[Tensor, Tensor]:
     return evaluate("pr_dkd", slice(5 * rank, 5 * rank + 5), None, "sum", backend, "fused")
 
