@@ -2,7 +2,8 @@
 //
 // The only native code that knows of KL directions. It is free of branches on statistics, so that a value R may be a
 // number or a SIMD vector with a sample in each lane. It is included inside the namespace of the kernels that use it,
-// where `Number<R>` (the type of R's numbers) and exp, log, log1p and inverse of R are declared. Host and device code; no torch.
+// where `Number<R>` (the type of R's numbers) and exp, log, log1p and inverse of R are declared. Host and device
+// code; no torch.
 
 // dloss/dlogit_i = es_i * (student + tilt * gap_i) - et_i * teacher, with es, et, gap as in GroupStats.
 template <class R>

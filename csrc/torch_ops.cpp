@@ -97,7 +97,7 @@ void set_layout(Problem& problem, std::vector<std::pair<Matrix*, const Tensor*>>
   }
 }
 
-// Sets what counts of the samples, by weight and target. Everything that can be wrong with samples is found here, before
+// Sets what counts of the samples, by weight and target. Everything that can be wrong with them is found here, before
 // anything is computed.
 ValidSamples set_weights(Problem& problem, const double* given, int64_t ignore_index) {
   problem.weight = {1, given, problem.target, ignore_index};

@@ -1,4 +1,5 @@
-// The kernels of one instruction set (see simd.h): by pixels where samples are next to one another in memory, else by rows.
+// The kernels of one instruction set (see simd.h): by pixels where samples are side by side in memory, else by
+// rows.
 
 // Block by block of samples, so that the sum does not depend on the number of threads.
 inline ValidSamples valid_samples(const Problem& p, const Parallel& parallel) {

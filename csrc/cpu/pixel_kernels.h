@@ -230,7 +230,8 @@ class PixelWorker {
 
   PixelWorker(const Problem& problem, const ClassStandardization<T>& classes, PixelSums<T>* sums = nullptr)
       : p_(problem), o_(problem.objective), by_class_(classes), scratch_(PixelScratch<T>::of_this_thread()),
-        sums_(sums), forward_(p_.values || p_.totals), tile_(tile_pixels(problem)), pitch_(tile_ + 16), chunk_(std::min<int64_t>(kChunkLogits / tile_, p_.classes)) {
+        sums_(sums), forward_(p_.values || p_.totals), tile_(tile_pixels(problem)), pitch_(tile_ + 16),
+        chunk_(std::min<int64_t>(kChunkLogits / tile_, p_.classes)) {
     streams_ = p_.gradient.data && p_.gradient.sample_stride[p_.dims - 1] == 1 &&
                p_.samples * p_.gradient_classes * dtype_size(p_.gradient.dtype) >= kStreamBytes;
     const int64_t size = chunk_ * pitch_;
@@ -550,7 +551,8 @@ class PixelWorker {
       const Vec<T> nothing{}, infinite = broadcast(T(INFINITY));
       Vec<T> student_start[G], teacher_start[G];
       for (int g = 0; g < G; ++g) {
-        const Vec<T> s = load_narrowed<T>(stats[g].student_origin + i), u = load_narrowed<T>(stats[g].teacher_origin + i);
+        const Vec<T> s = load_narrowed<T>(stats[g].student_origin + i);
+        const Vec<T> u = load_narrowed<T>(stats[g].teacher_origin + i);
         student_start[g] = s == -infinite ? nothing : s;
         teacher_start[g] = u == -infinite ? nothing : u;
       }
@@ -671,7 +673,7 @@ class PixelWorker {
     }
   }
 
-  // Values of a vector of pixels: each one's, or added to the tile's totals. Losses go first, parts follow if asked for.
+  // Values of a vector of pixels: each one's, or added to the tile's totals. Losses go first, parts follow if wanted.
   void store_values(int i, int64_t first_value, const Doubles* values, int count) const {
     if (!forward_ || (first_value > 0 && !p_.parts)) return;
     const Doubles weight = load(scratch_.weight + i);
