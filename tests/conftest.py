@@ -30,8 +30,12 @@ def serves_triton(item: pytest.Item) -> bool:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def rounding() -> None:
-    """Triton's interpreter cuts float32 off to bfloat16; GPUs round, and so does it here."""
+def interpreter() -> None:
+    """Triton's interpreter cuts float32 off to bfloat16; GPUs round, and so does it here.
+
+    And it prepares Triton's language anew for each call of a device function, which takes as long as the kernels do:
+    once will do, as nothing else runs here.
+    """
     if not INTERPRETED:
         return
     interpreter = importlib.import_module("triton.runtime.interpreter")
@@ -47,6 +51,16 @@ def rounding() -> None:
     interpreter.InterpreterBuilder.cast_impl = rounded
     for name in ("create_fp_trunc", "create_fp_ext"):
         setattr(interpreter.InterpreterBuilder, name, rounded)
+    patch, unchanged = interpreter._patch_lang, interpreter._LangPatchScope()
+    seen: dict[int, Any] = {}  # the globals of each module that has been prepared
+
+    def patch_once(function: Any) -> Any:
+        if id(function.__globals__) not in seen:
+            patch(function)
+            seen[id(function.__globals__)] = function.__globals__
+        return unchanged
+
+    interpreter._patch_lang = patch_once
 
 
 @pytest.fixture(autouse=True)

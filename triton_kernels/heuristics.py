@@ -35,6 +35,8 @@ _MOST_ROWS = 4
 _TILE = 4096
 #: Samples next to one another that a program takes: a whole cache line of each class, in any dtype.
 _PIXELS = 64
+#: The same where classes are split: half a line, so that there are classes enough to be worth a part's statistics.
+_SPLIT_PIXELS = 32
 
 
 def live_numbers(problem: Problem) -> float:
@@ -91,7 +93,7 @@ def sum_warps(block: int) -> int:
 def split_tile(layout: Layout, problem: Problem) -> Tile:
     """The part of some samples whose statistics a program takes. Small parts fill a GPU even with one sample."""
     per_thread = _PER_THREAD // 2 if fits(problem, _PER_THREAD // 2, 4) else _PER_THREAD // 4
-    return _spread(layout, 8 * 32 * per_thread, per_thread)
+    return _spread(layout, 8 * 32 * per_thread, per_thread, _SPLIT_PIXELS)
 
 
 def sets_aside(split: int, tile: Tile, problem: Problem) -> bool:
@@ -131,10 +133,10 @@ def stretch(blocks: int, tiles: int) -> int:
     return -(-blocks // stretches)
 
 
-def _spread(layout: Layout, elements: int, per_thread: int) -> Tile:
+def _spread(layout: Layout, elements: int, per_thread: int, pixels: int = _PIXELS) -> Tile:
     block_c = min(max(power_of_two(layout.gradient_classes), _LEAST_CLASSES), elements)
     block_n = elements // block_c
     if layout.axis == SAMPLES.value:
-        block_n = max(block_n, _PIXELS)
+        block_n = max(block_n, pixels)
         block_c = elements // block_n
     return Tile(block_n, block_c, elements // (32 * per_thread))

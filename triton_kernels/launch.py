@@ -317,7 +317,7 @@ def _split(
         for term, k in zip(problem.terms, problem.ks, strict=True):
             if k:
                 _select(m, problem, marks, affines, kept, term, k, tile)
-    stats = m.new(samples, split, part_columns(problem.terms), dtype=torch.float64)
+    stats = m.new(samples, split, part_columns(problem.terms, candidates is not None), dtype=torch.float64)
     split_kernel[grid](
         m.student,
         m.teacher,

@@ -6,6 +6,8 @@ its own k best aside as candidates, and their merge settles it without another p
 for that is searched for beforehand, by :func:`select_kernel`.
 """
 
+import itertools
+
 import triton
 import triton.language as tl
 from kdkernels.triton_kernels.evaluate import evaluate
@@ -35,15 +37,38 @@ from kdkernels.triton_kernels.stats import (
 from kdkernels.triton_kernels.sweep import standardized_tile
 
 # Columns of a part's statistics, in float64: of the cross entropy (origin, sum, logit of the target), then for each
-# term the single class's logits, the count of candidates, and the statistics of the top group and of the rest.
-SOFTMAX_COLUMNS, TERM_COLUMNS = tl.constexpr(3), tl.constexpr(15)
-_SINGLE, _COUNT, _TOP, _REST = (tl.constexpr(column) for column in (0, 2, 3, 9))
+# term the statistics of the rest and either the count of candidates or what is there of the top group's statistics and
+# the single class's logits.
+_SOFTMAX, _REST, _TOP, _SINGLE, _COUNT = (tl.constexpr(what) for what in range(5))
+_GROUP_COLUMNS = 6
+
+
+def _term_columns(kind: int, aside: bool) -> dict[int, int]:
+    """Where the columns of a term begin, from its first one on, and with -1 how many there are."""
+    widths = {_REST.value: _GROUP_COLUMNS}
+    if aside and kind in (2, 3):
+        widths[_COUNT.value] = 1
+    else:
+        if kind in (2, 3):
+            widths[_TOP.value] = _GROUP_COLUMNS
+        if kind in (1, 3):
+            widths[_SINGLE.value] = 2
+    return dict(zip([*widths, -1], itertools.accumulate(widths.values(), initial=0), strict=True))
 
 
 @triton.constexpr_function
-def part_columns(terms):
+def part_column(terms, term, aside, what):
+    """The column where ``what`` is known of a term begins. ``aside``: the best classes are candidates."""
+    if what == _SOFTMAX:
+        return 0
+    before = sum(_term_columns(other[0], aside)[-1] for other in terms[:term])
+    return 3 + before + _term_columns(terms[term][0], aside)[what]
+
+
+@triton.constexpr_function
+def part_columns(terms, aside):
     """How many numbers are known of a part."""
-    return 3 + 15 * len(terms)
+    return 3 + sum(_term_columns(term[0], aside)[-1] for term in terms)
 
 
 @triton.constexpr_function
@@ -84,7 +109,8 @@ def split_kernel(
 ):
     """Statistics of one part of a block of samples. With ``candidates`` None, ``members`` tell which classes lead."""
     dtype: tl.constexpr = tl.float64 if len(low) > 0 else tl.float32
-    PART: tl.constexpr = part_columns(TERMS)
+    ASIDE: tl.constexpr = candidates is not None
+    PART: tl.constexpr = part_columns(TERMS, ASIDE)
     parts = tl.cdiv(class_count, BLOCK_C)
     part = tl.program_id(0) % parts
     outer, within, samples, there = locate(tl.program_id(0) // parts, sizes, AXIS, WIDE, BLOCK_N)
@@ -103,7 +129,7 @@ def split_kernel(
     first = tl.full((), 0, tl.int32)  # among the candidates
     for i in tl.static_range(len(TERMS)):
         exponent = number(numbers, low, TERMS[i][5] + EXPONENT)
-        if by_rank(TERMS[i][0]) and candidates is not None:
+        if by_rank(TERMS[i][0]) and ASIDE:
             keys = keys_of(t, (classes < class_count)[None, :], TERMS[i][1])
             key, last = select((keys,), (classes,), ks[i])
             aside = leads(keys, classes, key, last) & (classes < class_count)[None, :]
@@ -117,7 +143,7 @@ def split_kernel(
             kept_s, kept_t = tl.where(aside, float("-inf"), s), tl.where(aside, float("-inf"), t)
             _, of_rest, _ = statistics((kept_s,), (kept_t,), (aside,), (aside,), exponent, 0, TERMS[i][2], TERMS[i][3])
             store_columns(
-                stats, (tl.sum(aside.to(tl.int32), 1),), row, there, PART, SOFTMAX_COLUMNS + TERM_COLUMNS * i + _COUNT
+                stats, (tl.sum(aside.to(tl.int32), 1),), row, there, PART, part_column(TERMS, i, ASIDE, _COUNT)
             )
         else:
             single, top = partition_again(
@@ -143,11 +169,11 @@ def split_kernel(
                     row,
                     there,
                     PART,
-                    SOFTMAX_COLUMNS + TERM_COLUMNS * i + _SINGLE,
+                    part_column(TERMS, i, ASIDE, _SINGLE),
                 )
             if by_rank(TERMS[i][0]):
-                store_columns(stats, of_top, row, there, PART, SOFTMAX_COLUMNS + TERM_COLUMNS * i + _TOP)
-        store_columns(stats, of_rest, row, there, PART, SOFTMAX_COLUMNS + TERM_COLUMNS * i + _REST)
+                store_columns(stats, of_top, row, there, PART, part_column(TERMS, i, ASIDE, _TOP))
+        store_columns(stats, of_rest, row, there, PART, part_column(TERMS, i, ASIDE, _REST))
 
 
 @triton.jit
@@ -191,7 +217,8 @@ def merge_kernel(
 ):
     """Merges the parts of a block of samples, takes step 2 and keeps what the sweep needs."""
     dtype: tl.constexpr = tl.float64 if len(low) > 0 else tl.float32
-    PART: tl.constexpr = part_columns(TERMS)
+    ASIDE: tl.constexpr = candidates is not None
+    PART: tl.constexpr = part_columns(TERMS, ASIDE)
     HIGHEST: tl.constexpr = 0x7FFFFFFFFFFFFFFF if dtype == tl.float64 else 0x7FFFFFFF
     block = tl.program_id(0)
     samples = block.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -221,11 +248,11 @@ def merge_kernel(
     for i in tl.static_range(len(TERMS)):
         exponent = number(numbers, low, TERMS[i][5] + EXPONENT)
         of_rest = merge_along(
-            load_parts(stats, row, mask, PART, SOFTMAX_COLUMNS + TERM_COLUMNS * i + _REST, dtype), exponent
+            load_parts(stats, row, mask, PART, part_column(TERMS, i, ASIDE, _REST), dtype), exponent
         )
         of_single = of_rest
         of_top = of_rest
-        if by_rank(TERMS[i][0]) and candidates is not None:
+        if by_rank(TERMS[i][0]) and ASIDE:
             # A tile of candidates in the order of their classes: position stands for class.
             position = tl.arange(0, CANDIDATES)
             of_part = position // ks[i]
@@ -233,7 +260,7 @@ def merge_kernel(
             its_row = samples[:, None] * parts + of_part[None, :]
             inside = there[:, None] & (of_part < parts)[None, :]
             found = tl.load(
-                stats + its_row * PART + SOFTMAX_COLUMNS + TERM_COLUMNS * i + _COUNT, mask=inside, other=0.0
+                stats + its_row * PART + part_column(TERMS, i, ASIDE, _COUNT), mask=inside, other=0.0
             ).to(tl.int32)
             inside = inside & (place[None, :] < found)
             slot = its_row * candidate_count + first + place[None, :]
@@ -255,22 +282,23 @@ def merge_kernel(
             of_rest = merge(of_rest, of_others, exponent)
             if has_single(TERMS[i][0]):
                 of_single = statistics_of_single(only((s,), (single,)), only((t,), (single,)))
-            last_class = tl.sum(tl.where(position[None, :] == last[:, None], of_class, 0), 1)
-            last = tl.where(last == 0x7FFFFFFF, last, last_class)
+            # Parts may have more equals of the k-th than they have candidates: those come after the last one taken.
+            taken = leads(keys, position, key, last) & (keys == key[:, None]) & inside
+            last = tl.max(tl.where(taken, of_class, -1), 1)
             best = tl.sum(tl.where(position[None, :] == best[:, None], of_class, 0), 1)
             store_columns(members, (key, last, best), samples, there, COLUMNS[2], TERMS[i][7])
         else:
             if has_single(TERMS[i][0]):
                 of_student = tl.load(
-                    stats + row * PART + SOFTMAX_COLUMNS + TERM_COLUMNS * i + _SINGLE, mask=mask, other=0.0
+                    stats + row * PART + part_column(TERMS, i, ASIDE, _SINGLE), mask=mask, other=0.0
                 )
                 of_teacher = tl.load(
-                    stats + row * PART + SOFTMAX_COLUMNS + TERM_COLUMNS * i + _SINGLE + 1, mask=mask, other=0.0
+                    stats + row * PART + part_column(TERMS, i, ASIDE, _SINGLE) + 1, mask=mask, other=0.0
                 )
                 of_single = statistics_of_single(tl.sum(of_student, 1).to(dtype), tl.sum(of_teacher, 1).to(dtype))
             if by_rank(TERMS[i][0]):
                 of_top = merge_along(
-                    load_parts(stats, row, mask, PART, SOFTMAX_COLUMNS + TERM_COLUMNS * i + _TOP, dtype), exponent
+                    load_parts(stats, row, mask, PART, part_column(TERMS, i, ASIDE, _TOP), dtype), exponent
                 )
         groups = groups_with(of_single, of_top, of_rest, TERMS[i][0])
         of_term, of_parts, coefficients = evaluate(
