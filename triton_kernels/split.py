@@ -247,9 +247,7 @@ def merge_kernel(
     first = tl.full((), 0, tl.int32)
     for i in tl.static_range(len(TERMS)):
         exponent = number(numbers, low, TERMS[i][5] + EXPONENT)
-        of_rest = merge_along(
-            load_parts(stats, row, mask, PART, part_column(TERMS, i, ASIDE, _REST), dtype), exponent
-        )
+        of_rest = merge_along(load_parts(stats, row, mask, PART, part_column(TERMS, i, ASIDE, _REST), dtype), exponent)
         of_single = of_rest
         of_top = of_rest
         if by_rank(TERMS[i][0]) and ASIDE:
@@ -259,9 +257,9 @@ def merge_kernel(
             place = position % ks[i]
             its_row = samples[:, None] * parts + of_part[None, :]
             inside = there[:, None] & (of_part < parts)[None, :]
-            found = tl.load(
-                stats + its_row * PART + part_column(TERMS, i, ASIDE, _COUNT), mask=inside, other=0.0
-            ).to(tl.int32)
+            found = tl.load(stats + its_row * PART + part_column(TERMS, i, ASIDE, _COUNT), mask=inside, other=0.0).to(
+                tl.int32
+            )
             inside = inside & (place[None, :] < found)
             slot = its_row * candidate_count + first + place[None, :]
             first += ks[i]
@@ -289,9 +287,7 @@ def merge_kernel(
             store_columns(members, (key, last, best), samples, there, COLUMNS[2], TERMS[i][7])
         else:
             if has_single(TERMS[i][0]):
-                of_student = tl.load(
-                    stats + row * PART + part_column(TERMS, i, ASIDE, _SINGLE), mask=mask, other=0.0
-                )
+                of_student = tl.load(stats + row * PART + part_column(TERMS, i, ASIDE, _SINGLE), mask=mask, other=0.0)
                 of_teacher = tl.load(
                     stats + row * PART + part_column(TERMS, i, ASIDE, _SINGLE) + 1, mask=mask, other=0.0
                 )
