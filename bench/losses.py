@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import eager
 import torch
+import torch.nn.functional as F
 from shapes import Shape
 from torch import Tensor
 
@@ -22,6 +26,7 @@ class Loss:
         ours: the public function, called ``(student, teacher, **numbers, **options)`` with logits of any layout.
         eager: the formula, called ``(student, teacher, target, **numbers)`` with ``(N, C)`` logits.
         numbers: temperature, weights, k.
+        liger: the same by Liger-Kernel, called like ``eager``; None where it has no such loss or is not installed.
         takes_target: whether ours is given the target (the losses that do not need it are charged nothing for it).
         options: further keyword arguments of ours, e.g. ``{"standardize": "class"}``.
     """
@@ -31,6 +36,7 @@ class Loss:
     numbers: Mapping[str, float]
     takes_target: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
+    liger: Callable[..., Tensor] | None = None
 
     @property
     def rows_are_independent(self) -> bool:
@@ -46,12 +52,29 @@ class Loss:
     def call_eager(self, student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
         return self.eager(student, teacher, target, **self.numbers)
 
+    @property
+    def call_liger(self) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
+        return None if self.liger is None else partial(self.liger, **self.numbers)
+
+
+def _liger_kd() -> Callable[..., Tensor] | None:
+    """Liger-Kernel's KL as users call it: of the softmaxes that it does not take itself."""
+    if importlib.util.find_spec("liger_kernel") is None:
+        return None
+    divergence = importlib.import_module("liger_kernel.transformers.kl_div").LigerKLDIVLoss(reduction="batchmean")
+
+    def kd_loss(student: Tensor, teacher: Tensor, target: Tensor, temperature: float) -> Tensor:
+        log_student = F.log_softmax(student / temperature, dim=1)
+        return divergence(log_student, F.softmax(teacher / temperature, dim=1)) * temperature**2
+
+    return kd_loss
+
 
 _GDKD = {"w0": 1.0, "w1": 1.0, "w2": 8.0, "temperature": 4.0}
 
 #: The papers' settings for CIFAR-100, at every shape: the work does not depend on the numbers.
 LOSSES: dict[str, Loss] = {
-    "kd": Loss(kdkernels.kd_loss, eager.kd_loss, {"temperature": 4.0}),
+    "kd": Loss(kdkernels.kd_loss, eager.kd_loss, {"temperature": 4.0}, liger=_liger_kd()),
     "reverse_kd": Loss(kdkernels.reverse_kd_loss, eager.reverse_kd_loss, {"temperature": 4.0}),
     "bdd": Loss(
         kdkernels.bdd_loss,
@@ -69,6 +92,7 @@ def _standardized(name: str, standardize: str, **numbers: float) -> Loss:
     inside = LOSSES[name]
     return replace(
         inside,
+        liger=None,
         eager=eager.standardized(inside.eager, {"class": eager.by_class, "sample": eager.by_sample}[standardize]),
         numbers={**inside.numbers, **numbers},
         options={"standardize": standardize},

@@ -1,4 +1,4 @@
-"""Time and memory of a step, for contenders that must be compared fairly on a noisy machine."""
+"""Time and memory of a step on a CPU or a GPU, for contenders that must be compared fairly on a noisy machine."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -25,20 +26,79 @@ MIN_ROUNDS = 5
 MAX_ROUNDS = 2000
 
 
-def time_interleaved(steps: Mapping[str, Step], seconds: float) -> dict[str, list[float]]:
+class Clock(Protocol):
+    """How calls of a step are timed."""
+
+    def sample(self, step: Step) -> float:
+        """Seconds of a call."""
+
+
+class CpuClock:
+    """Wall time; several calls a sample where they are short."""
+
+    def __init__(self) -> None:
+        self._durations: dict[Step, float] = {}
+
+    def sample(self, step: Step) -> float:
+        if step not in self._durations:
+            for _ in range(3):
+                duration = self._time(step, 1)
+            self._durations[step] = duration
+        if self._durations[step] < COLD_MATTERS_BELOW:
+            warm = time.perf_counter() + WARM_SECONDS
+            step()
+            while time.perf_counter() < warm:
+                step()
+        return self._time(step, max(1, round(SAMPLE_SECONDS / max(self._durations[step], 1e-7))))
+
+    @staticmethod
+    def _time(step: Step, count: int) -> float:
+        start = time.perf_counter()
+        for _ in range(count):
+            step()
+        return (time.perf_counter() - start) / count
+
+
+class GpuClock:
+    """CUDA events around one call whose inputs are not in the L2 cache.
+
+    The host runs ahead while the cache is being overwritten: launching is hidden where it is hidden in training.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        cache = torch.cuda.get_device_properties(device).L2_cache_size
+        self._flush = torch.empty(4 * cache, dtype=torch.int8, device=device)
+
+    def sample(self, step: Step) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self._flush.zero_()
+        start.record()
+        step()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+
+def clock_of(device: torch.device) -> Clock:
+    return GpuClock(device) if device.type == "cuda" else CpuClock()
+
+
+def copy_rate(device: torch.device) -> float:
+    """Bytes a second, reads and writes counted, of the fastest of some copies of 1 GiB on a GPU."""
+    clock = GpuClock(device)
+    source = torch.zeros(1 << 30, dtype=torch.int8, device=device)
+    copy = torch.empty_like(source)
+    return 2 * source.nbytes / min(clock.sample(lambda: copy.copy_(source)) for _ in range(20))
+
+
+def time_interleaved(steps: Mapping[str, Step], seconds: float, clock: Clock) -> dict[str, list[float]]:
     """Seconds per call of every step, one sample a round.
 
     All contenders are timed in every round, in a new random order, so that a slow spell of the machine hits all of them
     and the ratios taken within a round stay fair. Rounds go on until ``seconds`` have passed (at least MIN_ROUNDS).
     """
-    calls, durations = {}, {}
-    for name, step in steps.items():
-        for _ in range(3):
-            start = time.perf_counter()
-            step()
-            duration = time.perf_counter() - start
-        durations[name] = duration
-        calls[name] = max(1, round(SAMPLE_SECONDS / max(duration, 1e-7)))
+    for step in steps.values():
+        clock.sample(step)
     samples: dict[str, list[float]] = {name: [] for name in steps}
     order = list(steps)
     shuffler = random.Random(0)
@@ -51,16 +111,7 @@ def time_interleaved(steps: Mapping[str, Step], seconds: float) -> dict[str, lis
                 break
             shuffler.shuffle(order)
             for name in order:
-                step, count = steps[name], calls[name]
-                if durations[name] < COLD_MATTERS_BELOW:
-                    warm = time.perf_counter() + WARM_SECONDS
-                    step()
-                    while time.perf_counter() < warm:
-                        step()
-                start = time.perf_counter()
-                for _ in range(count):
-                    step()
-                samples[name].append((time.perf_counter() - start) / count)
+                samples[name].append(clock.sample(steps[name]))
     finally:
         gc.enable()
     return samples
@@ -107,13 +158,19 @@ def median_ratio(numerator: list[float], denominator: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(numerator, denominator, strict=True))
 
 
-def peak_extra_bytes(step: Step) -> int:
+def peak_extra_bytes(step: Step, device: torch.device) -> int:
     """The most memory that ``step`` holds at once beyond what was held before, in bytes.
 
-    Replays every allocation and release of torch's CPU allocator in order, as the profiler records them: what C++ ops
-    allocate through torch counts, what was released in between does not add up. Memory a kernel takes elsewhere (its
-    stack, malloc) is not seen.
+    On a GPU what torch's allocator counts. On a CPU every allocation and release of torch's allocator is replayed in
+    order, as the profiler records them: what C++ ops allocate through torch counts, what was released in between does
+    not add up. Memory a kernel takes elsewhere (its stack, malloc) is not seen.
     """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        step()
+        return torch.cuda.max_memory_allocated(device) - before
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         step()
     # An op's own totals are net of what it released, so the peak has to come from the single events.

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 #: Fixed colours, so that a contender looks the same in every chart.
-COLOURS = {"compile": "#9aa5b1", "fused": "#1f77b4", "recompute": "#17a398", "reference": "#d1495b"}
+COLOURS = {"compile": "#9aa5b1", "liger": "#e9a23b", "fused": "#1f77b4", "recompute": "#17a398", "reference": "#d1495b"}
+OTHER_COLOUR = "#7a5195"
 
 #: Share of the CPUs that other processes may use during the timing before a figure is marked.
 DISTURBED = 0.05
@@ -29,6 +30,7 @@ def draw(results: dict[str, Any], folder: Path, stem: str) -> list[Path]:
         shapes = list(dict.fromkeys(row["shape"] for row in of_dtype))
         present = {row["contender"] for row in of_dtype}
         contenders = [name for name in COLOURS if name in present]
+        contenders += sorted(name for name in present if name.endswith((" fused", " recompute")))
         size = 5 + 1.5 * len(shapes), 0.9 + 2.3 * len(losses)
         figure, axes = plt.subplots(len(losses), 2, figsize=size, squeeze=False, layout="constrained")
         for (faster, floor), loss in zip(axes, losses, strict=True):
@@ -37,16 +39,15 @@ def draw(results: dict[str, Any], folder: Path, stem: str) -> list[Path]:
             _bars(floor, of_loss, shapes, contenders, "times_the_floor")
             faster.set_ylabel(loss, fontweight="bold")
         axes[0][0].set_title("times faster than eager (higher is better)", fontsize=10)
-        axes[0][1].set_title("time / floor: torch.add(s, t, out=g) (lower is better)", fontsize=10)
+        axes[0][1].set_title("time / floor: two reads and one write (lower is better)", fontsize=10)
         handles, labels = axes[0][0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
         facts = results["machine"]
-        notes = "" if facts["instruction_set"] else "\nREFERENCE BACKEND ONLY: the fused kernels were not built"
+        notes = "\nREFERENCE BACKEND, not the fused kernels" if "reference" in present else ""
         if any((row["cpu_used_by_others"] or 0.0) > DISTURBED for row in of_dtype):
             notes += f"\nhatched: other processes used more than {DISTURBED:.0%} of the CPUs meanwhile, do not quote"
         figure.suptitle(
-            f"loss + gradient, {dtype}: {facts['cpu']}, {facts['threads']} threads, "
-            f"{facts['instruction_set'] or 'no kernels'}, torch {facts['torch']}{notes}",
+            f"loss + gradient, {dtype}: {_machine(facts)}, torch {facts['torch']}{notes}",
             fontsize=10,
         )
         path = folder / (f"{stem}.png" if dtype == "float32" else f"{stem}-{dtype}.png")
@@ -56,10 +57,17 @@ def draw(results: dict[str, Any], folder: Path, stem: str) -> list[Path]:
     return paths
 
 
+def _machine(facts: dict[str, Any]) -> str:
+    if facts.get("gpu"):
+        return facts["gpu"]
+    return f"{facts['cpu']}, {facts['threads']} threads, {facts['instruction_set'] or 'no kernels'}"
+
+
 def _bars(axis: Any, rows: list[dict[str, Any]], shapes: list[str], contenders: list[str], column: str) -> None:
     """Bars of one column, grouped by shape, on a log scale with the line of 1."""
     width = 0.8 / max(1, len(contenders))
     for number, name in enumerate(contenders):
+        colour = COLOURS.get(name, OTHER_COLOUR)
         found = {row["shape"]: row for row in rows if row["contender"] == name}
         # Bars grow from 1: up is slower or faster than the yardstick, whichever the panel shows.
         for position, shape in enumerate(shapes):
@@ -68,10 +76,16 @@ def _bars(axis: Any, rows: list[dict[str, Any]], shapes: list[str], contenders: 
                 x = position + (number - (len(contenders) - 1) / 2) * width
                 hatch = "///" if found[shape]["cpu_used_by_others"] > DISTURBED else None
                 bar = axis.bar(
-                    x, value - 1, width * 0.92, bottom=1, color=COLOURS[name], hatch=hatch, edgecolor="white"
+                    x,
+                    value - 1,
+                    width * 0.92,
+                    bottom=1,
+                    color=colour,
+                    hatch=hatch,
+                    edgecolor="white",
                 )
                 axis.bar_label(bar, [f"{value:.2g}" if value < 10 else f"{value:.0f}"], fontsize=7)
-        axis.bar(0, 0, bottom=1, color=COLOURS[name], label=name)  # in the legend even where it has no bar
+        axis.bar(0, 0, bottom=1, color=colour, label=name)  # in the legend even where it has no bar
     axis.set_yscale("log")
     axis.margins(y=0.15)
     axis.axhline(1, color="black", linewidth=0.8)

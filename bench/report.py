@@ -20,7 +20,11 @@ import kdkernels
 from kdkernels import ops
 
 FORWARD, TRAINING = "forward", "forward+backward"
-OURS = ("fused", "recompute", "reference")
+
+
+def is_ours(contender: str) -> bool:
+    """Whether a contender is ours: a mode, after the backend's name where there are several."""
+    return contender.rsplit(maxsplit=1)[-1] in ("fused", "recompute", "reference")
 
 
 @dataclass(frozen=True)
@@ -128,7 +132,7 @@ def summary(rows: list[Row]) -> str:
     """Forward+backward of ours, one line a case."""
     lines = []
     for row in rows:
-        if row.phase != TRAINING or row.contender not in OURS:
+        if row.phase != TRAINING or not is_ours(row.contender):
             continue
         lines.append(
             [
@@ -148,7 +152,7 @@ def summary(rows: list[Row]) -> str:
     return f"{TRAINING}, ours:\n{table(header, lines)}"
 
 
-def machine() -> dict[str, object]:
+def machine(device: torch.device) -> dict[str, object]:
     """What the figures were taken on and with."""
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
@@ -156,6 +160,7 @@ def machine() -> dict[str, object]:
         model = match[1]
     return {
         "cpu": model,
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "instruction_set": kdkernels.cpu_instruction_set() if ops.unavailable is None else None,
@@ -171,9 +176,10 @@ def machine() -> dict[str, object]:
 
 
 def describe(facts: dict[str, object]) -> str:
-    kernels = f"kernels use {facts['instruction_set']}" if facts["instruction_set"] else "no native kernels"
+    kernels = f"kernels use {facts['instruction_set']}" if facts["instruction_set"] else "no CPU kernels"
+    gpu = f"{facts['gpu']}; " if facts["gpu"] else ""
     return (
-        f"{facts['cpu']}, {facts['cores']} cores, {facts['threads']} threads; {kernels}, torch's "
+        f"{gpu}{facts['cpu']}, {facts['cores']} cores, {facts['threads']} threads; {kernels}, torch's "
         f"{facts['torch_instruction_set']}\nkdkernels {facts['kdkernels']}, torch {facts['torch']}, Python "
         f"{facts['python']}, {facts['system']}"
     )
@@ -181,12 +187,13 @@ def describe(facts: dict[str, object]) -> str:
 
 def machine_name(facts: dict[str, object]) -> str:
     """A file name that tells machines apart."""
-    name = f"{facts['cpu']} {facts['instruction_set'] or 'reference'} {facts['threads']} threads"
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    name = facts["gpu"] or f"{facts['cpu']} {facts['instruction_set'] or 'reference'} {facts['threads']} threads"
+    return re.sub(r"[^a-z0-9]+", "-", str(name).lower()).strip("-")
 
 
 LEGEND = """\
-x eager, x compile: how many times faster than those; x floor: time in units of torch.add(s, t, out=g), lower is better.
+x eager, x compile: how many times faster than those; x floor: time in units of torch.add(s, t, out=g), on a GPU of as
+many bytes at the rate of a large copy, lower is better.
 All three are medians of the ratios within one round; ms are medians. GB/s counts 2 reads of the N x C matrix forward,
 2 reads + 1 write with the gradient, for every contender. Extra memory: the peak of what the step allocates, the
 student's gradient included. Compiling: first calls of both phases, with a cold compiler cache."""

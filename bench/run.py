@@ -1,9 +1,10 @@
-"""Benchmark of the losses on the CPU: ``python bench/run.py [--quick]``.
+"""Benchmark of the losses, on a GPU if there is one: ``python bench/run.py [--quick]``.
 
 Contenders, on the same logits: ``eager`` (the papers' formulas, bench/eager.py), ``compile`` (torch.compile of them),
 ``fused`` and ``recompute`` (ours, both modes, through the public API) and ``floor`` (``torch.add(s, t, out=g)``, the
 two reads and one write that a loss with its gradient cannot do without). ``floor+alloc`` is the same sum into a new
-tensor, which a gradient in training is too.
+tensor, which a gradient in training is too. On a GPU the floor is the time of those bytes at the best measured rate of
+a large copy, calls are timed by CUDA events with cold caches, and ``liger`` is Liger-Kernel's KL where it is installed.
 
 Every contender's loss and gradient are checked against the float64 reference first; a wrong one is neither timed nor
 compared with. Two phases are timed: ``forward`` (no grad) and ``forward+backward`` (the gradient reset to None before
@@ -30,13 +31,22 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 import report
 import torch
 from losses import LOSSES, make_logits
-from measure import OtherProcesses, median_ratio, peak_extra_bytes, quantiles, time_interleaved
+from measure import (
+    Clock,
+    OtherProcesses,
+    clock_of,
+    copy_rate,
+    median_ratio,
+    peak_extra_bytes,
+    quantiles,
+    time_interleaved,
+)
 from report import FORWARD, TRAINING, Case, Row
 from shapes import IGNORED, Shape, parse_shape
 from torch import Tensor
 from tqdm import tqdm
 
-from kdkernels import dispatch, ops
+from kdkernels import dispatch
 
 SHAPES: list[Shape] = [
     Shape((64, 100)),  # CIFAR-100
@@ -91,14 +101,28 @@ class Contender:
     phases: tuple[str, ...] = (FORWARD, TRAINING)
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where the benchmark runs, and how it is timed there."""
+
+    device: torch.device
+    clock: Clock
+    #: Of a GPU, in bytes a second.
+    copy_rate: float | None
+
+    @classmethod
+    def of(cls, device: torch.device) -> Place:
+        return cls(device, clock_of(device), copy_rate(device) if device.type == "cuda" else None)
+
+
 # Contenders ------------------------------------------------------------------------------------------------------
 
 
-def our_contenders(case: Case, backends: list[str], modes: list[str]) -> Iterator[Contender]:
+def our_contenders(case: Case, device: torch.device, backends: list[str], modes: list[str]) -> Iterator[Contender]:
     """Ours on every backend that is here. The reference backend has one mode and is marked as what it is."""
     loss, shape, dtype = LOSSES[case.loss], case.shape, case.dtype
     for backend in backends:
-        if dispatch.why_not(backend, "cpu") is not None:
+        if dispatch.why_not(backend, device.type) is not None:
             continue
         if backend == "reference":
 
@@ -116,7 +140,8 @@ def our_contenders(case: Case, backends: list[str], modes: list[str]) -> Iterato
 
             # Without a gradient both modes are the same computation.
             phases = (FORWARD, TRAINING) if mode == modes[0] else (TRAINING,)
-            yield Contender(mode, fast, OUR_TOLERANCE[dtype], ours=True, phases=phases)
+            name = mode if backend == backends[0] else f"{backend} {mode}"
+            yield Contender(name, fast, OUR_TOLERANCE[dtype], ours=True, phases=phases)
 
 
 def eager_contender(case: Case) -> Contender:
@@ -136,6 +161,18 @@ def compiled_contender(case: Case) -> Contender:
     return Contender("compile", compiled, PLAIN_TOLERANCE[case.dtype])
 
 
+def liger_contender(case: Case) -> Contender | None:
+    """Liger-Kernel's KL, where it is installed and is the loss of the case."""
+    loss = LOSSES[case.loss].call_liger
+    if loss is None:
+        return None
+
+    def plain(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
+        return loss(*case.shape.valid_rows(student, teacher, target))
+
+    return Contender("liger", plain, PLAIN_TOLERANCE[case.dtype])
+
+
 def loss_scale(contender: Contender, student: Tensor) -> float:
     """What backward starts from: 1, and a loss scale for float16, since a mean's gradients underflow without one."""
     if student.dtype != torch.float16:
@@ -146,7 +183,7 @@ def loss_scale(contender: Contender, student: Tensor) -> float:
 
 def backward(contender: Contender, loss: Tensor, student: Tensor) -> None:
     scale = loss_scale(contender, student)
-    loss.backward(None if scale == 1.0 else torch.tensor(scale, dtype=loss.dtype))
+    loss.backward(None if scale == 1.0 else torch.tensor(scale, dtype=loss.dtype, device=loss.device))
 
 
 # Correctness -----------------------------------------------------------------------------------------------------
@@ -197,9 +234,10 @@ def check(
 # One case --------------------------------------------------------------------------------------------------------
 
 
-def run_case(case: Case, contenders: list[Contender], seconds: float) -> list[Row]:
+def run_case(case: Case, contenders: list[Contender], seconds: float, where: Place) -> list[Row]:
     """Checks and then times all contenders of a case, both phases."""
-    logits = make_logits(case.shape, case.dtype)
+    student, teacher, target = (tensor.detach().to(where.device) for tensor in make_logits(case.shape, case.dtype))
+    logits = student.requires_grad_(), teacher, target
     truth = reference(case, *logits)
     rows: dict[tuple[str, str], Row] = {}
     checked = []
@@ -221,14 +259,16 @@ def run_case(case: Case, contenders: list[Contender], seconds: float) -> list[Ro
         for name, step in steps.items():
             step()
             logits[0].grad = None  # else the step would start by releasing it, and that is no memory of the step
-            fill_memory(rows[phase, name], case, peak_extra_bytes(step))
+            fill_memory(rows[phase, name], case, peak_extra_bytes(step, where.device))
             logits[0].grad = None
         if phase == TRAINING:
-            for name, step in floor_steps(logits).items():
-                steps[name] = step
-                rows[phase, name] = new_row(case, phase, name)
+            steps |= floor_steps(logits)
         with OtherProcesses() as others:
-            samples = time_interleaved(steps, seconds)
+            samples = time_interleaved(steps, seconds, where.clock)
+        if phase == TRAINING and where.copy_rate is not None:
+            samples["floor"] = [3 * case.matrix_bytes / where.copy_rate] * len(samples["floor+alloc"])
+        for name in samples:
+            rows.setdefault((phase, name), new_row(case, phase, name))
         fill_times(rows, case, phase, samples)
         for name in samples:
             rows[phase, name].cpu_used_by_others = others.share
@@ -262,13 +302,13 @@ def make_step(contender: Contender, phase: str, logits: tuple[Tensor, Tensor, Te
 
 
 def floor_steps(logits: tuple[Tensor, Tensor, Tensor]) -> dict[str, Callable[[], Tensor]]:
-    """Two reads and one write of the matrix, into a standing buffer and into a new one."""
+    """Two reads and one write of the matrix, into a standing buffer (on a CPU) and into a new one."""
     student, teacher = logits[0].detach(), logits[1]
-    gradient = torch.empty_like(student)
-    return {
-        "floor": lambda: torch.add(student, teacher, out=gradient),
-        "floor+alloc": lambda: torch.add(student, teacher),
-    }
+    steps: dict[str, Callable[[], Tensor]] = {"floor+alloc": lambda: torch.add(student, teacher)}
+    if student.is_cpu:
+        gradient = torch.empty_like(student)
+        steps["floor"] = lambda: torch.add(student, teacher, out=gradient)
+    return steps
 
 
 def fill_memory(row: Row, case: Case, peak: int) -> None:
@@ -310,7 +350,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--losses", nargs="+", choices=list(LOSSES), help="default: all")
     parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=["float32"])
     parser.add_argument("--modes", nargs="+", choices=["fused", "recompute"], default=["fused", "recompute"])
-    parser.add_argument("--backends", nargs="+", choices=["cpu", "reference"], help="default: cpu where it was built")
+    parser.add_argument("--device", type=torch.device, help="default: cuda where there is a GPU, else cpu")
+    backends = [backend for backend in dispatch.BACKENDS if backend != "auto"]
+    parser.add_argument("--backends", nargs="+", choices=backends, help="default: the device's fastest that is here")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--threads", type=int, help="torch.set_num_threads")
     parser.add_argument("--seconds", type=float, help="time of each case and phase (default 2, with --quick 0.25)")
@@ -324,13 +366,17 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         options.shapes = [*options.shapes, *LARGE_SHAPES]
     options.losses = options.losses or (QUICK_LOSSES if options.quick else list(LOSSES))
     options.seconds = options.seconds or (0.25 if options.quick else 2.0)
-    options.backends = options.backends or ["cpu" if ops.unavailable is None else "reference"]
+    options.device = options.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    fastest = dispatch.preference(options.device.type)
+    here = [backend for backend in fastest if dispatch.why_not(backend, options.device.type) is None]
+    options.backends = options.backends or here[:1]
     return options
 
 
 def run_all(options: argparse.Namespace) -> list[Row]:
     """Every case of the options, with its table printed as it is done."""
     start = time.perf_counter()
+    where = Place.of(options.device)
     longest_compile = 15.0  # a guess for the first, which also loads the compiler
     rows: list[Row] = []
     grid = itertools.product(options.dtypes, options.shapes, options.losses)
@@ -342,14 +388,16 @@ def run_all(options: argparse.Namespace) -> list[Row]:
             left = QUICK_COMPILE_UNTIL - (time.perf_counter() - start)
             if not options.no_compile and not (options.quick and longest_compile > left):
                 contenders.append(compiled_contender(case))
-            contenders += our_contenders(case, options.backends, options.modes)
-            done = run_case(case, contenders, options.seconds)
+            contenders += our_contenders(case, options.device, options.backends, options.modes)
+            if options.device.type == "cuda" and (liger := liger_contender(case)):
+                contenders.append(liger)
+            done = run_case(case, contenders, options.seconds, where)
             compiling = [row.first_call_seconds for row in done if row.first_call_seconds]
             longest_compile = max(compiling) if compiling else longest_compile
             rows += done
             bar.write(report.case_table(case, done))
             for backend in options.backends:
-                if reason := dispatch.why_not(backend, "cpu"):
+                if reason := dispatch.why_not(backend, options.device.type):
                     bar.write(f"  backend {backend} left out: {reason}\n")
     return rows
 
@@ -358,11 +406,13 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
-    facts = report.machine()
+    facts = report.machine(options.device)
     print(f"{report.describe(facts)}\n")
-    if ops.unavailable is not None:
+    if options.backends == ["reference"]:
+        fastest, *_ = dispatch.preference(options.device.type)
+        reason = dispatch.why_not(fastest, options.device.type) or "asked for"
         print(
-            f"ONLY THE REFERENCE BACKEND IS HERE ({ops.unavailable}).\n'reference' below is plain PyTorch for checking "
+            f"ONLY THE REFERENCE BACKEND RUNS ({reason}).\n'reference' below is plain PyTorch for checking "
             "kernels, not the fused kernels: its figures say nothing about them.\n"
         )
     print(f"{report.LEGEND}\n")
@@ -376,6 +426,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(report.summary(rows))
     settings = {name: value for name, value in vars(options).items() if name not in ("out", "save")}
     settings["shapes"] = [shape.name for shape in options.shapes]
+    settings["device"] = str(options.device)
     folder, stem = options.out, "results"
     if options.save:
         folder, stem = Path(__file__).parent / "results", report.machine_name(facts)
@@ -383,7 +434,7 @@ def main(arguments: list[str] | None = None) -> int:
     wrong = sorted({f"{row.contender} {row.loss}" for row in rows if row.status != "ok"})
     if wrong:
         print(f"NOT RIGHT: {', '.join(wrong)}", file=sys.stderr)
-    return int(any(row.status != "ok" and row.contender in report.OURS for row in rows))
+    return int(any(row.status != "ok" and report.is_ours(row.contender) for row in rows))
 
 
 if __name__ == "__main__":
