@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import threading
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from helpers import BACKENDS, INTERPRETED, NATIVE_PATHS, PATHS, Path, name_of, require
+from helpers import BACKENDS, CPU_PATHS, INTERPRETED, NATIVE_PATHS, PATHS, Path, name_of, require
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -34,7 +35,7 @@ def interpreter() -> None:
     """Triton's interpreter cuts float32 off to bfloat16; GPUs round, and so does it here.
 
     And it prepares Triton's language anew for each call of a device function, which takes as long as the kernels do:
-    once will do, as nothing else runs here.
+    once will do, as nothing else runs here. Of several threads one has to wait for another: it has one current program.
     """
     if not INTERPRETED:
         return
@@ -51,6 +52,13 @@ def interpreter() -> None:
     interpreter.InterpreterBuilder.cast_impl = rounded
     for name in ("create_fp_trunc", "create_fp_ext"):
         setattr(interpreter.InterpreterBuilder, name, rounded)
+    execute, lock = interpreter.GridExecutor.__call__, threading.Lock()
+
+    def alone(*args: Any, **kwargs: Any) -> None:
+        with lock:
+            execute(*args, **kwargs)
+
+    interpreter.GridExecutor.__call__ = alone
     patch, unchanged = interpreter._patch_lang, interpreter._LangPatchScope()
     seen: dict[int, Any] = {}  # the globals of each module that has been prepared
 
@@ -84,6 +92,13 @@ def path(request: pytest.FixtureRequest) -> Path:
 @pytest.fixture(params=NATIVE_PATHS, ids=name_of)
 def native_path(request: pytest.FixtureRequest) -> Path:
     """Every backend with kernels, in every mode: for promises that plain PyTorch does not make."""
+    require(request.param.backend)
+    return request.param
+
+
+@pytest.fixture(params=CPU_PATHS, ids=name_of)
+def cpu_path(request: pytest.FixtureRequest) -> Path:
+    """The CPU kernels in every mode: for what only they do, as sharing work between threads."""
     require(request.param.backend)
     return request.param
 

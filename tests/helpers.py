@@ -41,6 +41,7 @@ class Path(NamedTuple):
         return f"{self.backend}-{self.mode}" if self.backend in NATIVE_BACKENDS else self.backend
 
 
+CPU_PATHS = [Path("cpu", mode) for mode in ("fused", "recompute")]
 NATIVE_PATHS = [Path(backend, mode) for backend in NATIVE_BACKENDS for mode in ("fused", "recompute")]
 #: The reference has autograd for its only mode.
 PATHS = [*(Path("reference", "fused") for backend in BACKENDS if backend == "reference"), *NATIVE_PATHS]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import NATIVE_BACKENDS, instruction_sets, make_inputs, require
+from helpers import instruction_sets, make_inputs, require
 
 import kdkernels
 from kdkernels import autograd, dispatch, ops, reference
@@ -89,10 +89,9 @@ def test_auto_is_silent_where_the_fastest_serves(served: list[str], caplog: pyte
 
 
 @pytest.mark.usefixtures("no_extension")
-@pytest.mark.parametrize("backend", NATIVE_BACKENDS)
-def test_a_named_backend_that_cannot_serve_raises(backend: str, served: list[str]) -> None:
-    with pytest.raises(RuntimeError, match=rf"backend '{backend}' cannot serve this call: {MISSING}"):
-        kdkernels.kd_loss(STUDENT, TEACHER, backend=backend)
+def test_a_named_backend_that_cannot_serve_raises(served: list[str]) -> None:
+    with pytest.raises(RuntimeError, match=rf"backend 'cpu' cannot serve this call: {MISSING}"):
+        kdkernels.kd_loss(STUDENT, TEACHER, backend="cpu")
     assert served == []
 
 

@@ -198,13 +198,13 @@ def test_gradient_in_another_layout(case: Case, native_path: Path) -> None:
 
 @each(SOME_LOSSES | {"pr_dkd": STANDARDIZED["pr_dkd"]})
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none", "batchmean"])
-def test_the_same_on_any_number_of_threads(case: Case, reduction: str, native_path: Path, threads: None) -> None:
+def test_the_same_on_any_number_of_threads(case: Case, reduction: str, cpu_path: Path, threads: None) -> None:
     student, teacher, target = make_inputs((2, 19, 40, 70))
     results = []
     for count in (1, 2, 3):
         torch.set_num_threads(count)
         options = needed_target(case, target) | {"reduction": reduction}
-        results.append(measured(case.call, student, teacher, **options, **native_path.options))
+        results.append(measured(case.call, student, teacher, **options, **cpu_path.options))
     for result in results[1:]:
         assert torch.equal(result.loss, results[0].loss)
         assert torch.equal(result.gradient, results[0].gradient)

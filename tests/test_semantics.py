@@ -881,15 +881,13 @@ def test_more_than_two_to_the_31_elements(native_path: Path) -> None:
 )
 @each(SOME_LOSSES)
 @pytest.mark.usefixtures("threads")
-def test_the_same_bits_for_any_number_of_threads(case: Case, shape: tuple[int, ...], native_path: Path) -> None:
+def test_the_same_bits_for_any_number_of_threads(case: Case, shape: tuple[int, ...], cpu_path: Path) -> None:
     student, teacher, target = make_inputs(shape)
     outcomes = []
     for threads in (1, 2, 3, 1):
         torch.set_num_threads(threads)
         outcomes.append(
-            measured(
-                case.call, student, teacher, return_parts=True, **native_path.options, **needed_target(case, target)
-            )
+            measured(case.call, student, teacher, return_parts=True, **cpu_path.options, **needed_target(case, target))
         )
     for outcome in outcomes[1:]:
         assert torch.equal(outcome.loss, outcomes[0].loss)

@@ -359,12 +359,12 @@ def test_memory(case: Case, native_path: Path) -> None:
 
 
 @each(SOME)
-def test_threads_do_not_change_a_bit(case: Case, native_path: Path, threads: None) -> None:
+def test_threads_do_not_change_a_bit(case: Case, cpu_path: Path, threads: None) -> None:
     student, teacher, target = inputs_for((100, 2100))
     outcomes = []
     for count in (1, 2, 3):
         torch.set_num_threads(count)
-        outcomes.append(measured(case.call, student, teacher, target=target, **native_path.options))
+        outcomes.append(measured(case.call, student, teacher, target=target, **cpu_path.options))
     for other in outcomes[1:]:
         assert torch.equal(other.loss, outcomes[0].loss)
         assert torch.equal(other.gradient, outcomes[0].gradient)
