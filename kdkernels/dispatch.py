@@ -51,8 +51,8 @@ def _why_not_triton(device_type: str) -> str | None:
 
 
 def preference(device_type: str) -> tuple[str, ...]:
-    """Backends for a device, fastest first. Not Triton's: it has to be asked for until it has run on a GPU."""
-    return ("cpu", "reference") if device_type == "cpu" else ("reference",)
+    """Backends for a device, fastest first."""
+    return {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}.get(device_type, ("reference",))
 
 
 def checks_samples(backend: str, device_type: str) -> bool:
