@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 from kdkernels.triton_kernels.objective import TARGET, TOP1_TOPK, TOPK, WHOLE
-from kdkernels.triton_kernels.select import first_best, keys_of, leads, select
+from kdkernels.triton_kernels.select import first_best, key_of, leads, ranked, select
 
 
 @triton.jit
@@ -23,24 +23,24 @@ def partition(teacher, classes, class_count, target, k, KIND: tl.constexpr, LARG
             singles = singles + (classes[c][None, :] == target[:, None],)
         return singles, singles, ()
     else:
-        keys = ()
+        values = ()
         for c in tl.static_range(len(teacher)):
-            keys = keys + (keys_of(teacher[c], (classes[c] < class_count)[None, :], LARGEST),)
-        key, last = select(keys, classes, k)
+            values = values + (ranked(teacher[c], (classes[c] < class_count)[None, :], LARGEST),)
+        bound, last = select(values, classes, k)
         best = last
         if KIND == TOP1_TOPK:
-            best = first_best(keys, classes)
+            best = first_best(values, classes)
         for c in tl.static_range(len(teacher)):
-            single, top = masks_of_rank(keys[c], classes[c], key, last, best, KIND)
+            single, top = masks_of_rank(values[c], classes[c], bound, last, best, KIND)
             singles = singles + (single,)
             tops = tops + (top,)
-        return singles, tops, (key, last, best)
+        return singles, tops, (key_of(bound), last, best)
 
 
 @triton.jit
-def masks_of_rank(keys, classes, key, last, best, KIND: tl.constexpr):
+def masks_of_rank(values, classes, bound, last, best, KIND: tl.constexpr):
     """``(single, top)`` by rank."""
-    top = leads(keys, classes, key, last)
+    top = leads(values, classes, bound, last)
     if KIND == TOP1_TOPK:
         single = classes[None, :] == best[:, None]
         return single, top & (single == 0)

@@ -15,7 +15,7 @@ from kdkernels.triton_kernels.objective import (
     groups_of,
 )
 from kdkernels.triton_kernels.partition import masks_of_rank
-from kdkernels.triton_kernels.select import keys_of
+from kdkernels.triton_kernels.select import ranked, value_of
 
 
 @triton.jit
@@ -76,6 +76,7 @@ def partition_again(
         single = classes[None, :] == targets[:, None]
         return single, single
     else:
-        keys = keys_of(teacher, (classes < class_count)[None, :], LARGEST)
+        values = ranked(teacher, (classes < class_count)[None, :], LARGEST)
         key, last, best = load_columns(members, samples, there, COLUMNS, first, MEMBERS)
-        return masks_of_rank(keys, classes, key.to(keys.dtype), last.to(tl.int32), best.to(tl.int32), KIND)
+        bound = value_of(key.to(tl.int64 if values.dtype == tl.float64 else tl.int32))
+        return masks_of_rank(values, classes, bound, last.to(tl.int32), best.to(tl.int32), KIND)

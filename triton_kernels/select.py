@@ -1,106 +1,148 @@
-"""The k best classes of each sample, without sorting: the key of the k-th and, among equals, the last index taken."""
+"""The k best classes of each sample, without sorting: the value they reach and, among equals, the last index taken.
+
+Classes are ranked by :func:`ranked`. Values and classes of whole rows have one entry a tile.
+"""
 
 import triton
 import triton.language as tl
+from kdkernels.triton_kernels.stats import maxima
 
-#: Keys below that of -inf, for classes that are not there.
-NO_KEY = tl.constexpr(-(1 << 31))
-NO_KEY_DOUBLE = tl.constexpr(-(1 << 63))
-CHUNK = tl.constexpr(8)
-
-
-@triton.jit
-def keys_of(logits, there, LARGEST: tl.constexpr):
-    """Integers in the order of the logits (of their opposites for the smallest): NaN first, then inf; -0 is 0."""
-    DOUBLE: tl.constexpr = logits.dtype == tl.float64
-    INTEGER: tl.constexpr = tl.int64 if DOUBLE else tl.int32
-    HIGHEST: tl.constexpr = 0x7FFFFFFFFFFFFFFF if DOUBLE else 0x7FFFFFFF
-    value = (logits if LARGEST else -logits) + 0.0
-    bits = value.to(INTEGER, bitcast=True)
-    keys = tl.where(bits < 0, bits ^ HIGHEST, bits)
-    keys = tl.where(logits != logits, HIGHEST, keys)
-    return tl.where(there, keys, NO_KEY_DOUBLE if DOUBLE else NO_KEY)
+#: Up to here the best values are found one after the other; beyond, bisection takes fewer passes over the tiles.
+FEW = tl.constexpr(16)
 
 
 @triton.jit
-def count_reaching(keys, bound):
-    """How many keys of each row are not below ``bound``."""
-    count = (keys[0] >= bound[:, None]).to(tl.int32)
-    for c in tl.static_range(1, len(keys)):
-        count += (keys[c] >= bound[:, None]).to(tl.int32)
-    return tl.sum(count, 1)
+def ranked(logits, there, LARGEST: tl.constexpr):
+    """What classes are ranked by: the larger, the better. What is not there comes last."""
+    if LARGEST:
+        return logits
+    else:
+        return tl.where(there, -logits, float("-inf"))
 
 
 @triton.jit
-def threshold(keys, k, low, high):
-    """The k-th largest key of each row, or another number that exactly k keys reach: ``(it, how many reach it)``.
+def key_of(values):
+    """Integers in the order of the values; -0 is 0."""
+    DOUBLE: tl.constexpr = values.dtype == tl.float64
+    bits = (values + 0.0).to(tl.int64 if DOUBLE else tl.int32, bitcast=True)
+    return tl.where(bits < 0, bits ^ (0x7FFFFFFFFFFFFFFF if DOUBLE else 0x7FFFFFFF), bits)
 
-    It lies between ``low`` and ``high``. At least k keys must reach ``low``, else the result is ``low``.
-    """
-    count = count_reaching(keys, low)
-    searching = (count != k) & (low < high)
+
+@triton.jit
+def value_of(key):
+    """The opposite of :func:`key_of`."""
+    DOUBLE: tl.constexpr = key.dtype == tl.int64
+    bits = tl.where(key < 0, key ^ (0x7FFFFFFFFFFFFFFF if DOUBLE else 0x7FFFFFFF), key)
+    return bits.to(tl.float64 if DOUBLE else tl.float32, bitcast=True)
+
+
+@triton.jit
+def middle_of(low, high):
+    """Their mean, rounded up, without overflow."""
+    return (low | high) - ((low ^ high) >> 1)
+
+
+@triton.jit
+def count(masks):
+    """How many classes of each row are in the masks, one a tile."""
+    number = masks[0].to(tl.int32)
+    for c in tl.static_range(1, len(masks)):
+        number += masks[c].to(tl.int32)
+    return tl.sum(number, 1)
+
+
+@triton.jit
+def count_reaching(values, bound):
+    masks = ()
+    for c in tl.static_range(len(values)):
+        masks = masks + (values[c] >= bound[:, None],)
+    return count(masks)
+
+
+@triton.jit
+def next_below(values, bound):
+    """``(the largest value of each row below its bound, how many are not below it)``."""
+    below = ()
+    others = ()
+    for c in tl.static_range(len(values)):
+        is_below = values[c] < bound[:, None]
+        below = below + (tl.where(is_below, values[c], float("-inf")),)
+        others = others + (is_below == 0,)
+    return maxima(below), count(others)
+
+
+@triton.jit
+def bisect(values, k, best):
+    """``(a value that k of each row reach, how many do)``, the k-th largest if more than k reach it."""
+    low = key_of(tl.full(best.shape, float("-inf"), best.dtype))
+    high = key_of(best)
+    reached = tl.full(best.shape, values[0].shape[1] * len(values), tl.int32)
+    searching = low < high
     while tl.max(searching.to(tl.int32), 0) > 0:
-        middle = (low | high) - ((low ^ high) >> 1)  # the mean, rounded up, without overflow
-        reach = count_reaching(keys, middle)
-        enough = reach >= k
-        low = tl.where(searching & enough, middle, low)
-        count = tl.where(searching & enough, reach, count)
+        middle = middle_of(low, high)
+        reach = count_reaching(values, value_of(middle))
+        low = tl.where(searching & (reach >= k), middle, low)
+        reached = tl.where(searching & (reach >= k), reach, reached)
         high = tl.where(searching & (reach < k), middle - 1, high)
-        searching = (count != k) & (low < high)
-    return low, count
+        searching = (reached != k) & (low < high)
+    return value_of(low), reached
 
 
 @triton.jit
-def largest_of(keys):
-    """The largest keys of each row at each place of its tiles."""
-    largest = keys[0]
-    for c in tl.static_range(1, len(keys)):
-        largest = tl.maximum(largest, keys[c])
-    return largest
+def first_equals(values, classes, bound, k):
+    """The index up to which k of each row reach the bound, which more than k reach: the first ones that equal it."""
+    above = ()
+    first = tl.where(values[0] == bound[:, None], classes[0][None, :], 0x7FFFFFFF)
+    last = tl.where(values[0] == bound[:, None], classes[0][None, :], 0)
+    for c in tl.static_range(len(values)):
+        equal = values[c] == bound[:, None]
+        above = above + (values[c] > bound[:, None],)
+        first = tl.minimum(first, tl.where(equal, classes[c][None, :], 0x7FFFFFFF))
+        last = tl.maximum(last, tl.where(equal, classes[c][None, :], 0))
+    first, last = tl.min(first, 1), tl.max(last, 1)
+    missing = k - count(above)
+    while tl.max((first < last).to(tl.int32), 0) > 0:
+        middle = first + (last - first) // 2
+        equals = ()
+        for c in tl.static_range(len(values)):
+            equals = equals + ((values[c] == bound[:, None]) & (classes[c][None, :] <= middle[:, None]),)
+        enough = count(equals) >= missing
+        searching = first < last
+        last = tl.where(searching & enough, middle, last)
+        first = tl.where(searching & (enough == 0), middle + 1, first)
+    return last
 
 
 @triton.jit
-def select(keys, classes, k):
-    """``(key, last)``: the k best of each row are those of a larger key, and those of this key up to index ``last``.
-
-    ``keys`` and ``classes`` have one entry a tile.
-    """
-    ROWS: tl.constexpr = keys[0].shape[0]
-    SIZE: tl.constexpr = keys[0].shape[1]
-    HIGHEST: tl.constexpr = 0x7FFFFFFF
-    low = tl.full([ROWS], -0x7FFFFFFF if keys[0].dtype == tl.int32 else -0x7FFFFFFFFFFFFFFF, keys[0].dtype)
-    # The k-th largest of the maxima of some chunks is reached by k keys, and rarely by many more.
-    largest = largest_of(keys)
-    if SIZE > CHUNK:
-        largest = tl.max(tl.reshape(largest, [ROWS, SIZE // CHUNK, CHUNK]), 2)
-    high = tl.max(largest, 1)
-    low, _ = threshold((largest,), k, low, high)
-    key, count = threshold(keys, k, low, high)
-    last = tl.full([ROWS], HIGHEST, tl.int32)
-    if tl.max(count, 0) > k:
-        # Of equal keys the first ones: the largest of their negated indices.
-        above = tl.where(key == high, 0, count_reaching(keys, tl.where(key == high, key, key + 1)))
-        negated = ()
-        for c in tl.static_range(len(keys)):
-            negated = negated + (tl.where(keys[c] == key[:, None], -classes[c][None, :], -HIGHEST),)
-        least, _ = threshold(
-            negated, k - above, tl.full([ROWS], -HIGHEST + 1, tl.int32), tl.max(largest_of(negated), 1)
-        )
-        last = tl.where(count > k, -least, last)
-    return key, last
+def select(values, classes, k):
+    """``(bound, last)``: the k best of each row are those of a larger value and its equals up to index ``last``."""
+    best = maxima(values)
+    bound = best
+    if k <= FEW:
+        reached = tl.zeros(best.shape, tl.int32)
+        candidate = best
+        while tl.min(reached, 0) < k:
+            bound = tl.where(reached < k, candidate, bound)
+            candidate, reached = next_below(values, bound)
+    else:
+        bound, reached = bisect(values, k, best)
+    last = tl.full(best.shape, 0x7FFFFFFF, tl.int32)
+    if tl.max(reached, 0) > k:
+        last = tl.where(reached > k, first_equals(values, classes, bound, k), last)
+    return bound, last
 
 
 @triton.jit
-def leads(keys, classes, key, last):
+def leads(values, classes, bound, last):
     """Whether each class is among the best, from what :func:`select` found."""
-    return (keys > key[:, None]) | ((keys == key[:, None]) & (classes[None, :] <= last[:, None]))
+    return (values > bound[:, None]) | ((values == bound[:, None]) & (classes[None, :] <= last[:, None]))
 
 
 @triton.jit
-def first_best(keys, classes):
+def first_best(values, classes):
     """The index of each row's best class."""
-    best = tl.max(largest_of(keys), 1)
-    index = tl.where(keys[0] == best[:, None], classes[0][None, :], 0x7FFFFFFF)
-    for c in tl.static_range(1, len(keys)):
-        index = tl.minimum(index, tl.where(keys[c] == best[:, None], classes[c][None, :], 0x7FFFFFFF))
+    best = maxima(values)
+    index = tl.where(values[0] == best[:, None], classes[0][None, :], 0x7FFFFFFF)
+    for c in tl.static_range(1, len(values)):
+        index = tl.minimum(index, tl.where(values[c] == best[:, None], classes[c][None, :], 0x7FFFFFFF))
     return tl.min(index, 1)

@@ -23,7 +23,7 @@ from kdkernels.triton_kernels.objective import (
 from kdkernels.triton_kernels.partition import group_sizes, masks_of_rank
 from kdkernels.triton_kernels.samples import read_factor, read_samples, write_results
 from kdkernels.triton_kernels.saved import partition_again, save_term, store_columns
-from kdkernels.triton_kernels.select import first_best, keys_of, leads, select
+from kdkernels.triton_kernels.select import first_best, key_of, leads, middle_of, ranked, select, value_of
 from kdkernels.triton_kernels.stats import (
     groups_with,
     merge,
@@ -130,9 +130,9 @@ def split_kernel(
     for i in tl.static_range(len(TERMS)):
         exponent = number(numbers, low, TERMS[i][5] + EXPONENT)
         if by_rank(TERMS[i][0]) and ASIDE:
-            keys = keys_of(t, (classes < class_count)[None, :], TERMS[i][1])
-            key, last = select((keys,), (classes,), ks[i])
-            aside = leads(keys, classes, key, last) & (classes < class_count)[None, :]
+            values = ranked(t, (classes < class_count)[None, :], TERMS[i][1])
+            bound, last = select((values,), (classes,), ks[i])
+            aside = leads(values, classes, bound, last) & (classes < class_count)[None, :]
             place = tl.cumsum(aside.to(tl.int32), 1) - 1
             slot = row[:, None] * candidate_count + first + place
             mask = aside & there[:, None]
@@ -219,7 +219,6 @@ def merge_kernel(
     dtype: tl.constexpr = tl.float64 if len(low) > 0 else tl.float32
     ASIDE: tl.constexpr = candidates is not None
     PART: tl.constexpr = part_columns(TERMS, ASIDE)
-    HIGHEST: tl.constexpr = 0x7FFFFFFFFFFFFFFF if dtype == tl.float64 else 0x7FFFFFFF
     block = tl.program_id(0)
     samples = block.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     there = samples < count
@@ -266,14 +265,14 @@ def merge_kernel(
             s = tl.load(candidates + 2 * slot, mask=inside, other=float("-inf"))
             t = tl.load(candidates + 2 * slot + 1, mask=inside, other=float("-inf"))
             of_class = tl.load(candidate_classes + slot, mask=inside, other=0)
-            keys = keys_of(t, inside, TERMS[i][1])
-            key, last = select((keys,), (position,), ks[i])
-            # Any key that k candidates reach will do among them, but others may reach it too: none reaches the k-th's.
-            key = tl.min(tl.where(keys >= key[:, None], keys, HIGHEST), 1)
+            ranks = ranked(t, inside, TERMS[i][1])
+            bound, last = select((ranks,), (position,), ks[i])
+            # Any value that k candidates reach will do among them, but others may reach it too: none the k-th's.
+            bound = tl.min(tl.where(ranks >= bound[:, None], ranks, float("inf")), 1)
             best = last
             if TERMS[i][0] == TOP1_TOPK:
-                best = first_best((keys,), (position,))
-            single, top = masks_of_rank(keys, position, key, last, best, TERMS[i][0])
+                best = first_best((ranks,), (position,))
+            single, top = masks_of_rank(ranks, position, bound, last, best, TERMS[i][0])
             of_top, of_others, _ = statistics(
                 (s,), (t,), (single,), (top & inside,), exponent, TERMS[i][0], TERMS[i][2], TERMS[i][3]
             )
@@ -281,10 +280,10 @@ def merge_kernel(
             if has_single(TERMS[i][0]):
                 of_single = statistics_of_single(only((s,), (single,)), only((t,), (single,)))
             # Parts may have more equals of the k-th than they have candidates: those come after the last one taken.
-            taken = leads(keys, position, key, last) & (keys == key[:, None]) & inside
+            taken = leads(ranks, position, bound, last) & (ranks == bound[:, None]) & inside
             last = tl.max(tl.where(taken, of_class, -1), 1)
             best = tl.sum(tl.where(position[None, :] == best[:, None], of_class, 0), 1)
-            store_columns(members, (key, last, best), samples, there, COLUMNS[2], TERMS[i][7])
+            store_columns(members, (key_of(bound), last, best), samples, there, COLUMNS[2], TERMS[i][7])
         else:
             if has_single(TERMS[i][0]):
                 of_student = tl.load(stats + row * PART + part_column(TERMS, i, ASIDE, _SINGLE), mask=mask, other=0.0)
@@ -327,9 +326,9 @@ def reach_of(
     samples,
     affines,
     saved,
-    middle,
-    key,
-    FIRST_ONES: tl.constexpr,
+    bound,
+    last,
+    EQUAL: tl.constexpr,
     strides,
     class_count,
     LARGEST: tl.constexpr,
@@ -340,7 +339,7 @@ def reach_of(
     BLOCK_C: tl.constexpr,
     dtype: tl.constexpr,
 ):
-    """How many classes of each sample have a key of at least ``middle``; or ``key`` and an index up to ``middle``."""
+    """How many classes of each sample reach ``bound``; with ``EQUAL`` how many equal it, up to index ``last``."""
     outer, within, valid, there, sizes = at
     count = tl.zeros(there.shape, tl.int32)
     for begin in range(0, class_count, BLOCK_C):
@@ -348,11 +347,11 @@ def reach_of(
         tile = (outer, within, classes, class_count, valid, there, sizes)
         t = load_tile(teacher, tile, strides, AXIS, WIDE, dtype)
         t = standardized_tile(t, 1, tile, samples, affines, saved, COLUMNS, STANDARDIZE)
-        keys = keys_of(t, (classes < class_count)[None, :], LARGEST)
-        if FIRST_ONES:
-            hit = (keys == key[:, None]) & (classes[None, :] <= middle[:, None])
+        values = ranked(t, (classes < class_count)[None, :], LARGEST)
+        if EQUAL:
+            hit = (values == bound[:, None]) & (classes[None, :] <= last[:, None])
         else:
-            hit = keys >= middle[:, None]
+            hit = values >= bound[:, None]
         count += tl.sum(hit.to(tl.int32), 1)
     return count
 
@@ -380,25 +379,23 @@ def select_kernel(
     dtype: tl.constexpr,
 ):
     """Finds the k best classes of a block of samples, for any k, by bisection: each step reads the teacher once."""
-    DOUBLE: tl.constexpr = dtype == tl.float64
-    INTEGER: tl.constexpr = tl.int64 if DOUBLE else tl.int32
-    HIGHEST: tl.constexpr = 0x7FFFFFFFFFFFFFFF if DOUBLE else 0x7FFFFFFF
     outer, within, samples, there = locate(tl.program_id(0), sizes, AXIS, WIDE, BLOCK_N)
     _, _, valid = read_samples(target, weight, samples, there, class_count, ignore_index, dtype)
     at = (outer, within, valid, there, sizes)
-    # The k-th key: the largest that k keys reach.
-    low = tl.full([BLOCK_N], -HIGHEST, INTEGER)
-    high = tl.full([BLOCK_N], HIGHEST, INTEGER)
+    # The k-th value: the largest that k classes reach.
+    nothing = tl.full([BLOCK_N], float("-inf"), dtype)
+    last = tl.zeros([BLOCK_N], tl.int32) + (class_count - 1)
+    low, high = key_of(nothing), key_of(-nothing)
     while tl.max((low < high).to(tl.int32), 0) > 0:
-        middle = (low | high) - ((low ^ high) >> 1)
+        middle = middle_of(low, high)
         reach = reach_of(
             teacher,
             at,
             samples,
             affines,
             saved,
-            middle,
-            low,
+            value_of(middle),
+            last,
             False,
             strides,
             class_count,
@@ -413,15 +410,15 @@ def select_kernel(
         searching = low < high
         low = tl.where(searching & (reach >= k), middle, low)
         high = tl.where(searching & (reach < k), middle - 1, high)
-    key = low
+    bound = value_of(low)
     above = reach_of(
         teacher,
         at,
         samples,
         affines,
         saved,
-        tl.where(key == HIGHEST, key, key + 1),
-        key,
+        value_of(low + 1),
+        last,
         False,
         strides,
         class_count,
@@ -433,10 +430,8 @@ def select_kernel(
         BLOCK_C,
         dtype,
     )
-    above = tl.where(key == HIGHEST, 0, above)
     # Of its equals the first ones: the least index up to which there are enough.
     first = tl.zeros([BLOCK_N], tl.int32)
-    last = tl.zeros([BLOCK_N], tl.int32) + (class_count - 1)
     while tl.max((first < last).to(tl.int32), 0) > 0:
         middle = first + (last - first) // 2
         reach = reach_of(
@@ -445,8 +440,8 @@ def select_kernel(
             samples,
             affines,
             saved,
+            bound,
             middle,
-            key,
             True,
             strides,
             class_count,
@@ -461,8 +456,8 @@ def select_kernel(
         searching = first < last
         last = tl.where(searching & (reach >= k - above), middle, last)
         first = tl.where(searching & (reach < k - above), middle + 1, first)
-    # The best class: the first one of the largest key.
-    best_key = tl.full([BLOCK_N], -HIGHEST, INTEGER)
+    # The best class: the first one of the largest value.
+    best_value = nothing
     best = tl.zeros([BLOCK_N], tl.int32)
     if TERM[0] == TOP1_TOPK:
         for begin in range(0, class_count, BLOCK_C):
@@ -470,9 +465,9 @@ def select_kernel(
             tile = (outer, within, classes, class_count, valid, there, sizes)
             t = load_tile(teacher, tile, strides, AXIS, WIDE, dtype)
             t = standardized_tile(t, 1, tile, samples, affines, saved, COLUMNS, STANDARDIZE)
-            keys = keys_of(t, (classes < class_count)[None, :], TERM[1])
-            of_tile = tl.max(keys, 1)
-            index = first_best((keys,), (classes,))
-            best = tl.where(of_tile > best_key, index, best)
-            best_key = tl.maximum(best_key, of_tile)
-    store_columns(members, (key, last, best), samples, there, COLUMNS[2], TERM[7])
+            values = ranked(t, (classes < class_count)[None, :], TERM[1])
+            of_tile = tl.max(values, 1)
+            index = first_best((values,), (classes,))
+            best = tl.where(of_tile > best_value, index, best)
+            best_value = tl.maximum(best_value, of_tile)
+    store_columns(members, (low, last, best), samples, there, COLUMNS[2], TERM[7])
