@@ -41,7 +41,7 @@ def store_moments(moments, row, classes, class_count, values):
         tl.store(at, values[i], mask=classes < class_count)
 
 
-@triton.jit(do_not_specialize=["sizes", "student_strides", "teacher_strides", "class_count", "blocks", "stretch"])
+@triton.jit(do_not_specialize=["ignore_index", "class_count", "blocks", "stretch"])
 def class_moments_kernel(
     student,
     teacher,
@@ -69,7 +69,7 @@ def class_moments_kernel(
     of_student = (zero, zero, zero)
     of_teacher = (zero, zero, zero)
     for block in range(begin, tl.minimum(begin + stretch, blocks)):
-        outer, within, samples, there = locate(block, sizes, AXIS, WIDE, BLOCK_N)
+        outer, within, samples, there = locate(block, sizes, BLOCK_N)
         _, _, valid = read_samples(target, weight, samples, there, class_count, ignore_index, dtype)
         at = (outer, within, classes, class_count, valid, there, sizes)
         s = load_tile(student, at, student_strides, AXIS, WIDE, dtype)
@@ -98,7 +98,7 @@ def merge_class_moments_kernel(partial, moments, stretches, class_count, BLOCK: 
     store_moments(moments, side, classes, class_count, merged)
 
 
-@triton.jit(do_not_specialize=["sizes", "student_strides", "teacher_strides", "class_count", "blocks", "stretch"])
+@triton.jit(do_not_specialize=["class_count", "blocks", "stretch"])
 def class_sums_kernel(
     grad_loss,
     student,
@@ -133,7 +133,7 @@ def class_sums_kernel(
     sum_ = tl.zeros([BLOCK_C], tl.float64)
     product = tl.zeros([BLOCK_C], tl.float64)
     for block in range(begin, tl.minimum(begin + stretch, blocks)):
-        outer, within, samples, there = locate(block, sizes, AXIS, WIDE, BLOCK_N)
+        outer, within, samples, there = locate(block, sizes, BLOCK_N)
         targets, weights, valid = read_kept(target, grad_loss, saved, samples, there, COLUMNS, EACH)
         at = (outer, within, classes, class_count, valid, there, sizes)
         s = load_tile(student, at, student_strides, AXIS, WIDE, dtype)

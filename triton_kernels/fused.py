@@ -15,7 +15,7 @@ from kdkernels.triton_kernels.gradient import (
     store_gradient,
     weigh,
 )
-from kdkernels.triton_kernels.layout import SAMPLES, load_one, load_tile, locate, store_one
+from kdkernels.triton_kernels.layout import SAMPLES, load_one, load_tile, locate, reveal, store_one
 from kdkernels.triton_kernels.objective import (
     BY_CLASS,
     BY_SAMPLE,
@@ -63,17 +63,7 @@ def tile_gradient(kept, c: tl.constexpr, TERMS: tl.constexpr, POKE: tl.constexpr
     return result
 
 
-@triton.jit(
-    do_not_specialize=[
-        "sizes",
-        "student_strides",
-        "teacher_strides",
-        "gradient_strides",
-        "class_count",
-        "gradient_classes",
-        "ks",
-    ]
-)
+@triton.jit(do_not_specialize=["class_count", "gradient_classes", "ignore_index"])
 def fused_kernel(
     student,
     teacher,
@@ -117,7 +107,7 @@ def fused_kernel(
     # Where samples are next to one another, that would be a good part of all there is to move.
     POKE: tl.constexpr = only_targets(TERMS) and STANDARDIZE == 0 and AXIS != SAMPLES
     block = tl.program_id(0)
-    outer, within, samples, there = locate(block, sizes, AXIS, WIDE, BLOCK_N)
+    outer, within, samples, there = locate(block, sizes, BLOCK_N)
     targets, weights, valid = read_samples(target, weight, samples, there, class_count, ignore_index, dtype)
     weights = weights * read_factor(scale, divisor).to(dtype)
     classes = ()
@@ -178,7 +168,7 @@ def fused_kernel(
     kept = ()
     for i in tl.static_range(len(TERMS)):
         exponent = number(numbers, low, TERMS[i][5] + EXPONENT)
-        single, top, found = partition(t, classes, class_count, targets, ks[i], TERMS[i][0], TERMS[i][1])
+        single, top, found = partition(t, classes, class_count, targets, reveal(ks[i]), TERMS[i][0], TERMS[i][1])
         of_top, of_rest, exps = statistics(s, t, single, top, exponent, TERMS[i][0], TERMS[i][2], TERMS[i][3])
         of_single = of_rest
         if POKE:
@@ -186,7 +176,7 @@ def fused_kernel(
         elif has_single(TERMS[i][0]):
             of_single = statistics_of_single(only(s, single), only(t, single))
         stats = groups_with(of_single, of_top, of_rest, TERMS[i][0])
-        sizes_of = group_sizes(class_count, ks[i], TERMS[i][0])
+        sizes_of = group_sizes(class_count, reveal(ks[i]), TERMS[i][0])
         of_term, of_parts, coefficients = evaluate(
             stats,
             sizes_of,

@@ -28,15 +28,12 @@ _FIXED_REGISTERS = 60
 _PER_THREAD = 32
 _MOST_WARPS = 16
 _LEAST_CLASSES = 16
-#: Elements of short rows that share a program: what is known of each row takes registers too.
-_SHORT_ROWS = 256
-_MOST_ROWS = 4
+#: Rows that share a warp: tiles of classes that a thread has one after the other, if so many threads share a row.
+_SHORT_TILES, _SHORT_LANES = (4, 2, 1), 8
 #: Classes of one tile of a row that is worked on tile by tile.
 _TILE = 4096
-#: Samples next to one another that a program takes: a whole cache line of each class, in any dtype.
-_PIXELS = 64
-#: The same where classes are split: half a line, so that there are classes enough to be worth a part's statistics.
-_SPLIT_PIXELS = 32
+#: Threads of a warp, and samples next to one another that a program takes: each thread has one.
+_LANES = 32
 
 
 def live_numbers(problem: Problem) -> float:
@@ -50,35 +47,43 @@ def live_numbers(problem: Problem) -> float:
     return 2.5 * numbers if problem.low else numbers
 
 
-def fits(problem: Problem, per_thread: int, num_warps: int, block_n: int = 1) -> bool:
-    """Whether threads that hold so many elements have registers enough; with many samples each needs as many again."""
-    need = _FIXED_REGISTERS + per_thread * live_numbers(problem) * (2 if block_n > 1 else 1)
+def fits(problem: Problem, per_thread: int, num_warps: int) -> bool:
+    """Whether threads that hold so many elements of one sample have registers enough."""
+    need = _FIXED_REGISTERS + per_thread * live_numbers(problem)
     return num_warps <= _MOST_WARPS and need <= (255 if num_warps <= 8 else 128)
 
 
 def fused_tile(layout: Layout, problem: Problem) -> Tile | None:
     """The tile of the fused kernel; None where a sample's classes do not fit on chip.
 
-    Short rows share a program. 32 elements a thread share what every thread does once a row; fewer where the objective
-    needs many registers, 64 where the row would not fit otherwise.
+    What is known of a sample takes registers, too, and time: rows share a warp only where each thread still has one
+    (short ones, in whose program every warp has some rows of its own).
+    32 elements a thread share what every thread does once a row; fewer where the objective needs many registers, 64
+    where the row would not fit otherwise.
     """
     block_c = max(power_of_two(layout.gradient_classes), _LEAST_CLASSES)
-    block_n = _PIXELS if layout.axis == SAMPLES.value else min(max(_SHORT_ROWS // block_c, 1), _MOST_ROWS)
+    if layout.axis != SAMPLES.value:
+        for tiles in _SHORT_TILES:
+            tile_c = block_c // tiles
+            lanes = tile_c // layout.wide
+            if (tiles == 1 or lanes >= _SHORT_LANES) and lanes <= _LANES and fits(problem, tiles * layout.wide, 4):
+                return Tile(4 * _LANES // lanes, tile_c, 4, tiles)
+    block_n = _LANES if layout.axis == SAMPLES.value else 1
     for per_thread in (_PER_THREAD, _PER_THREAD // 2, _PER_THREAD // 4, _PER_THREAD // 8, 2 * _PER_THREAD):
-        num_warps = max(block_n * block_c // (32 * per_thread), 1)
-        if fits(problem, per_thread, num_warps, block_n):
+        num_warps = max(block_n * block_c // (_LANES * per_thread), 1)
+        if fits(problem, per_thread, num_warps):
             tiles = max(block_c // _TILE, 1) if per_thread > _PER_THREAD else 1
             return Tile(block_n, block_c // tiles, num_warps, tiles)
     return None
 
 
+#: Classes of a tile of a sweep, unless it is of one sample alone.
+_SPREAD_CLASSES = (16, 64, 256, 1024)
 #: Samples that a program of the weights' sum adds up, and classes of one that prepares their standardisation.
 WEIGHT_BLOCK = 4096
 CLASS_BLOCK = 256
 #: Candidates for the top k that one program merges, of one or several samples.
-_MOST_CANDIDATES = 8192
-_MERGED = 256
-_MERGED_PER_THREAD = 2
+_MERGE_SIZES = (8, 64, 512, 4096)
 
 
 def sum_block(rows: int) -> int:
@@ -93,37 +98,35 @@ def sum_warps(block: int) -> int:
 def split_tile(layout: Layout, problem: Problem) -> Tile:
     """The part of some samples whose statistics a program takes. Small parts fill a GPU even with one sample."""
     per_thread = _PER_THREAD // 2 if fits(problem, _PER_THREAD // 2, 4) else _PER_THREAD // 4
-    return _spread(layout, 8 * 32 * per_thread, per_thread, _SPLIT_PIXELS)
+    return _spread(layout, 8 * _LANES * per_thread, per_thread)
 
 
 def sets_aside(split: int, tile: Tile, problem: Problem) -> bool:
     """Whether the parts' own best classes are few enough to be candidates in one merge."""
     k = max(problem.ks)
-    return 0 < k <= tile.block_c // 4 and power_of_two(split * k) <= _MOST_CANDIDATES
+    return 0 < k <= tile.block_c // 4 and split * k <= _MERGE_SIZES[-1]
 
 
 def merge_tile(split: int, k: int) -> Tile:
-    """Samples, and candidates of each (or parts), that a program merges."""
-    block_c = power_of_two(split * k)
-    block_n = max(_MERGED // max(block_c, _LEAST_CLASSES), 1)
-    # A thread's elements are unrolled, and merging them takes exponentials in double precision: a few make code enough.
-    return Tile(block_n, block_c, min(max(block_n * block_c // (32 * _MERGED_PER_THREAD), 1), _MOST_WARPS))
+    """Samples, and candidates of each (or parts), that a program merges: few sizes, as that code is long."""
+    block_c = next((size for size in _MERGE_SIZES if size >= split * k), power_of_two(split * k))
+    return Tile(max(_LANES // block_c, 1), block_c, min(max(block_c // 128, 1), _MOST_WARPS))
 
 
 def sweep_tile(layout: Layout, problem: Problem) -> Tile:
     """The tile of an elementwise sweep: a few thousand elements, in the shape of memory."""
     per_thread = _PER_THREAD // (4 if problem.low else 2)
-    return _spread(layout, 4 * 32 * per_thread, per_thread)
+    return _spread(layout, 4 * _LANES * per_thread, per_thread)
 
 
 def scale_tile(layout: Layout) -> Tile:
     """The tile of the sweep that scales a gradient."""
-    return _spread(layout, 4 * 32 * 16, 16)
+    return _spread(layout, 4 * _LANES * 16, 16)
 
 
 def class_tile(layout: Layout) -> Tile:
     """The tile of a sum over samples: short in classes, so that there are programs enough."""
-    block_n, block_c = (_PIXELS, 32) if layout.axis == SAMPLES.value else (16, 128)
+    block_n, block_c = (_LANES, 32) if layout.axis == SAMPLES.value else (16, 128)
     return Tile(block_n, min(block_c, max(power_of_two(layout.classes), _LEAST_CLASSES)), 8)
 
 
@@ -133,10 +136,10 @@ def stretch(blocks: int, tiles: int) -> int:
     return -(-blocks // stretches)
 
 
-def _spread(layout: Layout, elements: int, per_thread: int, pixels: int = _PIXELS) -> Tile:
-    block_c = min(max(power_of_two(layout.gradient_classes), _LEAST_CLASSES), elements)
-    block_n = elements // block_c
+def _spread(layout: Layout, elements: int, per_thread: int) -> Tile:
+    """So many elements in the shape of memory, in one of few shapes."""
+    block_c = next((size for size in _SPREAD_CLASSES if size >= layout.gradient_classes), elements)
     if layout.axis == SAMPLES.value:
-        block_n = max(block_n, pixels)
-        block_c = elements // block_n
-    return Tile(block_n, block_c, elements // (32 * per_thread))
+        block_c = min(block_c, elements // _LANES)
+    block_c = min(block_c, elements)
+    return Tile(elements // block_c, block_c, elements // (_LANES * per_thread))

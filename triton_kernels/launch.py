@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from typing import NamedTuple
 
 import torch
@@ -18,7 +17,7 @@ from kdkernels.triton_kernels.classes import (
 )
 from kdkernels.triton_kernels.fused import fused_kernel
 from kdkernels.triton_kernels.heuristics import Tile
-from kdkernels.triton_kernels.layout import Layout, find_layout
+from kdkernels.triton_kernels.layout import Layout, find_layout, opaque
 from kdkernels.triton_kernels.objective import BY_CLASS, BY_SAMPLE, Problem, Term, unpack
 from kdkernels.triton_kernels.samples import scale_kernel, sum_rows_kernel, weight_sum_kernel
 from kdkernels.triton_kernels.split import merge_kernel, part_columns, select_kernel, split_kernel
@@ -118,7 +117,7 @@ def _constants(layout: Layout, tile: Tile) -> dict[str, int | bool]:
 
 def _sample_blocks(layout: Layout, tile: Tile) -> int:
     """Blocks of samples: none of them crosses the end of the innermost dimension."""
-    return math.prod(layout.sizes[1:]) * triton.cdiv(layout.sizes[0], tile.block_n)
+    return layout.samples // layout.inner * triton.cdiv(layout.inner, tile.block_n)
 
 
 def _sum_rows(table: Tensor, dtype: torch.dtype) -> Tensor:
@@ -255,7 +254,7 @@ def _fused(
         m.layout.gradient,
         m.layout.classes,
         m.layout.gradient_classes,
-        problem.ks,
+        opaque(*problem.ks),
         marks.ignore_index,
         marks.scale,
         problem.numbers,
@@ -330,7 +329,7 @@ def _split(
         candidates,
         candidate_classes,
         *where,
-        problem.ks,
+        opaque(*problem.ks),
         candidate_count,
         marks.ignore_index,
         problem.numbers,
@@ -356,7 +355,7 @@ def _split(
         samples,
         layout.classes,
         split,
-        problem.ks,
+        opaque(*problem.ks),
         candidate_count,
         marks.ignore_index,
         marks.scale,
@@ -367,7 +366,7 @@ def _split(
         COLUMNS=problem.columns,
         EACH=each,
         BLOCK_N=merge_tile.block_n,
-        PARTS=heuristics.power_of_two(split),
+        PARTS=heuristics.merge_tile(split, 1).block_c,
         CANDIDATES=merge_tile.block_c,
         **_options(merge_tile.num_warps),
         # Fused, a product and its sum with a neighbour's round differently in the two lanes: copies of one sum would
@@ -498,7 +497,7 @@ def class_moments(
 ) -> Tensor:
     """See :meth:`kdkernels.ops.Ops.class_moments`."""
     m = _matrices(student, teacher, class_dim, num_classes)
-    layout = m.layout
+    layout = m.layout._replace(wide=1)  # much is known of a class: a thread has one at a time
     moments = m.new(2, 3, num_classes, dtype=torch.float64)
     if layout.samples == 0:
         return moments.zero_()
@@ -543,7 +542,7 @@ def class_sums(
 ) -> Tensor:
     """See :meth:`kdkernels.ops.Ops.class_sums`."""
     m = _matrices(student, teacher, class_dim, num_classes)
-    layout = m.layout
+    layout = m.layout._replace(wide=1)  # much is known of a class: a thread has one at a time
     problem = unpack(tuple(objective), False, m.dtype == torch.float64)
     sums = m.new(2, num_classes, dtype=torch.float64)
     if layout.samples == 0:

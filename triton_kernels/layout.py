@@ -1,11 +1,16 @@
 """Where logits are: samples and classes of a tile, for any strides.
 
+Where classes are next to one another, a thread moves as many at a time as alignment allows, up to 16 bytes. Where
+samples are, it moves one: the threads of a warp take neighbours, which are whole sectors of memory, and each thread has
+to know the numbers of one sample only.
+
 Sample dimensions that all matrices walk alike are merged. A program takes a block of samples of the innermost one; the
 others are unpacked from the block's number. ``sizes`` are those of the sample dimensions, innermost first; ``strides``
-of a matrix are the class dimension's, then theirs.
+of a matrix are the class dimension's, then theirs, in units of ``WIDE``. Both are :func:`opaque`.
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import triton
@@ -20,6 +25,8 @@ class Layout(NamedTuple):
     """Shape and strides of a call, as the kernels take them; hashable."""
 
     samples: int
+    #: How many samples the innermost dimension has.
+    inner: int
     sizes: tuple[int, ...]
     student: tuple[int, ...]
     teacher: tuple[int, ...]
@@ -28,13 +35,22 @@ class Layout(NamedTuple):
     gradient_classes: int
     #: CLASSES, SAMPLES or NEITHER.
     axis: int
-    #: How many elements along the axis are sure to be aligned, at every sample and class: 1 or a full width.
+    #: How many classes next to one another a thread may move at a time, as far as alignment allows; a power of two.
     wide: int
 
-    @property
-    def run_time(self) -> tuple[tuple[int, ...] | int, ...]:
-        """The arguments of the kernels that are not constants."""
-        return self.sizes, self.student, self.teacher, self.gradient, self.classes, self.gradient_classes
+
+def opaque(*numbers: int) -> tuple[int, ...]:
+    """Numbers in a code that kernels :func:`reveal`: odd and more than 1.
+
+    Kernels are compiled anew for members of a tuple that are 1 or multiples of 16, whatever ``do_not_specialize`` says.
+    """
+    return tuple(2 * number + 3 for number in numbers)
+
+
+@triton.jit
+def reveal(code):
+    """The number of an :func:`opaque` code."""
+    return (code - 3) >> 1
 
 
 @functools.lru_cache(maxsize=1024)
@@ -74,17 +90,12 @@ def find_layout(
         axis = CLASSES.value
     elif all(stride[1] == 1 for stride in of_matrix):
         axis = SAMPLES.value
-    wide = WIDTH // min(bytes_of)
-    along = {CLASSES.value: 0, SAMPLES.value: 1}.get(axis)
-    length = (classes, sizes[0])[along] if along is not None else 1
-    multiples = [length] if along is not None else [1]
-    if along == 0:
-        multiples.append(shape[class_dim])
-    if along is not None:
-        multiples += [step for stride in of_matrix for i, step in enumerate(stride) if i != along]
-    if not aligned or any(multiple % wide for multiple in multiples):
-        wide = 1
-    return Layout(samples, sizes, *of_matrix, classes, shape[class_dim], axis, wide)
+    wide = 1
+    if axis == CLASSES.value and aligned:
+        steps = [step for stride in of_matrix for step in stride[1:]]
+        wide = math.gcd(WIDTH // min(bytes_of), classes, shape[class_dim], *steps)
+    codes = [opaque(stride[0], *(step // wide for step in stride[1:])) for stride in of_matrix]
+    return Layout(samples, sizes[0], opaque(*sizes), *codes, classes, shape[class_dim], axis, wide)
 
 
 @triton.jit
@@ -97,15 +108,13 @@ def multiple(number, factor: tl.constexpr):
 
 
 @triton.jit
-def locate(block, sizes, AXIS: tl.constexpr, WIDE: tl.constexpr, BLOCK_N: tl.constexpr):
+def locate(block, sizes, BLOCK_N: tl.constexpr):
     """Samples of a block: ``(outer index, indices in the inner dimension, numbers overall, whether they exist)``."""
-    inner = sizes[0]
-    if AXIS == SAMPLES:
-        inner = multiple(inner, WIDE)
+    inner = reveal(sizes[0])
     blocks = tl.cdiv(inner, BLOCK_N)
-    outer = (block // blocks).to(tl.int64)
+    outer = block // blocks
     within = (block % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
-    return outer, within, outer * inner + within, within < inner
+    return outer, within, outer.to(tl.int64) * inner + within, within < inner
 
 
 @triton.jit
@@ -113,39 +122,46 @@ def sample_offsets(outer, within, sizes, strides, AXIS: tl.constexpr, WIDE: tl.c
     """Offsets of a block of samples."""
     base = tl.full((), 0, tl.int64)
     for d in tl.static_range(1, len(sizes)):
-        base += (outer % sizes[d]) * multiple(strides[d + 1], WIDE)
-        outer = outer // sizes[d]
+        index = outer
+        if d < len(sizes) - 1:
+            index = outer % reveal(sizes[d])
+            outer = outer // reveal(sizes[d])
+        base += index.to(tl.int64) * reveal(strides[d + 1]) * WIDE
     if AXIS == SAMPLES:
-        return base + within.to(tl.int64)
+        return base + tl.multiple_of(within, 1).to(tl.int64)  # lest a thread take several
     else:
-        return base + within.to(tl.int64) * multiple(strides[1], WIDE)
+        return base + within.to(tl.int64) * reveal(strides[1]) * WIDE
+
+
+@triton.jit
+def class_offsets(classes, strides, AXIS: tl.constexpr):
+    """Offsets of classes from their samples."""
+    if AXIS == CLASSES:
+        return classes
+    else:
+        return classes.to(tl.int64) * reveal(strides[0])
 
 
 @triton.jit
 def offsets(outer, within, classes, sizes, strides, AXIS: tl.constexpr, WIDE: tl.constexpr):
     """Offsets ``[samples, classes]`` of the elements of a tile."""
     of_samples = sample_offsets(outer, within, sizes, strides, AXIS, WIDE)
-    if AXIS == CLASSES:
-        return of_samples[:, None] + classes[None, :]
-    else:
-        return of_samples[:, None] + classes.to(tl.int64)[None, :] * multiple(strides[0], WIDE)
+    return of_samples[:, None] + class_offsets(classes, strides, AXIS)[None, :]
 
 
 @triton.jit
 def load_one(matrix, at, strides, classes_of, AXIS: tl.constexpr, WIDE: tl.constexpr, dtype: tl.constexpr):
     """One logit of each sample of a tile, of class ``classes_of``, as ``dtype``; -inf where none counts."""
     outer, within, _, class_count, valid, _, sizes = at
-    of_samples = sample_offsets(outer, within, sizes, strides, AXIS, WIDE)
-    mask = valid & (classes_of < class_count)
-    where = of_samples + classes_of.to(tl.int64) * strides[0]
-    return tl.load(matrix + where, mask=mask, other=float("-inf")).to(dtype)
+    where = sample_offsets(outer, within, sizes, strides, AXIS, WIDE) + class_offsets(classes_of, strides, AXIS)
+    return tl.load(matrix + where, mask=valid & (classes_of < class_count), other=float("-inf")).to(dtype)
 
 
 @triton.jit
 def store_one(matrix, values, at, strides, classes_of, AXIS: tl.constexpr, WIDE: tl.constexpr):
     """Writes one number of each sample of a tile that counts, at class ``classes_of``."""
     outer, within, _, _, valid, _, sizes = at
-    where = sample_offsets(outer, within, sizes, strides, AXIS, WIDE) + classes_of.to(tl.int64) * strides[0]
+    where = sample_offsets(outer, within, sizes, strides, AXIS, WIDE) + class_offsets(classes_of, strides, AXIS)
     tl.store(matrix + where, values, mask=valid)
 
 
@@ -160,10 +176,4 @@ def load_tile(matrix, at, strides, AXIS: tl.constexpr, WIDE: tl.constexpr, dtype
     inside = classes < class_count
     if AXIS == CLASSES:
         inside = classes < multiple(class_count, WIDE)
-    if AXIS == SAMPLES:
-        # A mask of single samples would break wide loads up: what does not count is dropped after loading.
-        logits = tl.load(matrix + where, mask=there[:, None] & inside[None, :], other=float("-inf"))
-        logits = tl.where(valid[:, None], logits, float("-inf"))
-    else:
-        logits = tl.load(matrix + where, mask=valid[:, None] & inside[None, :], other=float("-inf"))
-    return logits.to(dtype)
+    return tl.load(matrix + where, mask=valid[:, None] & inside[None, :], other=float("-inf")).to(dtype)

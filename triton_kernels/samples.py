@@ -66,7 +66,7 @@ def sum_rows_kernel(values, out, rows, columns, BLOCK: tl.constexpr):
     tl.store(out + column, tl.sum(sums, 0))
 
 
-@triton.jit(do_not_specialize=["sizes", "strides", "class_count"])
+@triton.jit(do_not_specialize=["class_count"])
 def scale_kernel(
     gradient,
     factor,
@@ -84,7 +84,7 @@ def scale_kernel(
     if not EACH and tl.load(factor) == 1:
         return
     tiles = tl.cdiv(class_count, BLOCK_C)
-    outer, within, samples, there = locate(tl.program_id(0) // tiles, sizes, AXIS, WIDE, BLOCK_N)
+    outer, within, samples, there = locate(tl.program_id(0) // tiles, sizes, BLOCK_N)
     classes = tl.program_id(0) % tiles * BLOCK_C + tl.arange(0, BLOCK_C)
     if EACH:
         by = tl.load(factor + samples, mask=there, other=0.0).to(dtype)

@@ -11,7 +11,7 @@ import itertools
 import triton
 import triton.language as tl
 from kdkernels.triton_kernels.evaluate import evaluate
-from kdkernels.triton_kernels.layout import load_tile, locate
+from kdkernels.triton_kernels.layout import load_tile, locate, reveal
 from kdkernels.triton_kernels.objective import (
     CE_WEIGHT,
     EXPONENT,
@@ -43,6 +43,7 @@ _SOFTMAX, _REST, _TOP, _SINGLE, _COUNT = (tl.constexpr(what) for what in range(5
 _GROUP_COLUMNS = 6
 
 
+@triton.constexpr_function
 def _term_columns(kind: int, aside: bool) -> dict[int, int]:
     """Where the columns of a term begin, from its first one on, and with -1 how many there are."""
     widths = {_REST.value: _GROUP_COLUMNS}
@@ -71,13 +72,7 @@ def part_columns(terms, aside):
     return 3 + sum(_term_columns(term[0], aside)[-1] for term in terms)
 
 
-@triton.constexpr_function
-def first_candidate(ks, term):
-    """Where the candidates of a term begin among those of a part."""
-    return sum(ks[:term])
-
-
-@triton.jit(do_not_specialize=["sizes", "student_strides", "teacher_strides", "class_count", "ks", "candidate_count"])
+@triton.jit(do_not_specialize=["ignore_index", "class_count", "candidate_count"])
 def split_kernel(
     student,
     teacher,
@@ -113,7 +108,7 @@ def split_kernel(
     PART: tl.constexpr = part_columns(TERMS, ASIDE)
     parts = tl.cdiv(class_count, BLOCK_C)
     part = tl.program_id(0) % parts
-    outer, within, samples, there = locate(tl.program_id(0) // parts, sizes, AXIS, WIDE, BLOCK_N)
+    outer, within, samples, there = locate(tl.program_id(0) // parts, sizes, BLOCK_N)
     classes = part * BLOCK_C + tl.arange(0, BLOCK_C)
     targets, weights, valid = read_samples(target, weight, samples, there, class_count, ignore_index, dtype)
     at = (outer, within, classes, class_count, valid, there, sizes)
@@ -131,7 +126,7 @@ def split_kernel(
         exponent = number(numbers, low, TERMS[i][5] + EXPONENT)
         if by_rank(TERMS[i][0]) and ASIDE:
             values = ranked(t, (classes < class_count)[None, :], TERMS[i][1])
-            bound, last = select((values,), (classes,), ks[i])
+            bound, last = select((values,), (classes,), reveal(ks[i]))
             aside = leads(values, classes, bound, last) & (classes < class_count)[None, :]
             place = tl.cumsum(aside.to(tl.int32), 1) - 1
             slot = row[:, None] * candidate_count + first + place
@@ -139,7 +134,7 @@ def split_kernel(
             tl.store(candidates + 2 * slot, s, mask=mask)
             tl.store(candidates + 2 * slot + 1, t, mask=mask)
             tl.store(candidate_classes + slot, tl.zeros_like(place) + classes[None, :], mask=mask)
-            first += ks[i]
+            first += reveal(ks[i])
             kept_s, kept_t = tl.where(aside, float("-inf"), s), tl.where(aside, float("-inf"), t)
             _, of_rest, _ = statistics((kept_s,), (kept_t,), (aside,), (aside,), exponent, 0, TERMS[i][2], TERMS[i][3])
             store_columns(
@@ -186,7 +181,7 @@ def load_parts(stats, row, mask, PART: tl.constexpr, column: tl.constexpr, dtype
     return values
 
 
-@triton.jit(do_not_specialize=["count", "class_count", "parts", "ks", "candidate_count"])
+@triton.jit(do_not_specialize=["ignore_index", "count", "class_count", "parts", "candidate_count"])
 def merge_kernel(
     stats,
     candidates,
@@ -252,8 +247,8 @@ def merge_kernel(
         if by_rank(TERMS[i][0]) and ASIDE:
             # A tile of candidates in the order of their classes: position stands for class.
             position = tl.arange(0, CANDIDATES)
-            of_part = position // ks[i]
-            place = position % ks[i]
+            of_part = position // reveal(ks[i])
+            place = position % reveal(ks[i])
             its_row = samples[:, None] * parts + of_part[None, :]
             inside = there[:, None] & (of_part < parts)[None, :]
             found = tl.load(stats + its_row * PART + part_column(TERMS, i, ASIDE, _COUNT), mask=inside, other=0.0).to(
@@ -261,12 +256,12 @@ def merge_kernel(
             )
             inside = inside & (place[None, :] < found)
             slot = its_row * candidate_count + first + place[None, :]
-            first += ks[i]
+            first += reveal(ks[i])
             s = tl.load(candidates + 2 * slot, mask=inside, other=float("-inf"))
             t = tl.load(candidates + 2 * slot + 1, mask=inside, other=float("-inf"))
             of_class = tl.load(candidate_classes + slot, mask=inside, other=0)
             ranks = ranked(t, inside, TERMS[i][1])
-            bound, last = select((ranks,), (position,), ks[i])
+            bound, last = select((ranks,), (position,), reveal(ks[i]))
             # Any value that k candidates reach will do among them, but others may reach it too: none the k-th's.
             bound = tl.min(tl.where(ranks >= bound[:, None], ranks, float("inf")), 1)
             best = last
@@ -298,7 +293,7 @@ def merge_kernel(
         groups = groups_with(of_single, of_top, of_rest, TERMS[i][0])
         of_term, of_parts, coefficients = evaluate(
             groups,
-            group_sizes(class_count, ks[i], TERMS[i][0]),
+            group_sizes(class_count, reveal(ks[i]), TERMS[i][0]),
             numbers,
             low,
             TERMS[i][5],
@@ -356,7 +351,7 @@ def reach_of(
     return count
 
 
-@triton.jit(do_not_specialize=["sizes", "strides", "class_count", "k"])
+@triton.jit(do_not_specialize=["ignore_index", "class_count", "k"])
 def select_kernel(
     teacher,
     target,
@@ -379,7 +374,7 @@ def select_kernel(
     dtype: tl.constexpr,
 ):
     """Finds the k best classes of a block of samples, for any k, by bisection: each step reads the teacher once."""
-    outer, within, samples, there = locate(tl.program_id(0), sizes, AXIS, WIDE, BLOCK_N)
+    outer, within, samples, there = locate(tl.program_id(0), sizes, BLOCK_N)
     _, _, valid = read_samples(target, weight, samples, there, class_count, ignore_index, dtype)
     at = (outer, within, valid, there, sizes)
     # The k-th value: the largest that k classes reach.

@@ -14,7 +14,7 @@ MOMENTS = tl.constexpr(3)  # count, mean and sum of squared deviations
 _SLOPE = tl.constexpr(SAVED_HEADER.value + 3)
 
 
-@triton.jit(do_not_specialize=["sizes", "student_strides", "teacher_strides", "class_count"])
+@triton.jit(do_not_specialize=["ignore_index", "class_count"])
 def sample_moments_kernel(
     student,
     teacher,
@@ -35,7 +35,7 @@ def sample_moments_kernel(
     """Moments of one part of a block of samples: the student's, then the teacher's."""
     parts = tl.cdiv(class_count, BLOCK_C)
     part = tl.program_id(0) % parts
-    outer, within, samples, there = locate(tl.program_id(0) // parts, sizes, AXIS, WIDE, BLOCK_N)
+    outer, within, samples, there = locate(tl.program_id(0) // parts, sizes, BLOCK_N)
     classes = part * BLOCK_C + tl.arange(0, BLOCK_C)
     _, _, valid = read_samples(target, weight, samples, there, class_count, ignore_index, dtype)
     at = (outer, within, classes, class_count, valid, there, sizes)
@@ -81,7 +81,7 @@ def settle_moments_kernel(
     store_columns(saved, kept, samples, there, COLUMNS[1], SAVED_HEADER)
 
 
-@triton.jit(do_not_specialize=["sizes", "student_strides", "teacher_strides", "class_count"])
+@triton.jit(do_not_specialize=["class_count"])
 def products_kernel(
     student,
     teacher,
@@ -107,7 +107,7 @@ def products_kernel(
     dtype: tl.constexpr = saved.dtype.element_ty
     parts = tl.cdiv(class_count, BLOCK_C)
     part = tl.program_id(0) % parts
-    outer, within, samples, there = locate(tl.program_id(0) // parts, sizes, AXIS, WIDE, BLOCK_N)
+    outer, within, samples, there = locate(tl.program_id(0) // parts, sizes, BLOCK_N)
     classes = part * BLOCK_C + tl.arange(0, BLOCK_C)
     targets, weights, valid = read_kept(target, None, saved, samples, there, COLUMNS, False)
     at = (outer, within, classes, class_count, valid, there, sizes)

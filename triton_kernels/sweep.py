@@ -105,16 +105,7 @@ def read_kept(target, grad_loss, saved, samples, there, COLUMNS: tl.constexpr, E
     return targets, kept * upstream(grad_loss, samples, there, EACH, kept.dtype), there & (kept != 0)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "sizes",
-        "student_strides",
-        "teacher_strides",
-        "gradient_strides",
-        "class_count",
-        "gradient_classes",
-    ]
-)
+@triton.jit(do_not_specialize=["class_count", "gradient_classes"])
 def gradient_kernel(
     grad_loss,
     student,
@@ -145,7 +136,7 @@ def gradient_kernel(
     """Writes one tile of the gradient a program."""
     dtype: tl.constexpr = saved.dtype.element_ty
     tiles = tl.cdiv(gradient_classes, BLOCK_C)
-    outer, within, samples, there = locate(tl.program_id(0) // tiles, sizes, AXIS, WIDE, BLOCK_N)
+    outer, within, samples, there = locate(tl.program_id(0) // tiles, sizes, BLOCK_N)
     classes = tl.program_id(0) % tiles * BLOCK_C + tl.arange(0, BLOCK_C)
     targets, weights, valid = read_kept(target, grad_loss, saved, samples, there, COLUMNS, EACH)
     at = (outer, within, classes, class_count, valid, there, sizes)
