@@ -23,13 +23,15 @@ from kdkernels.triton_kernels.objective import (
     CORRECTION,
     EPS,
     EXPONENT,
+    NOTHING,
+    by_rank,
     has_single,
     number,
     only_targets,
 )
-from kdkernels.triton_kernels.partition import group_sizes, partition
+from kdkernels.triton_kernels.partition import group_sizes, masks_of, partition
 from kdkernels.triton_kernels.samples import read_factor, read_samples, write_results
-from kdkernels.triton_kernels.saved import save_term, store_columns
+from kdkernels.triton_kernels.saved import save_members, save_term, store_columns
 from kdkernels.triton_kernels.standardize import (
     sample_moments,
     slope_of_sample,
@@ -38,24 +40,100 @@ from kdkernels.triton_kernels.standardize import (
     standardize_by_class,
 )
 from kdkernels.triton_kernels.stats import (
+    add,
+    exponentials,
     groups_with,
+    larger,
+    logits_of_groups,
     only,
+    origins_from,
     softmax_statistics,
     start,
     statistics,
+    statistics_from,
     statistics_of_single,
+    summands,
 )
 
 
 @triton.jit
-def tile_gradient(kept, c: tl.constexpr, TERMS: tl.constexpr, POKE: tl.constexpr):
+def masks_again(t, c: tl.constexpr, class_count, targets, found, nothing, KIND: tl.constexpr, LARGEST: tl.constexpr):
+    """``(single, top)`` of tile ``c``, computed anew.
+
+    ``nothing`` is 0, which the compiler does not know: it would keep what was computed before in registers.
+    """
+    classes = tl.arange(0, t.shape[1]) + (c * t.shape[1] + nothing.to(tl.int32))
+    if by_rank(KIND):
+        found = (found[0] + nothing, found[1], found[2])
+    return masks_of(t, classes, class_count, targets, found, KIND, LARGEST)
+
+
+@triton.jit
+def exponentials_again(s, t, single, top, of_top, of_rest, exponent, nothing, KIND: tl.constexpr):
+    """The exponentials of a tile, likewise."""
+    of_top = (of_top[0] + nothing, of_top[1] + nothing)
+    of_rest = (of_rest[0] + nothing, of_rest[1] + nothing)
+    return exponentials(s, t, single, top, of_top, of_rest, exponent, KIND)
+
+
+@triton.jit
+def statistics_again(
+    s,
+    t,
+    class_count,
+    targets,
+    found,
+    exponent,
+    nothing,
+    KIND: tl.constexpr,
+    LARGEST: tl.constexpr,
+    FORWARD: tl.constexpr,
+    REVERSE: tl.constexpr,
+):
+    """``(statistics of top, statistics of rest)`` of whole rows, of which no masks or exponentials remain."""
+    largest = ()
+    for c in tl.static_range(len(s)):
+        single, top = masks_again(t[c], c, class_count, targets, found, nothing, KIND, LARGEST)
+        largest = larger(largest, logits_of_groups(s[c], t[c], single, top, KIND))
+    of_top, of_rest = origins_from(largest)
+    sums = ()
+    for c in tl.static_range(len(s)):
+        single, top = masks_again(t[c], c, class_count, targets, found, 2 * nothing, KIND, LARGEST)
+        exps = exponentials(s[c], t[c], single, top, of_top, of_rest, exponent, KIND)
+        sums = add(sums, summands(exps, top, KIND, FORWARD, REVERSE))
+    return statistics_from(of_top, of_rest, sums, len(s), FORWARD, REVERSE)
+
+
+@triton.jit
+def tile_gradient(
+    s,
+    t,
+    classes,
+    class_count,
+    targets,
+    kept,
+    c: tl.constexpr,
+    numbers,
+    low,
+    TERMS: tl.constexpr,
+    POKE: tl.constexpr,
+    AGAIN: tl.constexpr,
+):
     """The gradient of a tile in the logits that the terms see; with ``POKE`` 0 at the targets."""
-    result = kept[0][0][c][0]
+    result = s
     for i in tl.static_range(len(TERMS)):
-        exps, single, top, stats, coefficients = kept[i]
-        of_term = gradient_of(exps[c], top[c], coefficients, TERMS[i][0], TERMS[i][4])
-        if has_single(TERMS[i][0]) and not POKE:
-            of_term = tl.where(single[c], gradient_of_single(stats, coefficients)[:, None], of_term)
+        stats, coefficients, found, exps, single, top = kept[i]
+        if AGAIN:
+            exponent = number(numbers, low, TERMS[i][5] + EXPONENT)
+            nothing = number(numbers, low, NOTHING)
+            of_single, of_top = masks_again(t, c, class_count, targets, found, 3 * nothing, TERMS[i][0], TERMS[i][1])
+            top_origins, rest_origins = stats[max(len(stats) - 2, 0)], stats[len(stats) - 1]
+            of_tile = exponentials_again(
+                s, t, of_single, of_top, top_origins, rest_origins, exponent, nothing, TERMS[i][0]
+            )
+        else:
+            of_tile, of_single, of_top = exps[c], single[c], top[c]
+        of_term = gradient_of(of_tile, of_single, of_top, stats, coefficients, TERMS[i][0], TERMS[i][4], not POKE)
         if i == 0:
             result = of_term
         else:
@@ -97,8 +175,11 @@ def fused_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     TILES: tl.constexpr,
+    AGAIN: tl.constexpr,
 ):
     """One block of samples a program. Outputs that are None are not wanted.
+
+    With ``AGAIN`` a program keeps nothing of the classes but their logits, and computes the exponentials twice.
 
     ``losses`` and ``parts`` get a number of each sample or a sum of each block, as ``EACH`` says.
     """
@@ -169,7 +250,24 @@ def fused_kernel(
     for i in tl.static_range(len(TERMS)):
         exponent = number(numbers, low, TERMS[i][5] + EXPONENT)
         single, top, found = partition(t, classes, class_count, targets, reveal(ks[i]), TERMS[i][0], TERMS[i][1])
-        of_top, of_rest, exps = statistics(s, t, single, top, exponent, TERMS[i][0], TERMS[i][2], TERMS[i][3])
+        exps = ()
+        if AGAIN:
+            nothing = number(numbers, low, NOTHING)
+            of_top, of_rest = statistics_again(
+                s,
+                t,
+                class_count,
+                targets,
+                found,
+                exponent,
+                nothing,
+                TERMS[i][0],
+                TERMS[i][1],
+                TERMS[i][2],
+                TERMS[i][3],
+            )
+        else:
+            of_top, of_rest, exps = statistics(s, t, single, top, exponent, TERMS[i][0], TERMS[i][2], TERMS[i][3])
         of_single = of_rest
         if POKE:
             of_single = statistics_of_single(of_target[0], of_target[1])
@@ -192,10 +290,10 @@ def fused_kernel(
         values = values + of_parts
         if saved is not None:
             save_term(saved, samples, there, stats, coefficients, COLUMNS[1], TERMS[i][6])
-            store_columns(members, found, samples, there, COLUMNS[2], TERMS[i][7])
+            save_members(members, found, samples, there, COLUMNS[2], TERMS[i][7])
         if STANDARDIZE != BY_SAMPLE:
             coefficients = weigh(coefficients, weights, valid)
-        kept = kept + ((exps, single, top, stats, coefficients),)
+        kept = kept + ((stats, coefficients, found, exps, single, top),)
 
     write_results(tl.where(valid, loss * weights, 0.0), 0, losses, block, samples, there, 1, EACH)
     if parts is not None:
@@ -207,7 +305,10 @@ def fused_kernel(
     results = ()
     if STANDARDIZE == BY_SAMPLE:
         for c in tl.static_range(TILES):
-            results = results + (tile_gradient(kept, c, TERMS, POKE),)
+            result = tile_gradient(
+                s[c], t[c], classes[c], class_count, targets, kept, c, numbers, low, TERMS, POKE, AGAIN
+            )
+            results = results + (result,)
         high, factor, offset, slope = of_student
         slope = slope_of_sample(results, s, slope)
         of_student = (high, factor, offset, slope)
@@ -219,18 +320,25 @@ def fused_kernel(
             if STANDARDIZE == BY_SAMPLE:
                 result = chain(results[c], s[c], 0.0, slope[:, None], (factor * weights)[:, None])
             else:
-                result = tile_gradient(kept, c, TERMS, POKE)
+                result = tile_gradient(
+                    s[c], t[c], classes[c], class_count, targets, kept, c, numbers, low, TERMS, POKE, AGAIN
+                )
             if CE:
-                columns = (softmax[0][:, None], softmax[1][:, None])
-                result += softmax_gradient(raw[c], columns, of_entropy[:, None])
+                origin = softmax[0]
+                if AGAIN:
+                    origin += number(numbers, low, NOTHING)
+                result += softmax_gradient(raw[c], (origin[:, None], softmax[1][:, None]), of_entropy[:, None])
                 if not POKE:
                     result -= tl.where(at_target[c], of_entropy[:, None], 0.0)
-            of_tile = (outer, within, classes[c], class_count, valid, there, sizes)
+            of_tile = classes[c]
+            if AGAIN:
+                of_tile = tl.arange(0, BLOCK_C) + (c * BLOCK_C + WIDE * number(numbers, low, NOTHING).to(tl.int32))
+            of_tile = (outer, within, of_tile, class_count, valid, there, sizes)
             store_gradient(gradient, result, of_tile, gradient_strides, gradient_classes, AXIS, WIDE)
         if POKE:
             value = tl.zeros([BLOCK_N], dtype)
             for i in tl.static_range(len(TERMS)):
-                value += gradient_of_single(kept[i][3], kept[i][4])
+                value += gradient_of_single(kept[i][0], kept[i][1])
             if CE:
                 value += softmax_gradient(of_target[0], softmax, of_entropy) - of_entropy
             tl.debug_barrier()  # the tiles are written

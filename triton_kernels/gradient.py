@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 from kdkernels.triton_kernels.layout import CLASSES, multiple, offsets
-from kdkernels.triton_kernels.objective import by_rank, groups_of
+from kdkernels.triton_kernels.objective import by_rank, groups_of, has_single
 from kdkernels.triton_kernels.stats import LOG2E, power_of_single, start
 
 
@@ -19,8 +19,20 @@ def weigh(coefficients, weight, valid):
 
 
 @triton.jit
-def gradient_of(exps, top, coefficients, KIND: tl.constexpr, TILT: tl.constexpr):
-    """The gradient of one term in the logits it sees, from a tile's exponentials; 0 at its single class."""
+def gradient_of_single(stats, coefficients):
+    """That at the single class of each sample, from the statistics and coefficients of the groups."""
+    student, _, teacher = coefficients[0]
+    return power_of_single(stats[0][0]) * student - power_of_single(stats[0][1]) * teacher
+
+
+@triton.jit
+def gradient_of(
+    exps, single, top, stats, coefficients, KIND: tl.constexpr, TILT: tl.constexpr, WITH_SINGLE: tl.constexpr
+):
+    """The gradient of one term in the logits it sees, from a tile's exponentials.
+
+    Of the statistics, the origins are enough. Without ``WITH_SINGLE`` the single class gets 0.
+    """
     es, et, gap = exps
     GROUPS: tl.constexpr = groups_of(KIND)
     student, tilt, teacher = coefficients[GROUPS - 1]
@@ -30,18 +42,14 @@ def gradient_of(exps, top, coefficients, KIND: tl.constexpr, TILT: tl.constexpr)
         student = tl.where(top, of_top[0][:, None], student)
         tilt = tl.where(top, of_top[1][:, None], tilt)
         teacher = tl.where(top, of_top[2][:, None], teacher)
-    pull = et * -teacher
+    result = et * -teacher
     if TILT:
-        return tl.where(es > 0, es * tl.fma(gap, tilt, student), es) + pull
+        result += tl.where(es > 0, es * tl.fma(gap, tilt, student), es)
     else:
-        return tl.fma(es, student, pull)
-
-
-@triton.jit
-def gradient_of_single(stats, coefficients):
-    """That at the single class of each sample, from the statistics and coefficients of the groups."""
-    student, _, teacher = coefficients[0]
-    return power_of_single(stats[0][0]) * student - power_of_single(stats[0][1]) * teacher
+        result = tl.fma(es, student, result)
+    if has_single(KIND) and WITH_SINGLE:
+        result = tl.where(single, gradient_of_single(stats, coefficients)[:, None], result)
+    return result
 
 
 @triton.jit

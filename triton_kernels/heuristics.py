@@ -16,6 +16,8 @@ class Tile(NamedTuple):
     num_warps: int
     #: How many tiles of classes a program holds (the fused kernel only).
     tiles: int = 1
+    #: Whether it keeps their logits only, and computes the exponentials again for the gradient (likewise).
+    again: bool = False
 
 
 def power_of_two(number: int) -> int:
@@ -31,7 +33,7 @@ _LEAST_CLASSES = 16
 #: Rows that share a warp: tiles of classes that a thread has one after the other, if so many threads share a row.
 _SHORT_TILES, _SHORT_LANES = (4, 2, 1), 8
 #: Classes of one tile of a row that is worked on tile by tile.
-_TILE = 4096
+_TILE = 2048
 #: Threads of a warp, and samples next to one another that a program takes: each thread has one.
 _LANES = 32
 

@@ -265,6 +265,7 @@ def _fused(
         COLUMNS=problem.columns,
         EACH=each,
         TILES=tile.tiles,
+        AGAIN=tile.again,
         **_constants(m.layout, tile),
     )
     return rows, part_rows

@@ -16,7 +16,7 @@ _MAX_GROUPS = 3
 _ENCODED_HEADER, _ENCODED_TERM = 4, 5 + 4 * (1 + _MAX_GROUPS)
 
 # Where numbers are: those before the terms, and those of a term from its first one on.
-CE_WEIGHT, CORRECTION, EPS = (tl.constexpr(i) for i in range(3))
+CE_WEIGHT, CORRECTION, EPS, NOTHING = (tl.constexpr(i) for i in range(4))
 EXPONENT, MASS, GROUP = tl.constexpr(0), tl.constexpr(1), tl.constexpr(3)
 
 # How many columns there are of what forward keeps: before the terms, of a standardised sample, of a group; integers.
@@ -70,7 +70,7 @@ def unpack(encoded: tuple[float, ...], parts: bool, double: bool) -> Problem:
     if count not in (1, 2) or rest:
         raise ValueError(f"objective must be what Objective.encode() returns, got {len(encoded)} numbers")
     ce_weight, standardize, correction, eps = encoded[:_ENCODED_HEADER]
-    numbers = [ce_weight, correction, eps]
+    numbers = [ce_weight, correction, eps, 0.0]
     terms, ks = [], []
     part_count, members = 1, 0
     saved = SAVED_HEADER.value + (SAVED_SAMPLE.value if standardize == BY_SAMPLE.value else 0)

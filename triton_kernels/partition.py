@@ -3,12 +3,12 @@
 import triton
 import triton.language as tl
 from kdkernels.triton_kernels.objective import TARGET, TOP1_TOPK, TOPK, WHOLE
-from kdkernels.triton_kernels.select import first_best, key_of, leads, ranked, select
+from kdkernels.triton_kernels.select import first_best, leads, ranked, select
 
 
 @triton.jit
 def partition(teacher, classes, class_count, target, k, KIND: tl.constexpr, LARGEST: tl.constexpr):
-    """``(single, top, members)`` of whole rows; ``members`` tell the leading classes later.
+    """``(single, top, found)`` of whole rows; ``found`` tells :func:`masks_of` the leading classes later.
 
     ``teacher`` and ``classes``, ``single`` and ``top`` have one entry a tile.
     """
@@ -34,7 +34,21 @@ def partition(teacher, classes, class_count, target, k, KIND: tl.constexpr, LARG
             single, top = masks_of_rank(values[c], classes[c], bound, last, best, KIND)
             singles = singles + (single,)
             tops = tops + (top,)
-        return singles, tops, (key_of(bound), last, best)
+        return singles, tops, (bound, last, best)
+
+
+@triton.jit
+def masks_of(teacher, classes, class_count, target, found, KIND: tl.constexpr, LARGEST: tl.constexpr):
+    """``(single, top)`` of one tile, from what was found in the whole rows."""
+    if KIND == WHOLE:
+        everything = teacher == teacher
+        return everything, everything
+    elif KIND == TARGET:
+        single = classes[None, :] == target[:, None]
+        return single, single
+    else:
+        values = ranked(teacher, (classes < class_count)[None, :], LARGEST)
+        return masks_of_rank(values, classes, found[0], found[1], found[2], KIND)
 
 
 @triton.jit

@@ -10,12 +10,10 @@ import triton.language as tl
 from kdkernels.triton_kernels.objective import (
     MEMBERS,
     SAVED_GROUP,
-    TARGET,
-    WHOLE,
+    by_rank,
     groups_of,
 )
-from kdkernels.triton_kernels.partition import masks_of_rank
-from kdkernels.triton_kernels.select import ranked, value_of
+from kdkernels.triton_kernels.select import key_of, value_of
 
 
 @triton.jit
@@ -55,28 +53,17 @@ def load_term(saved, samples, there, COLUMNS: tl.constexpr, first: tl.constexpr,
 
 
 @triton.jit
-def partition_again(
-    teacher,
-    classes,
-    class_count,
-    targets,
-    members,
-    samples,
-    there,
-    COLUMNS: tl.constexpr,
-    first: tl.constexpr,
-    KIND: tl.constexpr,
-    LARGEST: tl.constexpr,
-):
-    """``(single, top)`` of any tile, from the integers that were kept."""
-    if KIND == WHOLE:
-        everything = teacher == teacher
-        return everything, everything
-    elif KIND == TARGET:
-        single = classes[None, :] == targets[:, None]
-        return single, single
-    else:
-        values = ranked(teacher, (classes < class_count)[None, :], LARGEST)
+def save_members(members, found, samples, there, COLUMNS: tl.constexpr, first: tl.constexpr):
+    """The columns of what tells a term's leading classes."""
+    if len(found) > 0:
+        store_columns(members, (key_of(found[0]), found[1], found[2]), samples, there, COLUMNS, first)
+
+
+@triton.jit
+def load_members(members, samples, there, COLUMNS: tl.constexpr, first: tl.constexpr, KIND: tl.constexpr, dtype):
+    """Reads it again."""
+    if by_rank(KIND):
         key, last, best = load_columns(members, samples, there, COLUMNS, first, MEMBERS)
-        bound = value_of(key.to(tl.int64 if values.dtype == tl.float64 else tl.int32))
-        return masks_of_rank(values, classes, bound, last.to(tl.int32), best.to(tl.int32), KIND)
+        return value_of(key.to(tl.int64 if dtype == tl.float64 else tl.int32)), last.to(tl.int32), best.to(tl.int32)
+    else:
+        return ()

@@ -135,7 +135,8 @@ def select(values, classes, k):
 @triton.jit
 def leads(values, classes, bound, last):
     """Whether each class is among the best, from what :func:`select` found."""
-    return (values > bound[:, None]) | ((values == bound[:, None]) & (classes[None, :] <= last[:, None]))
+    above = value_of(key_of(bound) + 1)
+    return values >= tl.where(classes[None, :] <= last[:, None], bound[:, None], above[:, None])
 
 
 @triton.jit

@@ -20,9 +20,9 @@ from kdkernels.triton_kernels.objective import (
     has_single,
     number,
 )
-from kdkernels.triton_kernels.partition import group_sizes, masks_of_rank
+from kdkernels.triton_kernels.partition import group_sizes, masks_of, masks_of_rank
 from kdkernels.triton_kernels.samples import read_factor, read_samples, write_results
-from kdkernels.triton_kernels.saved import partition_again, save_term, store_columns
+from kdkernels.triton_kernels.saved import load_members, save_members, save_term, store_columns
 from kdkernels.triton_kernels.select import first_best, key_of, leads, middle_of, ranked, select, value_of
 from kdkernels.triton_kernels.stats import (
     groups_with,
@@ -141,19 +141,8 @@ def split_kernel(
                 stats, (tl.sum(aside.to(tl.int32), 1),), row, there, PART, part_column(TERMS, i, ASIDE, _COUNT)
             )
         else:
-            single, top = partition_again(
-                t,
-                classes,
-                class_count,
-                targets,
-                members,
-                samples,
-                there,
-                COLUMNS[2],
-                TERMS[i][7],
-                TERMS[i][0],
-                TERMS[i][1],
-            )
+            found = load_members(members, samples, there, COLUMNS[2], TERMS[i][7], TERMS[i][0], dtype)
+            single, top = masks_of(t, classes, class_count, targets, found, TERMS[i][0], TERMS[i][1])
             of_top, of_rest, _ = statistics(
                 (s,), (t,), (single,), (top,), exponent, TERMS[i][0], TERMS[i][2], TERMS[i][3]
             )
@@ -278,7 +267,7 @@ def merge_kernel(
             taken = leads(ranks, position, bound, last) & (ranks == bound[:, None]) & inside
             last = tl.max(tl.where(taken, of_class, -1), 1)
             best = tl.sum(tl.where(position[None, :] == best[:, None], of_class, 0), 1)
-            store_columns(members, (key_of(bound), last, best), samples, there, COLUMNS[2], TERMS[i][7])
+            save_members(members, (bound, last, best), samples, there, COLUMNS[2], TERMS[i][7])
         else:
             if has_single(TERMS[i][0]):
                 of_student = tl.load(stats + row * PART + part_column(TERMS, i, ASIDE, _SINGLE), mask=mask, other=0.0)
@@ -465,4 +454,4 @@ def select_kernel(
             index = first_best((values,), (classes,))
             best = tl.where(of_tile > best_value, index, best)
             best_value = tl.maximum(best_value, of_tile)
-    store_columns(members, (low, last, best), samples, there, COLUMNS[2], TERM[7])
+    save_members(members, (bound, last, best), samples, there, COLUMNS[2], TERM[7])

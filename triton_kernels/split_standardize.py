@@ -7,7 +7,7 @@ from kdkernels.triton_kernels.objective import CORRECTION, EPS, SAVED_HEADER, nu
 from kdkernels.triton_kernels.samples import read_samples
 from kdkernels.triton_kernels.saved import load_columns, store_columns
 from kdkernels.triton_kernels.standardize import sample_moments, standardization_of_sample
-from kdkernels.triton_kernels.stats import total
+from kdkernels.triton_kernels.stats import totals
 from kdkernels.triton_kernels.sweep import read_kept, standardized_tile, term_gradients
 
 MOMENTS = tl.constexpr(3)  # count, mean and sum of squared deviations
@@ -117,7 +117,7 @@ def products_kernel(
     t = standardized_tile(t, 1, at, samples, saved, saved, COLUMNS, STANDARDIZE)
     one = tl.zeros_like(weights) + 1.0
     gradient = term_gradients(s, t, at, samples, targets, one, saved, members, numbers, low, TERMS, COLUMNS)
-    product = total(tl.where(s == float("-inf"), 0.0, gradient * s))
+    product = totals((tl.where(s == float("-inf"), 0.0, gradient * s),))
     store_columns(products, (product,), samples * parts + part, there, 1, 0)
 
 

@@ -17,8 +17,8 @@ import triton.language as tl
 from kdkernels.triton_kernels.objective import TARGET, TOP1_TOPK, TOPK, by_rank, has_single
 
 LOG2E = tl.constexpr(1.4426950408889634)
-# Classes that are added up in float32 before the sum goes on in float64. Rounding must average out over many
-# such chunks, and conversions cost: first those that a thread has loaded at a time, in long rows over its loads, too.
+# Classes that are added up in float32 before the sum goes on in float64. Rounding must average out over many such
+# chunks, and conversions cost: first those that a thread has loaded at a time, in long rows over its loads, too.
 CHUNK = tl.constexpr(8)
 LOADS = tl.constexpr(4)
 
@@ -30,17 +30,26 @@ def start(origin):
 
 
 @triton.jit
-def total(x):
-    """The sum over the classes of a tile, in float64."""
-    N: tl.constexpr = x.shape[0]
-    C: tl.constexpr = x.shape[1]
-    if x.dtype == tl.float64 or C < 16 * CHUNK:
-        return tl.sum(x.to(tl.float64), 1)
-    elif C < 64 * LOADS * CHUNK:
-        return tl.sum(tl.sum(tl.reshape(x, [N, C // CHUNK, CHUNK]), 2).to(tl.float64), 1)
+def total(sum_, TILES: tl.constexpr):
+    """The sum over the classes, in float64, of the sum of so many tiles."""
+    N: tl.constexpr = sum_.shape[0]
+    C: tl.constexpr = sum_.shape[1]
+    if sum_.dtype == tl.float64 or C < 16 * CHUNK:
+        return tl.sum(sum_.to(tl.float64), 1)
+    elif TILES > 1 or C < 64 * LOADS * CHUNK:
+        return tl.sum(tl.sum(tl.reshape(sum_, [N, C // CHUNK, CHUNK]), 2).to(tl.float64), 1)
     else:
-        x = tl.sum(tl.reshape(x, [N, LOADS, C // LOADS]), 1)
-        return tl.sum(tl.sum(tl.reshape(x, [N, C // LOADS // CHUNK, CHUNK]), 2).to(tl.float64), 1)
+        sum_ = tl.sum(tl.reshape(sum_, [N, LOADS, C // LOADS]), 1)
+        return tl.sum(tl.sum(tl.reshape(sum_, [N, C // LOADS // CHUNK, CHUNK]), 2).to(tl.float64), 1)
+
+
+@triton.jit
+def totals(tiles):
+    """The sum over the classes of all tiles, in float64."""
+    sum_ = tiles[0]
+    for c in tl.static_range(1, len(tiles)):
+        sum_ += tiles[c]
+    return total(sum_, len(tiles))
 
 
 @triton.jit
@@ -82,34 +91,35 @@ def maxima(tiles):
 
 
 @triton.jit
-def totals(tiles):
-    """The sum of each row over all of its tiles, in float64."""
-    sum_ = tiles[0]
-    for c in tl.static_range(1, len(tiles)):
-        sum_ += tiles[c]
-    return total(sum_)
+def logits_of_groups(student, teacher, single, top, KIND: tl.constexpr):
+    """The logits of the rest and, where there is one, of the top group of one tile; the others masked."""
+    if has_single(KIND):
+        student, teacher = without(student, single), without(teacher, single)
+    if by_rank(KIND):
+        of_top = tl.where(top, student, float("-inf")), tl.where(top, teacher, float("-inf"))
+        return (without(student, top), without(teacher, top)) + of_top
+    else:
+        return student, teacher
 
 
 @triton.jit
-def origins_of(student, teacher, single, top, KIND: tl.constexpr):
-    """Maxima of the top group (where there is one) and of the rest: a pair of pairs."""
-    top_student = ()
-    top_teacher = ()
-    rest_student = ()
-    rest_teacher = ()
-    for c in tl.static_range(len(student)):
-        s, t = student[c], teacher[c]
-        if has_single(KIND):
-            s, t = without(s, single[c]), without(t, single[c])
-        if by_rank(KIND):
-            top_student = top_student + (tl.where(top[c], s, float("-inf")),)
-            top_teacher = top_teacher + (tl.where(top[c], t, float("-inf")),)
-            s, t = without(s, top[c]), without(t, top[c])
-        rest_student = rest_student + (s,)
-        rest_teacher = rest_teacher + (t,)
-    of_rest = (maxima(rest_student), maxima(rest_teacher))
-    if by_rank(KIND):
-        return (maxima(top_student), maxima(top_teacher)), of_rest
+def larger(largest, logits):
+    """Maxima over the tiles so far, at each place; one entry each of :func:`logits_of_groups`."""
+    if len(largest) == 0:
+        return logits
+    else:
+        maxima_ = ()
+        for i in tl.static_range(len(largest)):
+            maxima_ = maxima_ + (tl.maximum(largest[i], logits[i]),)
+        return maxima_
+
+
+@triton.jit
+def origins_from(largest):
+    """Origins of the top group (where there is one) and of the rest, a pair of pairs, from all tiles' maxima."""
+    of_rest = (tl.max(largest[0], 1), tl.max(largest[1], 1))
+    if len(largest) > 2:
+        return (tl.max(largest[2], 1), tl.max(largest[3], 1)), of_rest
     else:
         return of_rest, of_rest
 
@@ -128,7 +138,15 @@ def exponentials(student, teacher, single, top, of_top, of_rest, k, KIND: tl.con
 
 
 @triton.jit
-def summands(exps, mask, MASKED: tl.constexpr, FORWARD: tl.constexpr, REVERSE: tl.constexpr):
+def fold(x):
+    if x.shape[1] == 2048:
+        return tl.sum(tl.reshape(x, [x.shape[0], x.shape[1] // 4, 4]), 2)
+    else:
+        return x
+
+
+@triton.jit
+def summands_of(exps, mask, MASKED: tl.constexpr, FORWARD: tl.constexpr, REVERSE: tl.constexpr):
     """What a tile adds to the four sums of the classes in ``mask`` (if ``MASKED``; else of all).
 
     A class without probability adds nothing, however infinite its gap.
@@ -141,24 +159,52 @@ def summands(exps, mask, MASKED: tl.constexpr, FORWARD: tl.constexpr, REVERSE: t
         of_teacher = et * tl.where(et > 0, gap, 0.0)
     if REVERSE:
         of_student = es * tl.where(es > 0, gap, 0.0)
-    return (es, et, of_teacher, of_student)
+    return fold(es), fold(et), fold(of_teacher), fold(of_student)
 
 
 @triton.jit
-def add_up(parts, FORWARD: tl.constexpr, REVERSE: tl.constexpr):
-    """The four sums over all tiles of a row, in float64."""
-    sum_ = parts[0]
-    for c in tl.static_range(1, len(parts)):
-        part = parts[c]
-        sum_ = (sum_[0] + part[0], sum_[1] + part[1], sum_[2] + part[2], sum_[3] + part[3])
-    student_sum, teacher_sum = total(sum_[0]), total(sum_[1])
+def summands(exps, top, KIND: tl.constexpr, FORWARD: tl.constexpr, REVERSE: tl.constexpr):
+    """The summands of a tile: those of the rest and, where there is one, of the top group."""
+    if by_rank(KIND):
+        return summands_of(exps, top == 0, True, FORWARD, REVERSE), summands_of(exps, top, True, FORWARD, REVERSE)
+    else:
+        return (summands_of(exps, top, False, FORWARD, REVERSE),)
+
+
+@triton.jit
+def add(sums, parts):
+    """Sums of the summands of all groups, tile after tile: the fewer are waiting, the fewer registers they take."""
+    if len(sums) == 0:
+        return parts
+    else:
+        groups = ()
+        for g in tl.static_range(len(sums)):
+            a, b = sums[g], parts[g]
+            groups = groups + ((a[0] + b[0], a[1] + b[1], a[2] + b[2], a[3] + b[3]),)
+        return groups
+
+
+@triton.jit
+def totals_of_group(sums, TILES: tl.constexpr, FORWARD: tl.constexpr, REVERSE: tl.constexpr):
+    """A group's four sums over all classes, in float64."""
+    student_sum, teacher_sum = total(sums[0], TILES), total(sums[1], TILES)
     zero = tl.zeros_like(student_sum)
     teacher_gap, student_gap = zero, zero
     if FORWARD:
-        teacher_gap = total(sum_[2])
+        teacher_gap = total(sums[2], TILES)
     if REVERSE:
-        student_gap = total(sum_[3])
+        student_gap = total(sums[3], TILES)
     return (student_sum, teacher_sum, teacher_gap, student_gap)
+
+
+@triton.jit
+def statistics_from(of_top, of_rest, sums, TILES: tl.constexpr, FORWARD: tl.constexpr, REVERSE: tl.constexpr):
+    """``(statistics of top, statistics of rest)`` from their origins and the sums over so many tiles."""
+    of_rest = of_rest + totals_of_group(sums[0], TILES, FORWARD, REVERSE)
+    if len(sums) > 1:
+        return of_top + totals_of_group(sums[1], TILES, FORWARD, REVERSE), of_rest
+    else:
+        return of_rest, of_rest
 
 
 @triton.jit
@@ -167,23 +213,18 @@ def statistics(student, teacher, single, top, k, KIND: tl.constexpr, FORWARD: tl
 
     Arguments and exponentials have one entry a tile; top's statistics are rest's where there is no top.
     """
-    of_top, of_rest = origins_of(student, teacher, single, top, KIND)
+    largest = ()
+    for c in tl.static_range(len(student)):
+        largest = larger(largest, logits_of_groups(student[c], teacher[c], single[c], top[c], KIND))
+    of_top, of_rest = origins_from(largest)
     exps = ()
-    inside = ()
-    outside = ()
+    sums = ()
     for c in tl.static_range(len(student)):
         of_tile = exponentials(student[c], teacher[c], single[c], top[c], of_top, of_rest, k, KIND)
         exps = exps + (of_tile,)
-        if by_rank(KIND):
-            inside = inside + (summands(of_tile, top[c], True, FORWARD, REVERSE),)
-            outside = outside + (summands(of_tile, top[c] == 0, True, FORWARD, REVERSE),)
-        else:
-            outside = outside + (summands(of_tile, top[c], False, FORWARD, REVERSE),)
-    of_rest = of_rest + add_up(outside, FORWARD, REVERSE)
-    if by_rank(KIND):
-        return of_top + add_up(inside, FORWARD, REVERSE), of_rest, exps
-    else:
-        return of_rest, of_rest, exps
+        sums = add(sums, summands(of_tile, top[c], KIND, FORWARD, REVERSE))
+    of_top, of_rest = statistics_from(of_top, of_rest, sums, len(student), FORWARD, REVERSE)
+    return of_top, of_rest, exps
 
 
 @triton.jit

@@ -5,7 +5,6 @@ import triton.language as tl
 from kdkernels.triton_kernels.gradient import (
     chain,
     gradient_of,
-    gradient_of_single,
     softmax_gradient,
     store_gradient,
     weigh,
@@ -17,10 +16,10 @@ from kdkernels.triton_kernels.objective import (
     CE_WEIGHT,
     EXPONENT,
     SAVED_HEADER,
-    has_single,
     number,
 )
-from kdkernels.triton_kernels.saved import load_columns, load_term, partition_again
+from kdkernels.triton_kernels.partition import masks_of
+from kdkernels.triton_kernels.saved import load_columns, load_members, load_term
 from kdkernels.triton_kernels.standardize import (
     FACTOR,
     LEVEL,
@@ -75,9 +74,8 @@ def term_gradients(
     result = s
     for i in tl.static_range(len(TERMS)):
         origins, coefficients = load_term(saved, samples, there, COLUMNS[1], TERMS[i][6], TERMS[i][0])
-        single, top = partition_again(
-            t, classes, class_count, targets, members, samples, there, COLUMNS[2], TERMS[i][7], TERMS[i][0], TERMS[i][1]
-        )
+        found = load_members(members, samples, there, COLUMNS[2], TERMS[i][7], TERMS[i][0], t.dtype)
+        single, top = masks_of(t, classes, class_count, targets, found, TERMS[i][0], TERMS[i][1])
         exponent = number(numbers, low, TERMS[i][5] + EXPONENT)
         of_rest = origins[len(origins) - 1]
         of_top = of_rest
@@ -85,9 +83,7 @@ def term_gradients(
             of_top = origins[len(origins) - 2]
         exps = exponentials(s, t, single, top, of_top, of_rest, exponent, TERMS[i][0])
         coefficients = weigh(coefficients, weights, valid)
-        of_term = gradient_of(exps, top, coefficients, TERMS[i][0], TERMS[i][4])
-        if has_single(TERMS[i][0]):
-            of_term = tl.where(single, gradient_of_single(origins, coefficients)[:, None], of_term)
+        of_term = gradient_of(exps, single, top, origins, coefficients, TERMS[i][0], TERMS[i][4], True)
         if i == 0:
             result = of_term
         else:
