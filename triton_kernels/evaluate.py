@@ -146,7 +146,8 @@ def evaluate(
         forward, reverse = zero, zero
         log_ratio = tl.zeros(student_sum.shape, tl.float64)  # of the sums; those of a single class are 1
         if g > 0 or not has_single(KIND):
-            log_ratio = log(tl.where(no_teacher, 1.0, teacher_sum) / tl.where(no_student, 1.0, student_sum), LOG_TERMS)
+            ratio = tl.where(no_teacher, 1.0, teacher_sum) * tl.where(no_student, 1.0, student_inverse)
+            log_ratio = log(ratio, LOG_TERMS)
         if FORWARD:
             difference = teacher_gap * teacher_inverse * nats - log_ratio
             forward = tl.where(no_teacher | (sizes[g] == 1), 0.0, tl.where(no_student, float("inf"), difference))

@@ -42,6 +42,7 @@ from kdkernels.triton_kernels.standardize import (
 from kdkernels.triton_kernels.stats import (
     add,
     exponentials,
+    folded,
     groups_with,
     larger,
     logits_of_groups,
@@ -62,10 +63,11 @@ def masks_again(t, c: tl.constexpr, class_count, targets, found, nothing, KIND: 
 
     ``nothing`` is 0, which the compiler does not know: it would keep what was computed before in registers.
     """
-    classes = tl.arange(0, t.shape[1]) + (c * t.shape[1] + nothing.to(tl.int32))
+    begin = c * t.shape[1] + nothing.to(tl.int32)
     if by_rank(KIND):
-        found = (found[0] + nothing, found[1], found[2])
-    return masks_of(t, classes, class_count, targets, found, KIND, LARGEST)
+        found = (found[0] + nothing, found[1] - begin, found[2] - begin)
+    classes = tl.arange(0, t.shape[1])
+    return masks_of(t, classes, class_count - begin, targets - begin, found, KIND, LARGEST)
 
 
 @triton.jit
@@ -100,7 +102,7 @@ def statistics_again(
     for c in tl.static_range(len(s)):
         single, top = masks_again(t[c], c, class_count, targets, found, 2 * nothing, KIND, LARGEST)
         exps = exponentials(s[c], t[c], single, top, of_top, of_rest, exponent, KIND)
-        sums = add(sums, summands(exps, top, KIND, FORWARD, REVERSE))
+        sums = add(sums, folded(summands(exps, top, KIND, FORWARD, REVERSE)))
     return statistics_from(of_top, of_rest, sums, len(s), FORWARD, REVERSE)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 from kdkernels.triton_kernels.layout import SAMPLES, Layout
@@ -32,8 +33,6 @@ _MOST_WARPS = 16
 _LEAST_CLASSES = 16
 #: Rows that share a warp: tiles of classes that a thread has one after the other, if so many threads share a row.
 _SHORT_TILES, _SHORT_LANES = (4, 2, 1), 8
-#: Classes of one tile of a row that is worked on tile by tile.
-_TILE = 2048
 #: Threads of a warp, and samples next to one another that a program takes: each thread has one.
 _LANES = 32
 
@@ -44,14 +43,23 @@ def live_numbers(problem: Problem) -> float:
     for term in problem.terms:
         numbers += 3 if term.reverse else 2
         numbers += {WHOLE.value: 0.0, TARGET.value: 0.5, TOPK.value: 3.0, TOP1_TOPK.value: 5.0}[term.kind]
-    numbers += 0.5 if problem.ce else 0
-    numbers += {0: 0, BY_CLASS.value: 2, BY_SAMPLE.value: 8}[problem.standardize]
+    numbers += 1 if problem.ce else 0
+    numbers += {0: 0, BY_CLASS.value: 4, BY_SAMPLE.value: 11}[problem.standardize]
     return 2.5 * numbers if problem.low else numbers
 
 
-def fits(problem: Problem, per_thread: int, num_warps: int) -> bool:
-    """Whether threads that hold so many elements of one sample have registers enough."""
-    need = _FIXED_REGISTERS + per_thread * live_numbers(problem)
+def live_logits(problem: Problem, wide: int) -> float:
+    """The same where only logits are kept and the exponentials computed again; only one term's masks come cheap."""
+    (term, *others) = problem.terms
+    if others or problem.standardize or problem.low or (term.kind == TOP1_TOPK.value and term.reverse):
+        return math.inf
+    ranked = term.kind in (TOPK.value, TOP1_TOPK.value)
+    return 4 if ranked and (term.reverse or term.kind == TOP1_TOPK.value or problem.ce or wide > 4) else 3
+
+
+def fits(live: float, per_thread: int, num_warps: int) -> bool:
+    """Whether threads have registers enough for so many elements of one sample and so many numbers of each."""
+    need = _FIXED_REGISTERS + per_thread * live
     return num_warps <= _MOST_WARPS and need <= (255 if num_warps <= 8 else 128)
 
 
@@ -59,23 +67,28 @@ def fused_tile(layout: Layout, problem: Problem) -> Tile | None:
     """The tile of the fused kernel; None where a sample's classes do not fit on chip.
 
     What is known of a sample takes registers, too, and time: rows share a warp only where each thread still has one
-    (short ones, in whose program every warp has some rows of its own).
-    32 elements a thread share what every thread does once a row; fewer where the objective needs many registers, 64
-    where the row would not fit otherwise.
+    (short ones, in whose program every warp has some rows of its own). 32 elements a thread share what every thread
+    does once a row; fewer where the objective needs many registers. A row that would not fit otherwise is computed
+    twice from its logits, tile by tile.
     """
     block_c = max(power_of_two(layout.gradient_classes), _LEAST_CLASSES)
+    live = live_numbers(problem)
     if layout.axis != SAMPLES.value:
         for tiles in _SHORT_TILES:
             tile_c = block_c // tiles
             lanes = tile_c // layout.wide
-            if (tiles == 1 or lanes >= _SHORT_LANES) and lanes <= _LANES and fits(problem, tiles * layout.wide, 4):
+            if (tiles == 1 or lanes >= _SHORT_LANES) and lanes <= _LANES and fits(live, tiles * layout.wide, 4):
                 return Tile(4 * _LANES // lanes, tile_c, 4, tiles)
     block_n = _LANES if layout.axis == SAMPLES.value else 1
-    for per_thread in (_PER_THREAD, _PER_THREAD // 2, _PER_THREAD // 4, _PER_THREAD // 8, 2 * _PER_THREAD):
+    for per_thread in (_PER_THREAD, _PER_THREAD // 2, _PER_THREAD // 4, _PER_THREAD // 8):
         num_warps = max(block_n * block_c // (_LANES * per_thread), 1)
-        if fits(problem, per_thread, num_warps):
-            tiles = max(block_c // _TILE, 1) if per_thread > _PER_THREAD else 1
-            return Tile(block_n, block_c // tiles, num_warps, tiles)
+        if fits(live, per_thread, num_warps):
+            return Tile(block_n, block_c, num_warps)
+    for per_thread in (_PER_THREAD, 2 * _PER_THREAD):
+        num_warps = block_c // (_LANES * per_thread)
+        if layout.axis != SAMPLES.value and num_warps == 8 and fits(live_logits(problem, layout.wide), per_thread, 8):
+            tile_c = 8 * _LANES * max(layout.wide, 4)
+            return Tile(1, tile_c, 8, block_c // tile_c, again=True)
     return None
 
 
@@ -99,7 +112,7 @@ def sum_warps(block: int) -> int:
 
 def split_tile(layout: Layout, problem: Problem) -> Tile:
     """The part of some samples whose statistics a program takes. Small parts fill a GPU even with one sample."""
-    per_thread = _PER_THREAD // 2 if fits(problem, _PER_THREAD // 2, 4) else _PER_THREAD // 4
+    per_thread = _PER_THREAD // 2 if fits(live_numbers(problem), _PER_THREAD // 2, 4) else _PER_THREAD // 4
     return _spread(layout, 8 * _LANES * per_thread, per_thread)
 
 

@@ -20,7 +20,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 # Classes that are added up in float32 before the sum goes on in float64. Rounding must average out over many such
 # chunks, and conversions cost: first those that a thread has loaded at a time, in long rows over its loads, too.
 CHUNK = tl.constexpr(8)
-LOADS = tl.constexpr(4)
+LOADS, FOLD = tl.constexpr(4), tl.constexpr(4)
 
 
 @triton.jit
@@ -138,14 +138,6 @@ def exponentials(student, teacher, single, top, of_top, of_rest, k, KIND: tl.con
 
 
 @triton.jit
-def fold(x):
-    if x.shape[1] == 2048:
-        return tl.sum(tl.reshape(x, [x.shape[0], x.shape[1] // 4, 4]), 2)
-    else:
-        return x
-
-
-@triton.jit
 def summands_of(exps, mask, MASKED: tl.constexpr, FORWARD: tl.constexpr, REVERSE: tl.constexpr):
     """What a tile adds to the four sums of the classes in ``mask`` (if ``MASKED``; else of all).
 
@@ -159,7 +151,7 @@ def summands_of(exps, mask, MASKED: tl.constexpr, FORWARD: tl.constexpr, REVERSE
         of_teacher = et * tl.where(et > 0, gap, 0.0)
     if REVERSE:
         of_student = es * tl.where(es > 0, gap, 0.0)
-    return fold(es), fold(et), fold(of_teacher), fold(of_student)
+    return es, et, of_teacher, of_student
 
 
 @triton.jit
@@ -169,6 +161,22 @@ def summands(exps, top, KIND: tl.constexpr, FORWARD: tl.constexpr, REVERSE: tl.c
         return summands_of(exps, top == 0, True, FORWARD, REVERSE), summands_of(exps, top, True, FORWARD, REVERSE)
     else:
         return (summands_of(exps, top, False, FORWARD, REVERSE),)
+
+
+@triton.jit
+def fold(x):
+    """Sums of neighbours, which one thread has."""
+    return tl.sum(tl.reshape(x, [x.shape[0], x.shape[1] // FOLD, FOLD]), 2)
+
+
+@triton.jit
+def folded(parts):
+    """The summands of all groups, folded: fewer numbers to carry on."""
+    groups = ()
+    for g in tl.static_range(len(parts)):
+        a = parts[g]
+        groups = groups + ((fold(a[0]), fold(a[1]), fold(a[2]), fold(a[3])),)
+    return groups
 
 
 @triton.jit
