@@ -26,10 +26,10 @@ def power_of_two(number: int) -> int:
     return 1 << max(number - 1, 0).bit_length()
 
 
-# A program's elements are in registers, of which a thread has 255, or 128 where 16 warps share them.
+# A program's elements are in registers, of which a thread has 255 if no more than 8 warps share them.
 _FIXED_REGISTERS = 60
 _PER_THREAD = 32
-_MOST_WARPS = 16
+_MOST_WARPS = 8
 _LEAST_CLASSES = 16
 #: Rows that share a warp: tiles of classes that a thread has one after the other, if so many threads share a row.
 _SHORT_TILES, _SHORT_LANES = (4, 2, 1), 8
@@ -59,8 +59,7 @@ def live_logits(problem: Problem, wide: int) -> float:
 
 def fits(live: float, per_thread: int, num_warps: int) -> bool:
     """Whether threads have registers enough for so many elements of one sample and so many numbers of each."""
-    need = _FIXED_REGISTERS + per_thread * live
-    return num_warps <= _MOST_WARPS and need <= (255 if num_warps <= 8 else 128)
+    return num_warps <= _MOST_WARPS and _FIXED_REGISTERS + per_thread * live <= 255
 
 
 def fused_tile(layout: Layout, problem: Problem) -> Tile | None:
@@ -72,7 +71,7 @@ def fused_tile(layout: Layout, problem: Problem) -> Tile | None:
     twice from its logits, tile by tile.
     """
     block_c = max(power_of_two(layout.gradient_classes), _LEAST_CLASSES)
-    live = live_numbers(problem)
+    live = live_numbers(problem) + (1.5 if layout.axis == SAMPLES.value else 0)  # each class has its own address there
     if layout.axis != SAMPLES.value:
         for tiles in _SHORT_TILES:
             tile_c = block_c // tiles
@@ -86,9 +85,13 @@ def fused_tile(layout: Layout, problem: Problem) -> Tile | None:
             return Tile(block_n, block_c, num_warps)
     for per_thread in (_PER_THREAD, 2 * _PER_THREAD):
         num_warps = block_c // (_LANES * per_thread)
-        if layout.axis != SAMPLES.value and num_warps == 8 and fits(live_logits(problem, layout.wide), per_thread, 8):
-            tile_c = 8 * _LANES * max(layout.wide, 4)
-            return Tile(1, tile_c, 8, block_c // tile_c, again=True)
+        if (
+            layout.axis != SAMPLES.value
+            and num_warps == _MOST_WARPS
+            and fits(live_logits(problem, layout.wide), per_thread, num_warps)
+        ):
+            tile_c = num_warps * _LANES * max(layout.wide, 4)
+            return Tile(1, tile_c, num_warps, block_c // tile_c, again=True)
     return None
 
 
@@ -125,7 +128,7 @@ def sets_aside(split: int, tile: Tile, problem: Problem) -> bool:
 def merge_tile(split: int, k: int) -> Tile:
     """Samples, and candidates of each (or parts), that a program merges: few sizes, as that code is long."""
     block_c = next((size for size in _MERGE_SIZES if size >= split * k), power_of_two(split * k))
-    return Tile(max(_LANES // block_c, 1), block_c, min(max(block_c // 128, 1), _MOST_WARPS))
+    return Tile(max(_LANES // block_c, 1), block_c, min(max(block_c // 128, 1), 16))
 
 
 def sweep_tile(layout: Layout, problem: Problem) -> Tile:

@@ -50,7 +50,12 @@ class Matrices(NamedTuple):
 
 
 def _matrices(
-    student: Tensor, teacher: Tensor, class_dim: int, num_classes: int, gradient: Tensor | None = None
+    student: Tensor,
+    teacher: Tensor,
+    class_dim: int,
+    num_classes: int,
+    gradient: Tensor | None = None,
+    wide: bool = True,
 ) -> Matrices:
     dtypes = student.dtype, teacher.dtype
     tensors = (student, teacher, student if gradient is None else gradient)
@@ -60,7 +65,7 @@ def _matrices(
         class_dim,
         num_classes,
         tuple(tensor.element_size() for tensor in tensors),
-        all(tensor.data_ptr() % 16 == 0 for tensor in tensors),
+        wide and all(tensor.data_ptr() % 16 == 0 for tensor in tensors),
     )
     dtype = torch.float64 if torch.float64 in dtypes else torch.float32
     return Matrices(student, teacher, gradient, layout, dtype)
@@ -497,8 +502,8 @@ def class_moments(
     ignore_index: int,
 ) -> Tensor:
     """See :meth:`kdkernels.ops.Ops.class_moments`."""
-    m = _matrices(student, teacher, class_dim, num_classes)
-    layout = m.layout._replace(wide=1)  # much is known of a class: a thread has one at a time
+    m = _matrices(student, teacher, class_dim, num_classes, wide=False)  # much is known of a class: one a thread
+    layout = m.layout
     moments = m.new(2, 3, num_classes, dtype=torch.float64)
     if layout.samples == 0:
         return moments.zero_()
@@ -542,8 +547,8 @@ def class_sums(
     num_classes: int,
 ) -> Tensor:
     """See :meth:`kdkernels.ops.Ops.class_sums`."""
-    m = _matrices(student, teacher, class_dim, num_classes)
-    layout = m.layout._replace(wide=1)  # much is known of a class: a thread has one at a time
+    m = _matrices(student, teacher, class_dim, num_classes, wide=False)  # much is known of a class: one a thread
+    layout = m.layout
     problem = unpack(tuple(objective), False, m.dtype == torch.float64)
     sums = m.new(2, num_classes, dtype=torch.float64)
     if layout.samples == 0:
