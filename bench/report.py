@@ -66,6 +66,7 @@ class Row:
     times_faster_than_eager: float | None = None
     times_faster_than_compile: float | None = None
     times_the_floor: float | None = None
+    times_the_bound: float | None = None
     cpu_used_by_others: float | None = None
     peak_extra_megabytes: float | None = None
     peak_extra_matrices: float | None = None
@@ -91,12 +92,12 @@ def case_table(case: Case, rows: list[Row]) -> str:
     """All figures of a case as text."""
     lines = []
     for phase in (FORWARD, TRAINING):
-        lines += [[f"{phase}:"] + [""] * 8]
+        lines += [[f"{phase}:"] + [""] * 9]
         for row in rows:
             if row.phase != phase:
                 continue
             if row.status != "ok":
-                lines.append([f"  {row.contender}", row.status.split(":", maxsplit=1)[0], *[""] * 7])
+                lines.append([f"  {row.contender}", row.status.split(":", maxsplit=1)[0], *[""] * 8])
                 continue
             memory = "-"
             if row.peak_extra_matrices is not None:
@@ -110,11 +111,13 @@ def case_table(case: Case, rows: list[Row]) -> str:
                     show(row.times_faster_than_eager),
                     show(row.times_faster_than_compile),
                     show(row.times_the_floor),
+                    show(row.times_the_bound),
                     memory,
                     show(row.first_call_seconds),
                 ]
             )
-    header = ["", "ms", "20..80 %", "GB/s", "x eager", "x compile", "x floor", "extra memory, matrices", "compiling s"]
+    ratios = ["x eager", "x compile", "x floor", "x bound"]
+    header = ["", "ms", "20..80 %", "GB/s", *ratios, "extra memory, matrices", "compiling s"]
     text = [f"{case}  (matrix: {case.matrix_bytes / 1e6:.3g} MB)", table(header, lines)]
     for row in rows:
         if row.status != "ok" and row.phase == TRAINING:
@@ -144,11 +147,13 @@ def summary(rows: list[Row]) -> str:
                 show(row.times_faster_than_eager),
                 show(row.times_faster_than_compile),
                 show(row.times_the_floor),
+                show(row.times_the_bound),
                 "-" if row.peak_extra_matrices is None else f"{row.peak_extra_matrices:.2f}",
                 f"{row.cpu_used_by_others or 0.0:.0%}",
             ]
         )
-    header = ["", "loss", "shape", "dtype", "ms", "x eager", "x compile", "x floor", "extra matrices", "CPU of others"]
+    ratios = ["x eager", "x compile", "x floor", "x bound"]
+    header = ["", "loss", "shape", "dtype", "ms", *ratios, "extra matrices", "CPU of others"]
     return f"{TRAINING}, ours:\n{table(header, lines)}"
 
 
@@ -193,8 +198,9 @@ def machine_name(facts: dict[str, object]) -> str:
 
 LEGEND = """\
 x eager, x compile: how many times faster than those; x floor: time in units of torch.add(s, t, out=g), on a GPU of as
-many bytes at the rate of a large copy, lower is better.
-All three are medians of the ratios within one round; ms are medians. GB/s counts 2 reads of the N x C matrix forward,
+many bytes at the rate of a large copy, lower is better. x bound: in units of the floor or, where it is longer, of the
+exponentials (bench/roofline.py, CPU only). All are medians of the ratios within one round; ms are medians. GB/s counts
+2 reads of the N x C matrix forward,
 2 reads + 1 write with the gradient, for every contender. Extra memory: the peak of what the step allocates, the
 student's gradient included. Compiling: first calls of both phases, with a cold compiler cache."""
 

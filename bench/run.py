@@ -29,6 +29,7 @@ from pathlib import Path
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 import report
+import roofline
 import torch
 from losses import LOSSES, make_logits
 from measure import (
@@ -263,13 +264,17 @@ def run_case(case: Case, contenders: list[Contender], seconds: float, where: Pla
             logits[0].grad = None
         if phase == TRAINING:
             steps |= floor_steps(logits)
+            if where.copy_rate is None:
+                steps["read"] = roofline.read_step(logits[0].detach(), logits[1])
         with OtherProcesses() as others:
             samples = time_interleaved(steps, seconds, where.clock)
+        reads = samples.pop("read", [])
         if phase == TRAINING and where.copy_rate is not None:
             samples["floor"] = [3 * case.matrix_bytes / where.copy_rate] * len(samples["floor+alloc"])
         for name in samples:
             rows.setdefault((phase, name), new_row(case, phase, name))
         fill_times(rows, case, phase, samples)
+        fill_bounds(rows, case, samples, reads)
         for name in samples:
             rows[phase, name].cpu_used_by_others = others.share
     return list(rows.values())
@@ -331,6 +336,18 @@ def fill_times(rows: dict[tuple[str, str], Row], case: Case, phase: str, samples
             for other, column in (("eager", "times_faster_than_eager"), ("compile", "times_faster_than_compile")):
                 if other in samples:
                     setattr(row, column, median_ratio(samples[other], times))
+
+
+def fill_bounds(
+    rows: dict[tuple[str, str], Row], case: Case, samples: dict[str, list[float]], reads: list[float]
+) -> None:
+    """Ratios of our times to the least the machine allows, round by round (see bench/roofline.py)."""
+    if not reads or roofline.bound_seconds(LOSSES[case.loss], case.shape, case.dtype, 0.0, 0.0) is None:
+        return
+    measured = zip(samples["floor"], reads, strict=True)
+    bounds = [roofline.bound_seconds(LOSSES[case.loss], case.shape, case.dtype, *times) for times in measured]
+    for name in filter(report.is_ours, samples):
+        rows[TRAINING, name].times_the_bound = median_ratio(samples[name], bounds)
 
 
 # Command line ----------------------------------------------------------------------------------------------------

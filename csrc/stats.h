@@ -117,8 +117,7 @@ struct Moments {
 template <class R>
 KDK_HOST_DEVICE void merge(Moments<R>& into, const Moments<R>& other) {
   const R count = into.count + other.count;
-  if (count == 0) return;
-  const R share = other.count / count, difference = other.mean - into.mean;
+  const R share = count == 0 ? R{} : other.count / count, difference = other.mean - into.mean;
   into.m2 += other.m2 + difference * difference * into.count * share;
   into.mean += difference * share;
   into.count = count;

@@ -161,8 +161,7 @@ Problem compared(const Tensor& student, const Tensor& teacher, int64_t num_class
 void set_class_statistics(Problem& problem, Arguments& arguments, const std::optional<Tensor>& moments,
                           const std::optional<Tensor>& sums) {
   const bool by_class = problem.objective.standardize == Standardize::by_class;
-  STD_TORCH_CHECK(by_class == moments.has_value(),
-                  "ValueError: moments must be given where, and only where, logits are standardised by class");
+  STD_TORCH_CHECK(by_class || !moments, "ValueError: moments must be given only where logits are standardised by class");
   STD_TORCH_CHECK(!moments || moments->numel() == 6 * problem.classes, "ValueError: moments must have 2 x 3 x ",
                   problem.classes, " numbers");
   STD_TORCH_CHECK(!sums || sums->numel() == 2 * problem.classes, "ValueError: sums must have 2 x ", problem.classes,
@@ -196,14 +195,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_cpu(
   problem.objective = decoded(objective);
   const ScalarType dtype = problem.double_arithmetic ? ScalarType::Double : ScalarType::Float;
 
-  const bool by_class = moments.has_value();
-  STD_TORCH_CHECK(save || !by_class || !gradient, "ValueError: save must go with gradient where there are moments");
-  Tensor grad = !gradient  ? new_tensor(student, {0}, student.scalar_type())
-                : by_class ? new_tensor(student, {2, num_classes}, ScalarType::Double)
-                           : new_gradient(student);
-  if (gradient && by_class) problem.sums_out = static_cast<double*>(grad.data_ptr());
+  const bool own_moments = problem.objective.standardize == Standardize::by_class && !moments;
+  STD_TORCH_CHECK(save || !moments || !gradient, "ValueError: save must go with gradient where there are moments");
+  STD_TORCH_CHECK(!save || !own_moments, "ValueError: moments must be given with save");
+  Tensor grad = !gradient ? new_tensor(student, {0}, student.scalar_type())
+                : moments ? new_tensor(student, {2, num_classes}, ScalarType::Double)
+                          : new_gradient(student);
+  if (gradient && moments) problem.sums_out = static_cast<double*>(grad.data_ptr());
   std::vector<std::pair<Matrix*, const Tensor*>> sides{{&problem.student, &student}, {&problem.teacher, &teacher}};
-  if (gradient && !by_class) sides.emplace_back(&problem.gradient, &grad);
+  if (gradient && !moments) sides.emplace_back(&problem.gradient, &grad);
   set_layout(problem, sides, class_dim);
   const int64_t samples = problem.samples;
 
@@ -214,6 +214,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_cpu(
   problem.weight.factor =
       reduction_factor(reduction, arguments.array<double>(denominator), scale, student.size(0), valid.weight);
   if (problem.gradient.data) skip_zeros(problem, grad, valid.count);
+  std::vector<double> computed_moments(own_moments ? 6 * num_classes : 0);
+  if (own_moments) {
+    class_moments(problem, parallel(), computed_moments.data());
+    problem.moments = computed_moments.data();
+  }
 
   problem.parts = parts;
   const int64_t columns = value_count(problem), slots = reduction == Reduction::none ? samples : 1;
@@ -289,6 +294,8 @@ Tensor backward_cpu(const Tensor& grad_loss, const Tensor& student, const Tensor
   Tensor gradient = new_gradient(student);
   Backward step(grad_loss, student, teacher, target, saved, members, objective, class_dim, num_classes, &gradient);
   set_class_statistics(step.problem, step.arguments, moments, sums);
+  STD_TORCH_CHECK(moments.has_value() == (step.problem.objective.standardize == Standardize::by_class),
+                  "ValueError: moments must be given where, and only where, logits are standardised by class");
   skip_zeros(step.problem, gradient, step.valid());
   STD_TORCH_CHECK(moments.has_value() == sums.has_value(), "ValueError: sums must be given with moments");
   backward(step.problem, parallel());

@@ -20,7 +20,8 @@ def fused_loss(call: Call, ops: Ops, *, recompute: bool, parts: bool) -> tuple[T
     unless asked for.
     """
     if not (call.student.requires_grad and torch.is_grad_enabled()):
-        loss, values, *_ = ops.forward(call, _class_moments(call, ops), gradient=False, save=False, parts=parts)
+        moments = None if _finds_moments(call, ops) else _class_moments(call, ops)
+        loss, values, *_ = ops.forward(call, moments, gradient=False, save=False, parts=parts)
         return loss, values if parts else None
     result = DistillationFunction.apply(call.student, call, ops, recompute, parts)
     return result if parts else (result, None)
@@ -29,22 +30,21 @@ def fused_loss(call: Call, ops: Ops, *, recompute: bool, parts: bool) -> tuple[T
 class DistillationFunction(torch.autograd.Function):
     """Loss forward; backward scales the gradient that forward wrote, or recomputes it from what forward saved.
 
-    Where logits are standardised by class it always recomputes: a sample's gradient needs sums over all samples, so
-    what forward could write would have to be read and written once more. Forward computes those sums instead.
+    Where logits are standardised by class, a sample's gradient needs sums over all samples. Where these are shared with
+    other processes or depend on an upstream gradient of each sample, it recomputes.
     """
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, call: Call, ops: Ops, recompute: bool, parts: bool) -> Any:
         if torch.compiler.is_compiling():
             call = call._replace(student=student)  # tracing knows a function's tensors by its arguments only
-        moments = _class_moments(call, ops)
-        if moments is not None:
-            # Sums for an upstream gradient that is one number can be had now; with one a sample they are weighted.
-            now = not recompute and call.reduction != "none"
-            recompute = True
-        else:
-            recompute = recompute or _rounds_too_early(student.dtype, call.reduction)
-            now = not recompute
+        by_class = call.objective.standardize == "class"
+        one_factor = call.reduction != "none"
+        recompute_asked, recompute = recompute, recompute or _rounds_too_early(student.dtype, call.reduction)
+        recompute = recompute or (by_class and not (one_factor and _finds_moments(call, ops)))
+        moments = _class_moments(call, ops) if recompute else None
+        # With moments, forward's gradient are the sums over samples. One upstream factor can be applied to them later.
+        now = not recompute or (moments is not None and one_factor and not recompute_asked)
         loss, values, gradient, saved, members = ops.forward(call, moments, gradient=now, save=recompute, parts=parts)
         if parts:
             ctx.mark_non_differentiable(values)
@@ -91,6 +91,11 @@ def _gradient(ctx: Any, grad_loss: Tensor) -> Tensor:
 
 
 _guarded_gradient = once_differentiable(_gradient)
+
+
+def _finds_moments(call: Call, ops: Ops) -> bool:
+    """Whether forward finds the moments of classes itself, where it is not given any."""
+    return ops.finds_moments and call.process_group is None
 
 
 def _class_moments(call: Call, ops: Ops) -> Tensor | None:

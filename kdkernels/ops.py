@@ -50,10 +50,15 @@ def _translated(error: RuntimeError) -> Exception:
 
 
 class Ops:
-    """The five ops of a backend, called with a checked call."""
+    """The five ops of a backend, called with a checked call.
 
-    def __init__(self, namespace: str) -> None:
+    ``finds_moments``: whether forward, where logits are standardised by class and no moments are given, finds those of
+    the batch itself, and then also writes the student's gradient.
+    """
+
+    def __init__(self, namespace: str, *, finds_moments: bool = False) -> None:
         self._ops = getattr(torch.ops, namespace)
+        self.finds_moments = finds_moments
 
     def class_moments(self, call: Call) -> Tensor:
         """Count, mean and sum of squared deviations of each class over the valid samples.
@@ -79,10 +84,10 @@ class Ops:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """``(loss, parts, gradient, saved, members)``; what was not asked for is empty.
 
-        ``moments`` are those of :meth:`class_moments` where logits are standardised by class, else None. ``gradient``
-        is that of the reduced loss in the student's logits; ``saved`` and ``members`` are what :meth:`backward` needs
-        to compute it later, as it must where there are moments: then ``gradient`` is the :meth:`class_sums` it needs
-        too.
+        ``moments`` are those of :meth:`class_moments` where logits are standardised by class, or None if the op
+        :attr:`finds_moments`; else None. ``gradient`` is that of the reduced loss in the student's logits; ``saved``
+        and ``members`` are what :meth:`backward` needs to compute it later, as it must where moments are given: then
+        ``gradient`` is the :meth:`class_sums` it needs too.
         """
         try:
             return self._ops.forward.default(
@@ -157,7 +162,7 @@ class Ops:
 
 
 #: The ops of each backend that has kernels.
-OPS = {"cpu": Ops("kdkernels"), "triton": Ops("kdkernels_triton")}
+OPS = {"cpu": Ops("kdkernels", finds_moments=True), "triton": Ops("kdkernels_triton")}
 
 
 INSTRUCTION_SETS = ("baseline", "avx2", "avx512")

@@ -104,7 +104,8 @@ struct ValidSamples {
 };
 ValidSamples valid_samples(const Problem& problem, const Parallel& parallel);
 
-// Steps 1 and 2 of every sample and, if problem.gradient.data is set, step 3 while the sample is in cache.
+// Steps 1 and 2 of every sample and, if problem.gradient.data is set, step 3 while the sample is in cache. Where logits
+// are standardised by class, step 3 is for a batch of which no other process has a share.
 void forward(const Problem& problem, const Parallel& parallel);
 
 // Step 3 alone, from problem.saved and problem.members.

@@ -36,9 +36,25 @@ inline ValidSamples valid_samples(const Problem& p, const Parallel& parallel) {
   return all;
 }
 
+template <class T>
+void forward_pixels(const Problem& problem, const Parallel& parallel) {
+  if (!problem.moments || !problem.gradient.data) return run_pixels<T>(problem, parallel, problem.sums_out);
+  Problem p = problem;
+  std::vector<double> sums(2 * p.classes);
+  std::unique_ptr<T[]> weights(new T[p.samples]);
+  p.saved = weights.get();
+  p.gradient = {};
+  run_pixels<T>(p, parallel, sums.data());
+  p.gradient = problem.gradient;
+  p.weight = {};
+  p.values = p.totals = nullptr;
+  p.sums = sums.data();
+  run_pixels<T>(p, parallel, nullptr);
+}
+
 inline void forward(const Problem& problem, const Parallel& parallel) {
   Problem p = problem;
-  if (by_pixels(p)) return (p.double_arithmetic ? run_pixels<double> : run_pixels<float>)(p, parallel, p.sums_out);
+  if (by_pixels(p)) return (p.double_arithmetic ? forward_pixels<double> : forward_pixels<float>)(p, parallel);
   const int64_t width = value_count(p);
   std::vector<double> values(p.values ? 0 : p.samples * width);
   if (!p.values) p.values = values.data();

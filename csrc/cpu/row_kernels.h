@@ -117,6 +117,12 @@ class Worker {
     return sums_in_forward(p) || (!p.moments && p.classes * kept_arrays(p.objective) <= 2 * kKeptClasses);
   }
 
+  // Whether the gradient can wait, in the standardised logits, where it will be: nothing is rounded twice or converted.
+  static bool in_place(const Problem& p) {
+    const auto direct = [](const Matrix& m) { return m.class_stride == 1 && is_arithmetic<T>(m.dtype); };
+    return p.gradient.data && direct(p.gradient) && direct(p.student);
+  }
+
   // Whether forward can add up the sums over samples on its way: the rows are short enough.
   static bool sums_in_forward(const Problem& p) { return p.sums_out && p.classes <= kTile; }
 
@@ -143,6 +149,11 @@ class Worker {
   int64_t batch() const {
     if (p_.classes <= kTile) return std::clamp<int64_t>(kBatchClasses / p_.classes, 1, kBatch);
     return p_.moments ? kBatch : 1;  // what standardises a chunk of classes serves several rows
+  }
+
+  // Steps 1 to 3 of some rows.
+  void forward_all(int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; n += batch()) forward(n, std::min(n + batch(), end));
   }
 
   // Steps 1 to 3 of a batch of rows.
@@ -177,10 +188,9 @@ class Worker {
       }
     for (int i = 0; i < count; ++i) collect(rows[i], total[i], stats);
     finish(rows, count, stats);
-    if (p_.gradient.data)
+    if (p_.gradient.data && !p_.moments)
       for (int i = 0; i < count; ++i) gradient(rows[i], 0, p_.classes);
-    if (sums_in_forward(p_))
-      for (int i = 0; i < count; ++i) add_class_sums(rows[i], 0, p_.classes);
+    if (sums_in_forward(p_)) add_class_sums(rows, count, 0, p_.classes);
   }
 
   // Step 3 of some classes of a row, from what was saved.
@@ -194,18 +204,50 @@ class Worker {
     }
   }
 
-  // Adds a row's share in the sums over samples of some classes: at most a tile.
-  void add_class_sums(const Row<T>& row, int64_t begin, int64_t end) {
-    compute_lead_gradients(row);
-    const Tile<T> tile = term_gradient(row, begin, end, scratch_.gradient);
-    GradientSums<T>::of_this_thread().add(tile.student, scratch_.gradient);
+  // Adds some rows' shares in the sums over samples of some classes, at most a tile. Where there is a gradient to write,
+  // it is left there as it is in the standardised logits.
+  void add_class_sums(const Row<T>* rows, int count, int64_t begin, int64_t end) {
+    auto& sums = GradientSums<T>::of_this_thread();
+    const ClassAffines<T> affine = by_class_[0].from(begin);
+    const T *logits[GradientSums<T>::kGroup], *gradients[GradientSums<T>::kGroup];
+    const bool stays = in_place(p_);
+    for (int i = 0; i < count; ++i) {
+      T* out = stays ? static_cast<T*>(rows[i].gradient) + begin : scratch_.gradient;
+      compute_lead_gradients(rows[i]);
+      logits[i] = term_gradient(rows[i], begin, end, out).student.logits;
+      gradients[i] = out;
+      if (!stays) sums.add(logits + i, gradients + i, 1, affine);
+    }
+    if (stays) sums.add(logits, gradients, count, affine);
   }
 
-  // The same from what was saved.
-  void add_class_sums(int64_t sample, int64_t begin, int64_t end) {
+  // The same for rows from `first` on, from what was saved.
+  void add_class_sums(int64_t first, int64_t last, int64_t begin, int64_t end) {
+    Row<T> rows[GradientSums<T>::kGroup];
+    int held = 0;
+    for (int64_t n = first; n < last; ++n) {
+      begin_row(rows[held], n, held);
+      if (restore(rows[held]) && rows[held].weight != 0) ++held;
+      if (held == GradientSums<T>::kGroup || (n == last - 1 && held > 0)) {
+        add_class_sums(rows, held, begin, end);
+        held = 0;
+      }
+    }
+  }
+
+  // Finishes the gradient of some classes of a row that add_class_sums left behind.
+  void chain_classes(int64_t sample, int64_t first, int64_t end) {
     Row<T> row;
     begin_row(row, sample, 0);
-    if (restore(row) && row.weight != 0) add_class_sums(row, begin, end);
+    if (!restore(row)) return;  // the gradient is 0 already
+    for (int64_t begin = first; begin < end; begin += kTile) {
+      T* out = static_cast<T*>(row.gradient) + begin;
+      const int count = static_cast<int>(std::min<int64_t>(end - begin, kTile));
+      const Tile<T> tile{begin, count, source(row, 0, begin, count), {}};
+      by_class_.apply_chain(tile.student, begin, count, out);
+      if (o_.has_ce()) add_ce_gradient(row, tile, out);
+    }
+    if (end == p_.classes) clear(row, p_.classes, p_.gradient_classes);
   }
 
   // Handles a sample that does not count; false if it does.
@@ -390,18 +432,20 @@ class Worker {
       const Tile<T> tile = term_gradient(row, begin, end, out);
       if (o_.standardize == Standardize::by_class) by_class_.apply_chain(tile.student, begin, tile.count, out);
       if (o_.standardize == Standardize::by_sample) apply_chain(row, slope, tile, out);
-      if (o_.has_ce()) {
-        const T factor = static_cast<T>(o_.ce_weight) * row.weight;
-        add_softmax_gradient(raw_student(row, tile), tile.count, row.ce_origin, factor * row.ce_inverse, out);
-        const int64_t target = p_.target[row.sample] - begin;
-        if (0 <= target && target < tile.count) out[target] -= factor;
-      }
+      if (o_.has_ce()) add_ce_gradient(row, tile, out);
       if (!direct) write(p_.gradient, row.gradient, begin, tile.count, scratch_.gradient);
     }
     if (end == p_.classes) clear(row, p_.classes, p_.gradient_classes);
   }
 
  private:
+  void add_ce_gradient(const Row<T>& row, const Tile<T>& tile, T* out) const {
+    const T factor = static_cast<T>(o_.ce_weight) * row.weight;
+    add_softmax_gradient(raw_student(row, tile), tile.count, row.ce_origin, factor * row.ce_inverse, out);
+    const int64_t target = p_.target[row.sample] - tile.begin;
+    if (0 <= target && target < tile.count) out[target] -= factor;
+  }
+
   // The terms' gradient in the logits they see, for the tile from `begin` on. Follows compute_lead_gradients(row).
   Tile<T> term_gradient(const Row<T>& row, int64_t begin, int64_t end, T* out) {
     const bool reads_logits = kept_[0].student == nullptr || o_.has_ce() || o_.standardize != Standardize::none;
@@ -740,6 +784,14 @@ class Worker {
 
 // Calls ---------------------------------------------------------------------------------------------------------------
 
+// What comes after forward, from what that saved: weights are in there.
+inline Problem from_saved(const Problem& forward) {
+  Problem p = forward;
+  p.weight = {};
+  p.values = nullptr;
+  return p;
+}
+
 inline int64_t row_grain(const Problem& p) { return std::max<int64_t>(kGrainClasses / (p.classes + 64), 1); }
 
 // Few long rows: the chunks of all rows are spread over threads, step by step.
@@ -794,70 +846,50 @@ void forward_split(const Problem& problem, const Parallel& parallel) {
     });
 }
 
-// The sums over samples that body(worker, strip_begin, strip_end, sample_begin, sample_end) adds to, block by block: in
-// the same order whatever the threads.
-template <class T, class Body>
-void add_up_class_sums(const Problem& p, const ClassStandardization<T>& classes, const Parallel& parallel,
-                       double* out, const Body& body) {
-  const Blocks work(p);
+// The sums over samples that add(worker, strip_begin, strip_end, sample_begin, sample_end) adds to, block by block: in
+// the same order whatever the threads. They finish the gradient where add leaves it in place.
+template <class T, class Add>
+void add_up_class_sums(const Problem& p, ClassStandardization<T>& classes, const Parallel& parallel, double* out,
+                       const Add& add) {
+  const Blocks work(p, 1 << 13);
   const int64_t size = 2 * p.classes;
-  std::vector<double> partial(work.blocks * size);
+  std::vector<double> partial(work.blocks > 1 ? work.blocks * size : 0);
+  Problem saved = from_saved(p);
+  const auto finish = [&](int64_t begin, int64_t end, int64_t first, int64_t last) {
+    Worker<T> worker(saved, classes);
+    for (int64_t n = first; n < last; ++n) worker.chain_classes(n, begin, end);
+  };
   work.each(parallel, [&](int64_t begin, int64_t end, int64_t first, int64_t last, int64_t block) {
     auto& sums = GradientSums<T>::of_this_thread();
     sums.start(static_cast<int>(end - begin));
     Worker<T> worker(p, classes);
-    body(worker, begin, end, first, last);
-    sums.write(partial.data() + block * size + begin, partial.data() + block * size + p.classes + begin);
+    add(worker, begin, end, first, last);
+    double* to = work.blocks > 1 ? partial.data() + block * size : out;
+    sums.write(to + begin, to + p.classes + begin);
+    if (work.blocks > 1 || !Worker<T>::in_place(p)) return;
+    classes.set_sums(p, out, begin, end);  // these classes are still in cache
+    finish(begin, end, 0, p.samples);
   });
+  if (work.blocks == 1) return;
   std::fill_n(out, size, 0.0);
   for (int64_t block = 0; block < work.blocks; ++block)
     for (int64_t j = 0; j < size; ++j) out[j] += partial[block * size + j];
+  if (!Worker<T>::in_place(p)) return;
+  classes.set_sums(p, out, 0, p.classes);
+  parallel.run(0, p.samples, row_grain(p), [&](int64_t first, int64_t last) { finish(0, p.classes, first, last); });
 }
 
 template <class T>
-void saved_class_sums(const Problem& p, const ClassStandardization<T>& classes, const Parallel& parallel, double* out) {
+void saved_class_sums(const Problem& p, ClassStandardization<T>& classes, const Parallel& parallel, double* out) {
   const auto add = [](Worker<T>& worker, int64_t begin, int64_t end, int64_t first, int64_t last) {
-    for (int64_t n = first; n < last; ++n) worker.add_class_sums(n, begin, end);
+    worker.add_class_sums(first, last, begin, end);
   };
   add_up_class_sums(p, classes, parallel, out, add);
 }
 
+// Step 3 of all rows, from what was saved.
 template <class T>
-void forward_rows(const Problem& p, const Parallel& parallel) {
-  if (p.samples < parallel.threads && Worker<T>::may_split(p)) {
-    forward_split<T>(p, parallel);
-    return;
-  }
-  const ClassStandardization<T> classes(p, parallel);
-  const auto forward = [](Worker<T>& worker, int64_t begin, int64_t end) {
-    for (int64_t n = begin; n < end; n += worker.batch()) worker.forward(n, std::min(n + worker.batch(), end));
-  };
-  if (Worker<T>::sums_in_forward(p)) {
-    const auto add = [&](Worker<T>& worker, int64_t, int64_t, int64_t first, int64_t last) {
-      forward(worker, first, last);
-    };
-    add_up_class_sums(p, classes, parallel, p.sums_out, add);
-    return;
-  }
-  parallel.run(0, p.samples, row_grain(p), [&](int64_t begin, int64_t end) {
-    Worker<T> worker(p, classes);
-    forward(worker, begin, end);
-  });
-  if (!p.sums_out) return;
-  Problem saved = p;
-  saved.weight = {};
-  saved.values = nullptr;
-  saved_class_sums(saved, classes, parallel, p.sums_out);
-}
-
-template <class T>
-void row_class_sums(const Problem& p, const Parallel& parallel, double* out) {
-  saved_class_sums<T>(p, {p, parallel}, parallel, out);
-}
-
-template <class T>
-void backward_rows(const Problem& p, const Parallel& parallel) {
-  const ClassStandardization<T> classes(p, parallel);
+void gradient_rows(const Problem& p, const ClassStandardization<T>& classes, const Parallel& parallel) {
   // What standardises a chunk of classes serves all samples.
   const int64_t step = p.moments ? kChunk : p.classes;
   parallel.run(0, p.samples, row_grain(p), [&](int64_t first, int64_t last) {
@@ -865,4 +897,59 @@ void backward_rows(const Problem& p, const Parallel& parallel) {
     for (int64_t begin = 0; begin < p.classes; begin += step)
       for (int64_t n = first; n < last; ++n) worker.backward(n, begin, std::min(begin + step, p.classes));
   });
+}
+
+// Forward where classes are standardised, with the sums over samples and, if asked for, the gradient.
+template <class T>
+void forward_standardized(Problem p, ClassStandardization<T>& classes, const Parallel& parallel) {
+  std::unique_ptr<T[]> saved;
+  std::unique_ptr<int64_t[]> members;
+  std::vector<double> sums;
+  if (!p.saved) {
+    saved.reset(new T[p.samples * saved_size(p.objective)]);
+    members.reset(new int64_t[p.samples * members_size(p.objective)]);
+    p.saved = saved.get();
+    p.members = members.get();
+  }
+  if (!p.sums_out) {
+    sums.resize(2 * p.classes);
+    p.sums_out = sums.data();
+  }
+  const Matrix gradient = p.gradient;
+  const bool in_place = Worker<T>::in_place(p);
+  if (!in_place) p.gradient = {};
+  if (Worker<T>::sums_in_forward(p)) {
+    const auto add = [](Worker<T>& worker, int64_t, int64_t, int64_t first, int64_t last) {
+      worker.forward_all(first, last);
+    };
+    add_up_class_sums(p, classes, parallel, p.sums_out, add);
+  } else {
+    parallel.run(0, p.samples, row_grain(p),
+                 [&](int64_t begin, int64_t end) { Worker<T>(p, classes).forward_all(begin, end); });
+    saved_class_sums(from_saved(p), classes, parallel, p.sums_out);
+  }
+  if (in_place || !gradient.data) return;
+  p.gradient = gradient;
+  classes.set_sums(p, p.sums_out, 0, p.classes);
+  gradient_rows(from_saved(p), classes, parallel);
+}
+
+template <class T>
+void forward_rows(const Problem& p, const Parallel& parallel) {
+  if (p.samples < parallel.threads && Worker<T>::may_split(p)) return forward_split<T>(p, parallel);
+  ClassStandardization<T> classes(p, parallel);
+  if (p.moments && (p.gradient.data || p.sums_out)) return forward_standardized(p, classes, parallel);
+  parallel.run(0, p.samples, row_grain(p),
+               [&](int64_t begin, int64_t end) { Worker<T>(p, classes).forward_all(begin, end); });
+}
+
+template <class T>
+void row_class_sums(const Problem& p, const Parallel& parallel, double* out) {
+  ClassStandardization<T> classes(p, parallel);
+  saved_class_sums(p, classes, parallel, out);
+}
+
+template <class T>
+void backward_rows(const Problem& p, const Parallel& parallel) {
+  gradient_rows<T>(p, {p, parallel}, parallel);
 }

@@ -17,16 +17,19 @@ inline Vec<T> chain(Vec<T> gradient, Vec<T> h, Vec<T> level, Vec<T> slope, Vec<T
   return h == -INFINITY ? Vec<T>{} : (gradient - level - h * slope) * factor;
 }
 
-// What class standardisation needs of each class, from the moments and, in backward, the sums over samples.
+// What class standardisation needs of each class, from the moments and, for gradients, the sums over samples.
 template <class T>
 class ClassStandardization {
  public:
   ClassStandardization(const Problem& p, const Parallel& parallel) {
     if (p.objective.standardize != Standardize::by_class) return;
     const int64_t size = padded<T>(p.classes);
-    T* next = data_.data(size * (p.sums ? 8 : 6));
-    T* columns[8] = {};
-    for (int c = 0; c < (p.sums ? 8 : 6); ++c, next += size) columns[c] = next;
+    T* next = data_.data(size * 8);
+    T* columns[8];
+    for (T*& column : columns) {
+      column = next;
+      next += size;
+    }
     for (int side = 0; side < 2; ++side)
       for (int64_t j = p.classes; j < size; ++j) {  // -inf stays -inf in the lanes beyond the classes
         columns[3 * side][j] = columns[3 * side + 2][j] = 0;
@@ -39,21 +42,26 @@ class ClassStandardization {
     parallel.run(0, p.classes, 1 << 14, [&](int64_t begin, int64_t end) {
       for (int side = 0; side < 2; ++side) {
         const double* moments = p.moments + side * 3 * p.classes;
+        T *high = columns[3 * side], *factors = columns[3 * side + 1], *offset = columns[3 * side + 2];
         for (int64_t j = begin; j < end; ++j) {
           const double factor = p.objective.factor(moments[j], moments[2 * p.classes + j]);
           const Affine<T> affine(moments[p.classes + j], factor);
-          columns[3 * side][j] = affine.high;
-          columns[3 * side + 1][j] = affine.factor;
-          columns[3 * side + 2][j] = affine.offset;
+          high[j] = affine.high;
+          factors[j] = affine.factor;
+          offset[j] = affine.offset;
         }
       }
-      if (!p.sums) return;
-      for (int64_t j = begin; j < end; ++j) {
-        const double count = p.moments[j];
-        level_[j] = static_cast<T>(p.sums[j] / std::max(count, 1.0));
-        slope_[j] = static_cast<T>(p.sums[p.classes + j] / p.objective.degrees(count));
-      }
+      if (p.sums) set_sums(p, p.sums, begin, end);
     });
+  }
+
+  // Takes the sums over samples of some classes (see class_sums in kernels.h).
+  void set_sums(const Problem& p, const double* sums, int64_t begin, int64_t end) {
+    for (int64_t j = begin; j < end; ++j) {
+      const double count = p.moments[j];
+      level_[j] = static_cast<T>(sums[j] / std::max(count, 1.0));
+      slope_[j] = static_cast<T>(sums[p.classes + j] / p.objective.degrees(count));
+    }
   }
 
   // 0 for the student, 1 for the teacher.
@@ -117,6 +125,8 @@ Moments<double> moments_of(const T* logits, int count) {
 template <class T>
 class GradientSums {
  public:
+  static constexpr int kGroup = 16;  // samples that are added up in T before they go on in double precision, at most
+
   static GradientSums& of_this_thread() {
     static thread_local GradientSums sums;
     return sums;
@@ -124,54 +134,51 @@ class GradientSums {
 
   void start(int count) {
     count_ = count;
-    samples_ = 0;
-    for (double* total : {total_[0], total_[1]}) std::fill_n(total, padded<T>(count), 0.0);
-    for (T* part : {part_[0], part_[1]}) std::fill_n(part, padded<T>(count), T(0));
+    for (double* total : {sum_, product_}) std::fill_n(total, padded<T>(count), 0.0);
   }
 
-  void add(const Source<T>& student, const T* gradient) {
-    each_vector<T>({count_}, [&, student](int i, auto lanes, int) KDK_INLINE_LAMBDA {
-      const Vec<T> logit = student.template at<true>(i, lanes), g = load(gradient + i, lanes);
-      // Nothing comes from masked classes.
-      const Vec<T> sum = load(part_[0] + i) + (logit == -INFINITY ? Vec<T>{} : g);
-      const Vec<T> product = load(part_[1] + i) + (logit == -INFINITY ? Vec<T>{} : g * logit);
-      store(part_[0] + i, sum);
-      store(part_[1] + i, product);
+  // Adds some samples, whose logits are standardised by `affine`.
+  void add(const T* const* logits, const T* const* gradients, int samples, const ClassAffines<T>& affine) {
+    each_vector<T>({count_}, [&, affine](int i, auto lanes, int) KDK_INLINE_LAMBDA {
+      const ClassAffines<T> own = affine.from(i);
+      const Vec<T> high = load(own.high), factor = load(own.factor), offset = load(own.offset);
+      Vec<T> sum{}, product{};
+      const auto add_all = [&](auto masked) KDK_INLINE_LAMBDA {
+        sum = product = Vec<T>{};
+        for (int r = 0; r < samples; ++r) {
+          const Vec<T> h = (load(logits[r] + i, lanes) - high) * factor + offset, g = load(gradients[r] + i, lanes);
+          sum += masked() ? (h == -INFINITY ? Vec<T>{} : g) : g;
+          product += masked() ? (h == -INFINITY ? Vec<T>{} : g * h) : g * h;
+        }
+      };
+      add_all(std::false_type{});
+      // Nothing comes from masked classes. They are rare, and show in the products.
+      const Lanes there = (uint64_t{1} << std::min(kLanes<T>, count_ - i)) - 1;
+      if ((equal<T>(product - product, Vec<T>{}) & there) != there) add_all(std::true_type{});
+      add_widened(sum_ + i, sum);
+      add_widened(product_ + i, product);
     });
-    if (++samples_ % kGroup == 0) flush();
   }
 
-  void write(double* sums, double* products) {
-    flush();
-    std::copy_n(total_[0], count_, sums);
-    std::copy_n(total_[1], count_, products);
+  void write(double* sums, double* products) const {
+    std::copy_n(sum_, count_, sums);
+    std::copy_n(product_, count_, products);
   }
 
  private:
-  static constexpr int kGroup = 16;  // samples that are added up in T before they go on in double precision
-
-  void flush() {
-    for (int which = 0; which < 2; ++which)
-      for (int i = 0; i < count_; i += kLanes<T>) {
-        add_widened(total_[which] + i, load(part_[which] + i));
-        store(part_[which] + i, Vec<T>{});
-      }
-  }
-
-  int count_ = 0, samples_ = 0;
-  alignas(64) T part_[2][kTile];
-  alignas(64) double total_[2][kTile];
+  int count_ = 0;
+  alignas(64) double sum_[kTile], product_[kTile];
 };
 
 // Work of what runs over samples class by class: some samples (a block) and some classes (a strip). Both are a matter
 // of the shape alone, so that no sum depends on the number of threads.
 struct Blocks {
-  static constexpr int64_t kMostBlocks = 16, kLeastSamples = 32;
-  int64_t samples, classes, blocks, strips;
+  static constexpr int64_t kMostBlocks = 16;
+  int64_t samples, classes, strips, blocks = 1;
 
-  explicit Blocks(const Problem& p) : samples(p.samples), classes(p.classes) {
-    strips = ceil_div(classes, kTile);
-    blocks = std::clamp<int64_t>(samples / kLeastSamples, 1, std::max<int64_t>(kMostBlocks / strips, 1));
+  // `least`: logits that are worth a block.
+  Blocks(const Problem& p, int64_t least) : samples(p.samples), classes(p.classes), strips(ceil_div(classes, kTile)) {
+    while (2 * blocks * strips <= kMostBlocks && 2 * blocks * least <= samples * classes) blocks *= 2;
   }
 
   // Runs body(strip_begin, strip_end, sample_begin, sample_end, block) for each.
@@ -202,22 +209,10 @@ struct Deviations {
     return deviations;
   }
 
-  // Takes about the mean of some samples for a centre: nothing will cancel in the squares. Equal logits give just
-  // themselves. A class that is masked in all of them has none yet: NaN.
-  void centre_on(const T* const* rows, int samples, int count) {
-    const T share = T(1) / samples;
-    for (int j = 0; j < count; ++j) {
-      T top = rows[0][j];
-      for (int r = 1; r < samples; ++r) top = rows[r][j] > top ? rows[r][j] : top;
-      T rest = 0;
-      for (int r = 0; r < samples; ++r) rest += rows[r][j] == -INFINITY ? T(0) : (rows[r][j] - top) * share;
-      const T c = top + rest;
-      centre[j] = c - c == 0 ? c : T(NAN);
-    }
-  }
-
-  void add(const T* const* rows, int samples, int count) {
+  // Adds some samples; the `first` of a block also give what their classes' deviations are taken from.
+  void add(const T* const* rows, int samples, int count, bool first) {
     each_vector<T>({count}, [&](int i, auto lanes, int) KDK_INLINE_LAMBDA {
+      if (first) store(centre + i, centre_of(rows, samples, i, lanes));
       const Vec<T> c = load(centre + i);
       Vec<T> s{}, q{};
       for (int r = 0; r < samples; ++r) {
@@ -225,15 +220,33 @@ struct Deviations {
         s += d;
         q += d * d;
       }
-      // What is no number may be a masked class, or have no centre yet (or be a lane beyond the last class).
-      if (std::is_same_v<decltype(lanes), AllLanes> && equal<T>(s - s, Vec<T>{}) == (uint64_t{1} << kLanes<T>) - 1) {
+      // What is no number may be a masked class, or have no centre yet.
+      const int end = std::min(i + kLanes<T>, count);
+      const Lanes there = (uint64_t{1} << (end - i)) - 1;
+      if ((equal<T>(s - s, Vec<T>{}) & there) == there) {
         add_widened(sum + i, s);
         add_widened(square + i, q);
       } else {
-        for (int r = 0; r < samples; ++r) add_carefully(rows[r], i, std::min(i + kLanes<T>, count));
+        for (int r = 0; r < samples; ++r) add_carefully(rows[r], i, end);
       }
     });
   }
+
+ private:
+  // About the mean of some samples: nothing will cancel in the squares. Equal logits give just themselves. A class that
+  // is masked in all of them has none yet: NaN.
+  template <class Which>
+  static Vec<T> centre_of(const T* const* rows, int samples, int i, Which lanes) {
+    Vec<T> top = load(rows[0] + i, lanes), rest{};
+    for (int r = 1; r < samples; ++r) top = max(load(rows[r] + i, lanes), top);
+    for (int r = 0; r < samples; ++r) {
+      const Vec<T> v = load(rows[r] + i, lanes);
+      rest += v == -INFINITY ? Vec<T>{} : v - top;
+    }
+    const Vec<T> c = top + rest * (T(1) / samples);
+    return c - c == 0 ? c : broadcast(T(NAN));
+  }
+
   void add_carefully(const T* row, int begin, int end) {
     for (int j = begin; j < end; ++j) {
       if (row[j] == -INFINITY) {
@@ -265,8 +278,7 @@ void class_moments_of(const Problem& p, const Matrix& matrix, int64_t begin, int
       ++held;
     }
     if (held == Deviations<T>::kGroup || (n == last - 1 && held > 0)) {
-      if (valid == 0) deviations.centre_on(rows, held, count);
-      deviations.add(rows, held, count);
+      deviations.add(rows, held, count, valid == 0);
       valid += held;
       held = 0;
     }
@@ -282,7 +294,7 @@ void class_moments_of(const Problem& p, const Matrix& matrix, int64_t begin, int
 
 template <class T>
 void row_moments(const Problem& p, const Parallel& parallel, double* moments) {
-  const Blocks work(p);
+  const Blocks work(p, 1 << 17);
   const int64_t size = 6 * p.classes;
   std::vector<double> partial(work.blocks > 1 ? work.blocks * size : 0);
   double* first_block = work.blocks > 1 ? partial.data() : moments;
@@ -295,17 +307,20 @@ void row_moments(const Problem& p, const Parallel& parallel, double* moments) {
   });
   if (work.blocks == 1) return;
   parallel.run(0, p.classes, kTile, [&](int64_t begin, int64_t end) {
-    for (int side = 0; side < 2; ++side)
-      for (int64_t j = begin; j < end; ++j) {
-        Moments<double> total;
-        for (int64_t block = 0; block < work.blocks; ++block) {
-          const double* part = partial.data() + block * size + side * 3 * p.classes + j;
-          merge(total, {part[0], part[p.classes], part[2 * p.classes]});
+    for (int side = 0; side < 2; ++side) {
+      double* __restrict out = moments + side * 3 * p.classes;
+      const int64_t means = p.classes, m2s = 2 * p.classes;
+      for (const int64_t row : {int64_t{0}, means, m2s}) std::fill(out + row + begin, out + row + end, 0.0);
+      for (int64_t block = 0; block < work.blocks; ++block) {
+        const double* part = partial.data() + block * size + side * 3 * p.classes;
+        for (int64_t j = begin; j < end; ++j) {
+          Moments<double> total{out[j], out[means + j], out[m2s + j]};
+          merge(total, {part[j], part[means + j], part[m2s + j]});
+          out[j] = total.count;
+          out[means + j] = total.mean;
+          out[m2s + j] = total.m2;
         }
-        double* out = moments + side * 3 * p.classes + j;
-        out[0] = total.count;
-        out[p.classes] = total.mean;
-        out[2 * p.classes] = total.m2;
       }
+    }
   });
 }
