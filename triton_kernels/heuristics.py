@@ -71,7 +71,7 @@ def fused_tile(layout: Layout, problem: Problem) -> Tile | None:
     twice from its logits, tile by tile.
     """
     block_c = max(power_of_two(layout.gradient_classes), _LEAST_CLASSES)
-    live = live_numbers(problem) + (1.5 if layout.axis == SAMPLES.value else 0)  # each class has its own address there
+    live = live_numbers(problem) + (4 if layout.axis == SAMPLES.value else 0)  # each class has an address there
     if layout.axis != SAMPLES.value:
         for tiles in _SHORT_TILES:
             tile_c = block_c // tiles
