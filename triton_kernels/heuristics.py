@@ -42,7 +42,7 @@ def live_numbers(problem: Problem) -> float:
     numbers = 0.0
     for term in problem.terms:
         numbers += 3 if term.reverse else 2
-        numbers += {WHOLE.value: 0.0, TARGET.value: 0.5, TOPK.value: 3.0, TOP1_TOPK.value: 5.0}[term.kind]
+        numbers += {WHOLE.value: 0.0, TARGET.value: 0.5, TOPK.value: 4.2, TOP1_TOPK.value: 5.0}[term.kind]
     numbers += 1 if problem.ce else 0
     numbers += {0: 0, BY_CLASS.value: 4, BY_SAMPLE.value: 11}[problem.standardize]
     return 2.5 * numbers if problem.low else numbers
