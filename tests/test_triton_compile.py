@@ -199,7 +199,8 @@ def check_amd(kernel: Any) -> None:
 
 
 def has_wide_amd(kernel: Any) -> bool:
-    return bool(re.search(r"(global|buffer)_load_dwordx4", kernel.asm["amdgcn"]))
+    """Whether there are loads of 16 bytes a thread, or of 8: warps have twice the threads, and short rows no more."""
+    return bool(re.search(r"(global|buffer)_load_dwordx[24]", kernel.asm["amdgcn"]))
 
 
 # That the checks can fail -----------------------------------------------------------------------------------------

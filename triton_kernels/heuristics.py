@@ -42,7 +42,7 @@ def live_numbers(problem: Problem) -> float:
     numbers = 0.0
     for term in problem.terms:
         numbers += 3 if term.reverse else 2
-        numbers += {WHOLE.value: 0.0, TARGET.value: 0.5, TOPK.value: 3.0, TOP1_TOPK.value: 5.0}[term.kind]
+        numbers += {WHOLE.value: 0.0, TARGET.value: 0.5, TOPK.value: 4.2, TOP1_TOPK.value: 5.0}[term.kind]
     numbers += 1 if problem.ce else 0
     numbers += {0: 0, BY_CLASS.value: 4, BY_SAMPLE.value: 11}[problem.standardize]
     return 2.5 * numbers if problem.low else numbers
@@ -71,7 +71,7 @@ def fused_tile(layout: Layout, problem: Problem) -> Tile | None:
     twice from its logits, tile by tile.
     """
     block_c = max(power_of_two(layout.gradient_classes), _LEAST_CLASSES)
-    live = live_numbers(problem) + (1.5 if layout.axis == SAMPLES.value else 0)  # each class has its own address there
+    live = live_numbers(problem) + (4 if layout.axis == SAMPLES.value else 0)  # each class has an address there
     if layout.axis != SAMPLES.value:
         for tiles in _SHORT_TILES:
             tile_c = block_c // tiles
