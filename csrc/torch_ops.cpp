@@ -122,8 +122,19 @@ double reduction_factor(Reduction reduction, const double* denominator, double s
   return divisor == 0 ? 0 : scale / divisor;
 }
 
+// Past the dispatcher, which takes several times as long: a call makes five tensors.
 Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
-  return torch::stable::empty(sizes, dtype, std::nullopt, like.device());
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t d = sizes.size(); d-- > 1;) strides[d - 1] = strides[d] * std::max<int64_t>(sizes[d], 1);
+  int32_t device_type, device_index;
+  AtenTensorHandle tensor;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  const auto dims = static_cast<int64_t>(sizes.size());
+  const auto type = static_cast<int32_t>(dtype);
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(dims, sizes.data(), strides.data(), type, device_type, device_index, &tensor));
+  return Tensor(tensor);
 }
 
 // The student's gradient, in the student's own memory format.
@@ -161,7 +172,8 @@ Problem compared(const Tensor& student, const Tensor& teacher, int64_t num_class
 void set_class_statistics(Problem& problem, Arguments& arguments, const std::optional<Tensor>& moments,
                           const std::optional<Tensor>& sums) {
   const bool by_class = problem.objective.standardize == Standardize::by_class;
-  STD_TORCH_CHECK(by_class || !moments, "ValueError: moments must be given only where logits are standardised by class");
+  STD_TORCH_CHECK(by_class || !moments,
+                  "ValueError: moments must be given only where logits are standardised by class");
   STD_TORCH_CHECK(!moments || moments->numel() == 6 * problem.classes, "ValueError: moments must have 2 x 3 x ",
                   problem.classes, " numbers");
   STD_TORCH_CHECK(!sums || sums->numel() == 2 * problem.classes, "ValueError: sums must have 2 x ", problem.classes,

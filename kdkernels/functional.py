@@ -85,8 +85,9 @@ def distillation_loss(
             be empty. None: each process has its own statistics.
         mode: ``"fused"`` computes the gradient together with the loss and keeps it (one buffer of the student's
             size); ``"recompute"`` keeps a few numbers a sample and reads the logits again in backward, as both do with
-            ``standardize="class"``. A fused
-            bfloat16 gradient is rounded when written and again by an upstream factor that is no power of two.
+            ``standardize="class"`` where other processes or an upstream gradient of each sample have a share in the
+            sums over the batch. A fused bfloat16 gradient is rounded when written and again by an upstream factor that
+            is no power of two.
         backend: ``"auto"``, ``"cpu"``, ``"triton"`` or ``"reference"``. ``auto`` follows the environment variable
             ``KDKERNELS_BACKEND`` if set, else picks the fastest that can serve the call.
         return_parts: also return the unweighted parts of the loss.

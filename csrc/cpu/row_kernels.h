@@ -10,6 +10,8 @@ constexpr int64_t kSplitSamples = 16;     // fewer samples than this may be spli
 constexpr int kBatch = kLanes<double>;    // rows that take step 2 together, at most
 constexpr int kBatchClasses = 4 * kTile;  // their classes, at most
 constexpr int64_t kGrainClasses = 16384;  // least work that is worth a thread
+constexpr int64_t kStripBytes = 1 << 20;  // of a strip's logits and gradients, so that they stay in L2
+constexpr int64_t kLeastStrip = 512;      // classes; with fewer, rows would be read in too small pieces
 
 // Rows ---------------------------------------------------------------------------------------------------------------
 
@@ -204,8 +206,8 @@ class Worker {
     }
   }
 
-  // Adds some rows' shares in the sums over samples of some classes, at most a tile. Where there is a gradient to write,
-  // it is left there as it is in the standardised logits.
+  // Adds some rows' shares in the sums over samples of some classes, at most a tile. Where there is a gradient to
+  // write, it is left there as it is in the standardised logits.
   void add_class_sums(const Row<T>* rows, int count, int64_t begin, int64_t end) {
     auto& sums = GradientSums<T>::of_this_thread();
     const ClassAffines<T> affine = by_class_[0].from(begin);
@@ -304,7 +306,7 @@ class Worker {
 
   // Settles which classes lead, from the best of all chunks.
   void rank(Row<T>& row, int t, Ranking<T>& best) {
-    keep_best(best, o_.term[t].k);
+    if (best.size() > static_cast<size_t>(o_.term[t].k)) keep_best(best, o_.term[t].k);  // else of one chunk: sorted
     for (int i = 0; i < o_.term[t].k; ++i) row.members[t][i] = index_of<T>(best[i]);
     for (int other = t + 1; other < o_.terms; ++other)
       if (repeats(other)) std::copy_n(row.members[t], o_.term[t].k, row.members[other]);
@@ -608,14 +610,21 @@ class Worker {
     return {kept_[t].student + at, kept_[t].teacher + at, kept_[t].gap ? kept_[t].gap + at : nullptr};
   }
 
-  // The classes from `begin` on: of this row or, where rows follow one another in memory, of the next.
+  // The classes from `begin` on: of this row or, where rows follow one another in memory, of the next. And the gradient
+  // of rows so short that it follows before anything else.
   Ahead ahead(const Row<T>& row, int64_t begin) const {
-    const auto bytes = [begin](const Matrix& matrix) { return begin * matrix.class_stride * dtype_size(matrix.dtype); };
+    const auto at = [begin](const Matrix& matrix, const void* logits) {
+      return static_cast<const char*>(logits) + begin * matrix.class_stride * dtype_size(matrix.dtype);
+    };
     const auto step = [](const Matrix& matrix) {
       return matrix.class_stride == 1 ? static_cast<int>(kLanes<T> * dtype_size(matrix.dtype)) : 0;
     };
-    return {static_cast<const char*>(row.student) + bytes(p_.student),
-            static_cast<const char*>(row.teacher) + bytes(p_.teacher), step(p_.student), step(p_.teacher)};
+    Ahead next{at(p_.student, row.student), at(p_.teacher, row.teacher), nullptr, step(p_.student), step(p_.teacher)};
+    if (row.gradient && p_.classes <= kTile) {
+      next.gradient = static_cast<const char*>(row.gradient);
+      next.gradient_step = step(p_.gradient);
+    }
+    return next;
   }
 
   // The logits of a leading group; after them there is room for a third array of the same size.
@@ -846,18 +855,27 @@ void forward_split(const Problem& problem, const Parallel& parallel) {
     });
 }
 
+// Classes of a strip: where all samples of fewer stay in L2 until the sums are known, so many.
+template <class T>
+int64_t strip_of(const Problem& p) {
+  if (p.classes > kTile)
+    for (int64_t strip = kTile; strip >= kLeastStrip; strip /= 2)
+      if (2 * p.samples * strip * static_cast<int64_t>(sizeof(T)) <= kStripBytes) return strip;
+  return kTile;
+}
+
 // The sums over samples that add(worker, strip_begin, strip_end, sample_begin, sample_end) adds to, block by block: in
 // the same order whatever the threads. They finish the gradient where add leaves it in place.
 template <class T, class Add>
 void add_up_class_sums(const Problem& p, ClassStandardization<T>& classes, const Parallel& parallel, double* out,
                        const Add& add) {
-  const Blocks work(p, 1 << 13);
+  const Blocks work(p, 1 << 13, strip_of<T>(p));
   const int64_t size = 2 * p.classes;
   std::vector<double> partial(work.blocks > 1 ? work.blocks * size : 0);
   Problem saved = from_saved(p);
   const auto finish = [&](int64_t begin, int64_t end, int64_t first, int64_t last) {
     Worker<T> worker(saved, classes);
-    for (int64_t n = first; n < last; ++n) worker.chain_classes(n, begin, end);
+    for (int64_t n = last; n-- > first;) worker.chain_classes(n, begin, end);  // the last rows are still in cache
   };
   work.each(parallel, [&](int64_t begin, int64_t end, int64_t first, int64_t last, int64_t block) {
     auto& sums = GradientSums<T>::of_this_thread();

@@ -57,6 +57,11 @@ inline Vec<T> broadcast(T value) {
 // Which lanes of a vector are there: all, or those whose bit is set.
 struct AllLanes {};
 using Lanes = uint32_t;
+#if defined(KDK_AVX512)
+constexpr bool kHasLaneMasks = true;  // else some lanes are loaded one by one
+#else
+constexpr bool kHasLaneMasks = false;
+#endif
 
 template <class T>
 inline Vec<T> load(const T* from, AllLanes) {

@@ -174,10 +174,11 @@ class GradientSums {
 // of the shape alone, so that no sum depends on the number of threads.
 struct Blocks {
   static constexpr int64_t kMostBlocks = 16;
-  int64_t samples, classes, strips, blocks = 1;
+  int64_t samples, classes, strip, strips, blocks = 1;
 
   // `least`: logits that are worth a block.
-  Blocks(const Problem& p, int64_t least) : samples(p.samples), classes(p.classes), strips(ceil_div(classes, kTile)) {
+  Blocks(const Problem& p, int64_t least, int64_t strip_classes = kTile)
+      : samples(p.samples), classes(p.classes), strip(strip_classes), strips(ceil_div(classes, strip)) {
     while (2 * blocks * strips <= kMostBlocks && 2 * blocks * least <= samples * classes) blocks *= 2;
   }
 
@@ -185,10 +186,10 @@ struct Blocks {
   template <class Body>
   void each(const Parallel& parallel, const Body& body) const {
     const int64_t size = ceil_div(samples, blocks);
-    parallel.run(0, blocks * strips, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t block = i / strips, strip = i % strips * kTile;
-        body(strip, std::min(strip + kTile, classes), block * size, std::min((block + 1) * size, samples), block);
+    parallel.run(0, blocks * strips, 1, [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) {
+        const int64_t block = i / strips, begin = i % strips * strip;
+        body(begin, std::min(begin + strip, classes), block * size, std::min((block + 1) * size, samples), block);
       }
     });
   }

@@ -87,6 +87,11 @@ struct Classes {
   int hidden_count = 0;
 };
 
+// Around a hidden class the loop over whole vectors ends and starts again, which costs about as much as so many
+// vectors. Where lanes can be masked for little, that is spared if it is much of the whole.
+constexpr int kVectorsOfAGap = 16;
+constexpr int kMasked = 8;  // vectors between flushes then: a gap flushes, too
+
 // Calls body(i, lanes, chain) for each vector of classes; two chains of dependent operations keep the pipelines full.
 // Calls flush() now and then, at the end too, so that chains of roundings can be kept short.
 template <class T, class Body, class Flush>
@@ -94,6 +99,22 @@ inline __attribute__((always_inline)) void each_vector(const Classes& classes, c
   constexpr int W = kLanes<T>, kRun = 32 * W;
   constexpr AllLanes all;
   const int *hidden = classes.hidden, *hidden_end = hidden + classes.hidden_count;
+  const int gaps = classes.hidden_count * kVectorsOfAGap;
+  if (kHasLaneMasks && gaps * W > classes.count && classes.count >= kMasked * W) {
+    Lanes there[kTile / W];
+    const int whole = classes.count / W;
+    std::fill_n(there, whole, static_cast<Lanes>((uint64_t{1} << W) - 1));
+    if (classes.count % W) there[whole] = (Lanes{1} << classes.count % W) - 1;
+    for (; hidden < hidden_end; ++hidden) there[*hidden / W] &= ~(Lanes{1} << *hidden % W);
+    for (int i = 0; i < classes.count;) {
+      for (const int end = std::min(classes.count, i + kMasked * W); i < end; i += 2 * W) {
+        body(i, there[i / W], 0);
+        if (i + W < end) body(i + W, there[i / W + 1], 1);
+      }
+      flush();
+    }
+    return;
+  }
   for (int i = 0; i < classes.count;) {
     const int whole = (hidden < hidden_end ? *hidden : classes.count) / W * W;
     while (i + 2 * W <= whole) {
@@ -183,15 +204,18 @@ struct Exps {
   T* gap = nullptr;
 };
 
-// Memory that the next tile will come from: fetched while the arithmetic on this one leaves the load ports idle.
+// Memory that the next tile will come from, and that the gradient will soon go to: fetched while the arithmetic on this
+// tile leaves the load ports idle.
 struct Ahead {
   const char* student = nullptr;
   const char* teacher = nullptr;
-  int student_step = 0, teacher_step = 0;  // bytes a vector
+  const char* gradient = nullptr;
+  int student_step = 0, teacher_step = 0, gradient_step = 0;  // bytes a vector
 
   void fetch(int vector) const {
     __builtin_prefetch(student + vector * student_step);
     __builtin_prefetch(teacher + vector * teacher_step);
+    __builtin_prefetch(gradient + vector * gradient_step, 1);
   }
 };
 
@@ -387,7 +411,10 @@ T lower_bound_of_best(Ranked<T, Largest> ranked, int count, int k) {
   Vec<T> maxima[kSubsets / W];
   for (Vec<T>& m : maxima) m = broadcast(T(-INFINITY));
   for (int i = 0; i + kSubsets <= count; i += kSubsets)
-    for (int j = 0; j < kSubsets / W; ++j) maxima[j] = max(ranked.at(i + j * W, AllLanes{}), maxima[j]);
+    for (int j = 0; j < kSubsets / W; ++j) {
+      __builtin_prefetch(ranked.values + count + i + j * W);  // the next tile, or row
+      maxima[j] = max(ranked.at(i + j * W, AllLanes{}), maxima[j]);
+    }
   int vectors = kSubsets / W;
   for (; vectors > 1 && vectors / 2 * W >= 2 * k; vectors /= 2)
     for (int j = 0; j < vectors / 2; ++j) maxima[j] = max(maxima[j], maxima[j + vectors / 2]);
@@ -402,24 +429,27 @@ T lower_bound_of_best(Ranked<T, Largest> ranked, int count, int k) {
   return horizontal_max<T>(bound);
 }
 
-// Calls found(i) for the values that are not below a bound, in order.
+// Calls found(i) for the values that are not below a bound, in order. They are few: all comparisons go first, so that
+// nothing has to be guessed at but which of their words hold one.
 template <class T, bool Largest, class Found>
 inline void each_not_below(Ranked<T, Largest> ranked, int count, T bound, const Found& found) {
-  constexpr int W = kLanes<T>, kBlock = 4 * W;
+  constexpr int W = kLanes<T>, kWord = 64;
   const Vec<T> bounds = broadcast(bound);
-  const auto report = [&](Lanes hits, int i) {
-    for (; hits; hits &= hits - 1) found(i + __builtin_ctz(hits));
-  };
-  int i = 0;
-  for (; i + kBlock <= count; i += kBlock) {
-    const auto hits = [&](int j) { return not_less<T>(ranked.at(i + j * W, AllLanes{}), bounds); };
-    if ((hits(0) | hits(1) | hits(2) | hits(3)) == 0) continue;
-    for (int j = 0; j < 4; ++j) report(hits(j), i + j * W);
+  uint64_t hits[kTile / kWord];
+  const int whole = count / kWord;
+  for (int word = 0; word < whole; ++word) {
+    uint64_t bits = 0;
+    for (int j = 0; j < kWord; j += W)
+      bits |= static_cast<uint64_t>(not_less<T>(ranked.at(word * kWord + j, AllLanes{}), bounds)) << j;
+    hits[word] = bits;
   }
-  for (; i < count; i += W) {
+  if (count % kWord) hits[whole] = 0;
+  for (int i = whole * kWord; i < count; i += W) {
     const Lanes there = (uint64_t{1} << std::min(W, count - i)) - 1;
-    report(not_less<T>(ranked.at(i, there), bounds) & there, i);
+    hits[whole] |= static_cast<uint64_t>(not_less<T>(ranked.at(i, there), bounds) & there) << i % kWord;
   }
+  for (int word = 0; word < ceil_div(count, kWord); ++word)
+    for (uint64_t bits = hits[word]; bits; bits &= bits - 1) found(word * kWord + __builtin_ctzll(bits));
 }
 
 // What the gradient of one group needs: where its exponentials count from, and the coefficients.
