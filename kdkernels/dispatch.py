@@ -14,7 +14,7 @@ from kdkernels.validation import Call
 logger = logging.getLogger("kdkernels")
 
 #: Names that ``backend=`` and the environment variable KDKERNELS_BACKEND take.
-BACKENDS = ("auto", "cpu", "triton", "reference")
+BACKENDS = ("auto", "cpu", "cuda", "triton", "reference")
 ENVIRONMENT = "KDKERNELS_BACKEND"
 #: Set to 1, an explicit ``backend="triton"`` takes CPU tensors, for Triton's interpreter and for tests.
 TRITON_CPU = "KDKERNELS_TRITON_CPU"
@@ -33,6 +33,8 @@ def why_not(backend: str, device_type: str, dims: int = 2) -> str | None:
         return None
     if backend == "triton":
         return _why_not_triton(device_type)
+    if backend == "cuda":
+        return _why_not_cuda(device_type, dims)
     if device_type != "cpu":
         return f"it serves CPU tensors, and the logits are on {device_type}"
     if ops.unavailable is not None:
@@ -48,6 +50,18 @@ def _why_not_triton(device_type: str) -> str | None:
     if device_type not in ("cpu", "cuda"):
         return f"it serves CUDA tensors, and the logits are on {device_type}"
     return ops.triton_unavailable
+
+
+def _why_not_cuda(device_type: str, dims: int) -> str | None:
+    if ops.cuda_unavailable is not None:
+        return ops.cuda_unavailable
+    if dims > _MAX_DIMS:
+        return f"it serves logits of up to {_MAX_DIMS} dimensions, and these have {dims}"
+    if ops.cuda_simulated():
+        return None if device_type == "cpu" else "its launches go to a simulator, which takes CPU tensors"
+    if device_type != "cuda":
+        return f"it serves CUDA tensors, and the logits are on {device_type}"
+    return ops.why_not_this_gpu()
 
 
 def preference(device_type: str) -> tuple[str, ...]:
