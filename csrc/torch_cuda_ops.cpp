@@ -152,7 +152,7 @@ struct Step {
   }
 
   void launch(const char* step, bool clustered = false) {
-    parameters.launch(launch_of(step, call(), clustered), device);
+    parameters.launch(configure(step, call(), clustered), device);
   }
 
   // The sums of the columns of a table.
@@ -270,7 +270,7 @@ Tensor over_stretches(Step& step, const char* kernel, const char* merge, const s
   Tensor partial = stretches == 1 ? out : new_tensor(step.student, {stretches, numbers}, ScalarType::Double);
   step.held.push_back(partial);
   step.parameters.point("sums", call.sums, partial, true);
-  Launch launch = launch_of(kernel, call, false);
+  Launch launch = configure(kernel, call, false);
   launch.blocks = stretches * call.tiling.pieces;
   step.parameters.launch(launch, step.device);
   if (stretches > 1) {

@@ -53,7 +53,7 @@ struct Block {
   // The block's samples begin at `first`, a multiple of what a block holds (for pixels, within their run).
   __device__ Block(const Call& call_, int piece_) : call(call_), piece(piece_) {
     const Tiling& tiling = call.tiling;
-    const Regions at = regions<T>(kLayout, tiling, sizeof(X));
+    const Regions& at = call.regions;
     thread = threadIdx.x;
     team = tiling.team;
     own = kRows ? thread / team : thread % tiling.samples;
@@ -81,7 +81,7 @@ struct Block {
   __device__ X& slot(int side, int index) const { return tile[side][index * stride]; }
   __device__ void load(int side, int vector, T* values) const {
     if constexpr (kRows) {
-      widen(reinterpret_cast<const Vector<X>*>(tile[side])[vector], values);
+      widen<X>(reinterpret_cast<const Vector*>(tile[side])[vector], values);
     } else {
 #pragma unroll
       for (int w = 0; w < kWidth; ++w) values[w] = widen(slot(side, vector * kWidth + w));
@@ -89,7 +89,7 @@ struct Block {
   }
   __device__ void store(int side, int vector, const T* values) const {
     if constexpr (kRows) {
-      narrow(values, reinterpret_cast<Vector<X>*>(tile[side])[vector]);
+      reinterpret_cast<Vector*>(tile[side])[vector] = narrow_all<X>(values);
     } else {
 #pragma unroll
       for (int w = 0; w < kWidth; ++w) slot(side, vector * kWidth + w) = narrow<X>(values[w]);
@@ -111,8 +111,13 @@ struct Block {
   template <class V, class Op>
   __device__ V over_lanes(V value, Op op) const {
     if constexpr (kRows) {
-      for (int distance = min(team, 32) / 2; distance > 0; distance /= 2)
-        value = op(value, __shfl_xor_sync(kAllLanes, value, distance));
+      if (team >= 32) {
+#pragma unroll
+        for (int distance = 16; distance > 0; distance /= 2) value = op(value, __shfl_xor_sync(kAllLanes, value, distance));
+      } else {
+        for (int distance = team / 2; distance > 0; distance /= 2)
+          value = op(value, __shfl_xor_sync(kAllLanes, value, distance));
+      }
     }
     return value;
   }

@@ -8,6 +8,8 @@
 
 namespace kdk::cuda {
 
+constexpr int kMostThreads = 224;  // of a block: two of them leave each thread 144 registers
+
 // What is next to one another in memory, and so in a block: the classes of a sample, or the samples of a class.
 enum class Layout : int { rows = 0, pixels = 1 };
 
@@ -22,10 +24,16 @@ struct Tiling {
   KDK_HOST_DEVICE int threads() const { return samples * team; }
 };
 
+// Where things are in shared memory, in bytes.
+struct Regions {
+  int samples, entries, partials, groups, results, exchange, student, teacher, total;
+};
+
 // Everything a launch reads and writes. What was not asked for is null.
 struct Call {
   Objective objective;
   Tiling tiling;
+  Regions regions;
   Matrix student, teacher, gradient;
   int64_t classes = 0;           // that are compared
   int64_t gradient_classes = 0;  // that the gradient has: those beyond `classes` get 0
@@ -124,12 +132,10 @@ struct Exchange {
 // Partial sums of a warp (rows) or a thread (pixels): of the softmax, and four of each term.
 constexpr int kPartials = 1 + 4 * kMaxTerms;
 
-// Where things are in shared memory, in bytes.
-struct Regions {
-  int samples, entries, partials, groups, exchange, student, teacher, total;
-};
-
 KDK_HOST_DEVICE int round_up(int number, int step) { return (number + step - 1) / step * step; }
+
+// Numbers of a TermResult (evaluate.h).
+constexpr int kResults = 1 + 1 + kMaxGroups + 3 * kMaxGroups;
 
 // Elements that a thread takes at a time: of a row 16 bytes; of pixels, which are apart, a few.
 KDK_HOST_DEVICE constexpr int width(Layout layout, int element_bytes) {
@@ -148,7 +154,7 @@ KDK_HOST_DEVICE int partial_count(Layout layout, int team) {
 }
 
 template <class T>
-KDK_HOST_DEVICE Regions regions(Layout layout, const Tiling& tiling, int element_bytes) {
+KDK_HOST_DEVICE Regions regions_of(Layout layout, const Tiling& tiling, int element_bytes) {
   Regions at;
   int end = 0;
   const auto place = [&end](int bytes) {
@@ -160,6 +166,7 @@ KDK_HOST_DEVICE Regions regions(Layout layout, const Tiling& tiling, int element
   at.entries = place(tiling.samples * tiling.entries * static_cast<int>(sizeof(Entry<T>)));
   at.partials = place(tiling.samples * partial_count(layout, tiling.team) * kPartials * static_cast<int>(sizeof(double)));
   at.groups = place(tiling.samples * kMaxGroups * static_cast<int>(sizeof(GroupStats<double>)));
+  at.results = place(tiling.samples * kResults * static_cast<int>(sizeof(double)));
   at.exchange = place(tiling.pieces > 1 ? tiling.samples * static_cast<int>(sizeof(Exchange)) : 0);
   at.student = place(tiling.samples * slots(layout, tiling.piece, element_bytes) * element_bytes);
   at.teacher = place(tiling.samples * slots(layout, tiling.piece, element_bytes) * element_bytes);

@@ -24,6 +24,17 @@ __device__ __forceinline__ bool row_in_vectors(const Block<X, Layout::rows>& blo
          address / sizeof(X) % block.kWidth == static_cast<unsigned>(block.sample().lead);
 }
 
+// Visits the slots of a row's first and last vector where these are not whole: visit(slot, whether it is a class).
+template <class X, class Visit>
+__device__ __forceinline__ void over_edges(const Block<X, Layout::rows>& block, int whole, Visit visit) {
+  const int lead = block.sample().lead, end = lead + block.count;
+  for (int i = block.member; i < 2 * block.kWidth; i += block.team) {
+    const bool tail = i >= block.kWidth;
+    const int slot = tail ? whole * block.kWidth + i - block.kWidth : i;
+    if (tail ? slot < block.vectors * block.kWidth && (whole > 0 || lead == 0) : lead > 0) visit(slot, slot >= lead && slot < end);
+  }
+}
+
 // Whether a block of pixels can be: all of them are there, and every class of them begins at a multiple of 16 bytes.
 template <class X>
 __device__ __forceinline__ bool pixels_in_vectors(const Block<X, Layout::pixels>& block, int side, const Place& place) {
@@ -47,19 +58,12 @@ __device__ void copy_in(const Block<X, kLayout>& block, int side, const Place& p
   const int64_t first = sample.offset[side] + block.begin * matrix.class_stride;
   if constexpr (kLayout == Layout::rows) {
     if (sample.valid && row_in_vectors(block, side, first)) {
-      const X* from = static_cast<const X*>(matrix.data) + first;
-      for (int v = block.member; v < block.vectors; v += block.team) {
-        const int c = block.class_of(v);
-        if (c >= 0 && c + block.kWidth <= block.count) {
-          copy_16_bytes(&block.slot(side, v * block.kWidth), from + c);
-        } else {
-#pragma unroll
-          for (int w = 0; w < block.kWidth; ++w) {
-            const bool inside = static_cast<unsigned>(c + w) < static_cast<unsigned>(block.count);
-            block.slot(side, v * block.kWidth + w) = inside ? from[c + w] : none;
-          }
-        }
-      }
+      const X* from = static_cast<const X*>(matrix.data) + first - sample.lead;  // where slot 0 would be
+      X* to = block.tile[side];
+      const int whole = (sample.lead + block.count) / block.kWidth;
+      for (int v = block.member + (sample.lead > 0); v < whole; v += block.team)
+        copy_16_bytes(to + v * block.kWidth, from + v * block.kWidth);
+      over_edges(block, whole, [&](int i, bool inside) { to[i] = inside ? from[i] : none; });
       return;
     }
   } else {
@@ -113,19 +117,16 @@ __device__ void copy_out(const Block<X, kLayout>& block, const Place& place, boo
   bool done = false;
   if constexpr (kLayout == Layout::rows) {
     if (sample.number >= 0 && row_in_vectors(block, kGradient, first)) {
-      X* to = static_cast<X*>(matrix.data) + first;
-      for (int v = block.member; v < block.vectors; v += block.team) {
-        const int c = block.class_of(v);
-        Vector<X> vector = {};
-        if (!zero) vector = reinterpret_cast<const Vector<X>*>(block.tile[kStudent])[v];
-        if (c >= 0 && c + block.kWidth <= block.count) {
-          *reinterpret_cast<Vector<X>*>(to + c) = vector;
-        } else {
-#pragma unroll
-          for (int w = 0; w < block.kWidth; ++w)
-            if (static_cast<unsigned>(c + w) < static_cast<unsigned>(block.count)) to[c + w] = vector.element[w];
-        }
+      X* to = static_cast<X*>(matrix.data) + first - sample.lead;
+      const X* from = block.tile[kStudent];
+      const int whole = (sample.lead + block.count) / block.kWidth;
+      for (int v = block.member + (sample.lead > 0); v < whole; v += block.team) {
+        const Vector vector = zero ? Vector{} : reinterpret_cast<const Vector*>(from)[v];
+        reinterpret_cast<Vector*>(to)[v] = vector;
       }
+      over_edges(block, whole, [&](int i, bool inside) {
+        if (inside) to[i] = zero ? nothing : from[i];
+      });
       done = true;
     }
   } else {
@@ -136,9 +137,8 @@ __device__ void copy_out(const Block<X, kLayout>& block, const Place& place, boo
       const X* from = block.tile[kStudent] - block.own;
       for (int i = block.thread; i < block.count * in_class; i += call.tiling.threads()) {
         const int c = i / in_class, at = i % in_class * kElements;
-        Vector<X> vector = {};
-        if (!zero) vector = *reinterpret_cast<const Vector<X>*>(from + c * call.tiling.samples + at);
-        *reinterpret_cast<Vector<X>*>(to + (block.begin + c) * matrix.class_stride + at) = vector;
+        const Vector vector = zero ? Vector{} : *reinterpret_cast<const Vector*>(from + c * call.tiling.samples + at);
+        *reinterpret_cast<Vector*>(to + (block.begin + c) * matrix.class_stride + at) = vector;
       }
       done = true;
     }

@@ -8,14 +8,14 @@
 
 namespace kdk::cuda {
 
-// Threads of a block, at most: arithmetic in double precision needs twice the registers.
+// Registers of a thread, at most: two blocks of the longest rows must fit a multiprocessor. Double precision needs more.
 template <class X>
-constexpr int kMostThreads = sizeof(X) == 8 ? 256 : 512;
+constexpr int kMostRegisters = sizeof(X) == 8 ? 255 : 144;
 
 }  // namespace kdk::cuda
 
 #define KDK_KERNEL(step, layout, name, X)                                                                    \
-  extern "C" __global__ void __launch_bounds__(kdk::cuda::kMostThreads<X>)                                   \
+  extern "C" __global__ void __maxnreg__(kdk::cuda::kMostRegisters<X>)                                   \
       kdk_##step##_##layout##_##name(const __grid_constant__ kdk::cuda::Call call) {                         \
     kdk::cuda::step<X, kdk::cuda::Layout::layout>(call);                                                     \
   }

@@ -25,30 +25,28 @@ int power_of_two_up_to(int64_t number) {
   return power;
 }
 
-int most_threads(DType type) { return type == DType::f64 ? 256 : 512; }
-
 // Classes that are worked on one by one, of one sample.
 int entry_count(const Call& call) { return call.first_entry(call.objective.terms); }
 
-int shared_bytes(DType type, Layout layout, const Tiling& tiling) {
-  return type == DType::f64 ? regions<double>(layout, tiling, 8).total
-                            : regions<float>(layout, tiling, element_bytes(type)).total;
+Regions regions_of(DType type, Layout layout, const Tiling& tiling) {
+  return type == DType::f64 ? regions_of<double>(layout, tiling, 8)
+                            : regions_of<float>(layout, tiling, element_bytes(type));
 }
 
 int shared_bytes(const Call& call, const Tiling& tiling) {
-  return shared_bytes(tile_type(call), layout_of(call), tiling);
+  return regions_of(tile_type(call), layout_of(call), tiling).total;
 }
 
 constexpr int kWarp = 32;
 // Elements that a thread works on: enough to share what each does once a sample.
-constexpr int kElements = 32;
+constexpr int kElements = 64;
 // Blocks of short rows are small, so that the next ones load while one computes.
 constexpr int kShortRowThreads = 128;
 constexpr int kLongestShortRow = 1024;
 constexpr int kMostSamples = 32;  // of a block: one warp takes step 2
 constexpr int kPixels = 32;       // side by side in memory: a sector or more of each class
 constexpr int kFewestPixels = 8;
-constexpr int kMostClassWarps = 8;
+constexpr int kMostClassWarps = 4;
 constexpr int kMostPieces = 8;  // blocks of a cluster that every device can hold
 // Blocks of several pieces: three of them fit a multiprocessor, and load while others compute.
 constexpr int kBlocksAtATime = 3;
@@ -71,7 +69,7 @@ Tiling block_tiling(const Call& call, int piece, int pieces) {
     tiling.samples = std::min(kShortRowThreads / tiling.team, kMostSamples);
     return tiling;
   }
-  tiling.team = std::clamp(round_up(piece / kElements, kWarp), 2 * kWarp, most_threads(type));
+  tiling.team = std::clamp(round_up(piece / kElements, kWarp), 2 * kWarp, kMostThreads);
   return tiling;
 }
 
@@ -142,7 +140,7 @@ Tiling class_tiling(const Call& call, const Device& device) {
   tiling.samples = layout_of(call) == Layout::pixels ? kPixels : kSamples;
   tiling.team = kClasses / tiling.samples;  // as many threads as classes
   const DType type = tile_type(call) == DType::f64 ? DType::f64 : DType::f32;
-  while (shared_bytes(type, layout_of(call), tiling) > device.shared_bytes && tiling.samples > 1) {
+  while (regions_of(type, layout_of(call), tiling).total > device.shared_bytes && tiling.samples > 1) {
     tiling.samples /= 2;
     tiling.team *= 2;
   }
@@ -157,7 +155,7 @@ int64_t stretch_of(const Call& call) {
   return ceil_div(blocks, std::min(stretches, std::max<int64_t>(blocks, 1)));
 }
 
-Launch launch_of(const char* step, const Call& call, bool clustered) {
+Launch configure(const char* step, Call& call, bool clustered) {
   const Tiling& tiling = call.tiling;
   const bool of_classes = std::string(step).rfind("class_", 0) == 0;  // in the arithmetic's type
   DType type = tile_type(call);
@@ -167,7 +165,8 @@ Launch launch_of(const char* step, const Call& call, bool clustered) {
   launch.blocks = sample_blocks(call) * tiling.pieces;
   launch.threads = tiling.threads();
   launch.cluster = clustered ? tiling.pieces : 1;
-  launch.shared_bytes = std::string(step) == "scale" ? 0 : shared_bytes(type, layout_of(call), tiling);
+  call.regions = regions_of(type, layout_of(call), tiling);
+  launch.shared_bytes = std::string(step) == "scale" ? 0 : call.regions.total;
   return launch;
 }
 

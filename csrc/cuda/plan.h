@@ -39,7 +39,8 @@ Tiling class_tiling(const Call& call, const Device& device);
 int64_t stretch_of(const Call& call);
 // Blocks of samples.
 int64_t sample_blocks(const Call& call);
-// The launch of a kernel ("forward", ...) on a call whose tiling is chosen; blocks of a cluster where `clustered`.
-Launch launch_of(const char* step, const Call& call, bool clustered);
+// The launch of a kernel ("forward", ...) on a call whose tiling is chosen; its pieces are a cluster where `clustered`. Sets
+// the call's regions.
+Launch configure(const char* step, Call& call, bool clustered);
 
 }  // namespace kdk::cuda

@@ -23,15 +23,12 @@ __device__ __forceinline__ void scale(const Call& call) {
     begin = min(static_cast<int>((kWide - reinterpret_cast<uintptr_t>(data) / sizeof(X) % kWide) % kWide), block.count);
     end = begin + (block.count - begin) / kWide * kWide;
     for (int c = begin + block.member * kWide; c < end; c += block.team * kWide) {
-      Vector<X>& vector = *reinterpret_cast<Vector<X>*>(data + c);
-      const Vector<X> before = vector;
+      Vector& vector = *reinterpret_cast<Vector*>(data + c);
       T values[kWide];
-      widen(before, values);
+      widen<X>(vector, values);
 #pragma unroll
       for (int w = 0; w < kWide; ++w) values[w] *= factor;
-      Vector<X> after;
-      narrow(values, after);
-      vector = after;
+      vector = narrow_all<X>(values);
     }
   }
   for (int c = block.member; c < block.count - (end - begin); c += block.team) {

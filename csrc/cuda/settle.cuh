@@ -6,14 +6,11 @@
 
 namespace kdk::cuda {
 
-// How many classes each group of a term has.
-__device__ __forceinline__ void group_sizes(const Term& term, int64_t classes, int64_t* sizes) {
+// How many classes a group of a term has.
+__device__ __forceinline__ int64_t group_size(const Term& term, int64_t classes, int g) {
   const int rest = term.groups() - 1;
-#pragma unroll
-  for (int g = 0; g < kMaxGroups; ++g) {
-    const int leads = rest == 0 ? 0 : term.leads();
-    sizes[g] = g == rest ? classes - leads : term.group_end(g) - term.group_begin(g);
-  }
+  if (g < rest) return term.group_end(g) - term.group_begin(g);
+  return classes - (rest == 0 ? 0 : term.leads());
 }
 
 // Statistics of all groups of a term, of one sample's piece: its sweep's and its entries'.
@@ -36,11 +33,9 @@ __device__ void piece_statistics(const Block<X, kLayout>& block, int of_sample, 
   bool others = false;  // entries that are in the last group after all
   for (int e = 0; e < call.tiling.entries; ++e) others = others || (entries[e].counts && entries[e].group[t] == rest);
   if (others) merge(of_rest, entry_statistics(entries, call.tiling.entries, t, rest, exponent), 1.0);
-#pragma unroll
-  for (int g = 0; g < kMaxGroups; ++g) {
-    stats[g] = of_rest;
-    if (g < rest) stats[g] = entry_statistics(entries, call.tiling.entries, t, g, exponent);
-  }
+  stats[rest] = of_rest;
+#pragma unroll 1
+  for (int g = 0; g < rest; ++g) stats[g] = entry_statistics(entries, call.tiling.entries, t, g, exponent);
 }
 
 // The student's softmax over a sample's piece, and its target's logit if that is in it.
@@ -119,26 +114,29 @@ __device__ void settle(const Block<X, kLayout>& block) {
     if (by_sample) saved += 7;
   }
   int column = 1;
+  // These are in shared memory: registers are too few.
+  GroupStats<double>* stats = block.groups + (there ? own : 0) * kMaxGroups;
+  auto& result = reinterpret_cast<TermResult<double>*>(shared_memory + call.regions.results)[there ? own : 0];
+  static_assert(sizeof(TermResult<double>) == kResults * sizeof(double));
   for (int t = 0; t < objective.terms; ++t) {
     const Term& term = objective.term[t];
     const int groups = term.groups();
-    TermResult<double> result = {};
-    GroupStats<double>* stats = block.groups + (there ? own : 0) * kMaxGroups;  // not in registers: there are too many
     if (there) {
       if (call.tiling.pieces == 1) {
         piece_statistics(block, own, t, stats);
       } else {
-#pragma unroll
-        for (int g = 0; g < kMaxGroups; ++g) {
+#pragma unroll 1
+        for (int g = 0; g < groups; ++g) {
           GroupStats<double> merged;
           for (int piece = 0; piece < call.tiling.pieces; ++piece) merge(merged, of_block(pieces, piece)->group[t][g], 1.0);
           stats[g] = merged;
         }
       }
       int64_t sizes[kMaxGroups];
-      group_sizes(term, call.classes, sizes);
 #pragma unroll
       for (int g = 0; g < kMaxGroups; ++g) {
+        if (g >= groups) break;
+        sizes[g] = group_size(term, call.classes, g) == 1 ? 1 : 2;  // all that matters is whether it is one
         if (sizes[g] != 1) continue;
         stats[g].student_sum = single_sum(stats[g].student_origin);
         stats[g].teacher_sum = single_sum(stats[g].teacher_origin);

@@ -8,12 +8,37 @@
 
 namespace kdk::cuda {
 
-// Vectors that a thread adds up in the arithmetic's type before the sum goes on in double precision.
-constexpr int kChunk = 4;
-
 template <class T>
 __device__ __forceinline__ T origin_of(T largest, T exponent) {
   return start(largest * exponent);
+}
+
+// The largest logit of a side that the thread looks at.
+template <class X, Layout kLayout>
+__device__ Real<X> own_maximum(const Block<X, kLayout>& block, int side) {
+  using T = Real<X>;
+  if constexpr (block.kRows && sizeof(X) == 2) {
+    // Two at a time, as they are.
+    using Pair = std::conditional_t<std::is_same_v<X, __half>, __half2, __nv_bfloat162>;
+    const X none = narrow<X>(minus_infinity<T>());
+    Pair largest{none, none};
+    for (int v = block.member; v < block.vectors; v += block.team) {
+      const Vector vector = reinterpret_cast<const Vector*>(block.tile[side])[v];
+      const unsigned words[4] = {vector.x, vector.y, vector.z, vector.w};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) largest = __hmax2(largest, reinterpret_cast<const Pair&>(words[i]));
+    }
+    return larger(widen(largest.x), widen(largest.y));
+  } else {
+    T largest = minus_infinity<T>();
+    for (int v = block.member; v < block.vectors; v += block.team) {
+      T values[block.kWidth];
+      block.load(side, v, values);
+#pragma unroll
+      for (int w = 0; w < block.kWidth; ++w) largest = larger(largest, values[w]);
+    }
+    return largest;
+  }
 }
 
 // Maxima of what a block's samples have left: see Sample::largest. Ends with a barrier.
@@ -22,20 +47,22 @@ __device__ void maxima(const Block<X, kLayout>& block) {
   using T = Real<X>;
   const bool standardize_first = block.call.objective.standardize != Standardize::none;
   T largest[3] = {minus_infinity<T>(), minus_infinity<T>(), minus_infinity<T>()};
-  for (int v = block.member; v < block.vectors; v += block.team) {
-    T s[block.kWidth], t[block.kWidth];
-    block.load(kStudent, v, s);
-    block.load(kTeacher, v, t);
-    if (standardize_first) {
+  if (!standardize_first) {
+    for (int side = kStudent; side <= kTeacher; ++side) largest[side] = own_maximum(block, side);
+  } else {
+    for (int v = block.member; v < block.vectors; v += block.team) {
+      T s[block.kWidth], t[block.kWidth];
+      block.load(kStudent, v, s);
+      block.load(kTeacher, v, t);
 #pragma unroll
       for (int w = 0; w < block.kWidth; ++w) largest[2] = larger(largest[2], s[w]);
       standardize(block, kStudent, v, s);
       standardize(block, kTeacher, v, t);
-    }
 #pragma unroll
-    for (int w = 0; w < block.kWidth; ++w) {
-      largest[kStudent] = larger(largest[kStudent], s[w]);
-      largest[kTeacher] = larger(largest[kTeacher], t[w]);
+      for (int w = 0; w < block.kWidth; ++w) {
+        largest[kStudent] = larger(largest[kStudent], s[w]);
+        largest[kTeacher] = larger(largest[kTeacher], t[w]);
+      }
     }
   }
   block.template maximum<3>(largest);
@@ -51,25 +78,22 @@ __device__ void add_up(const Block<X, kLayout>& block, Real<X> exponent, int col
   using T = Real<X>;
   const T student_origin = origin_of(block.sample().largest[kStudent], exponent);
   const T teacher_origin = origin_of(block.sample().largest[kTeacher], exponent);
-  double total[4] = {};
-  for (int v = block.member; v < block.vectors;) {
-    T sum[4] = {};
-    for (int i = 0; i < kChunk && v < block.vectors; ++i, v += block.team) {
-      T s[block.kWidth], t[block.kWidth];
-      block.load(kStudent, v, s);
-      block.load(kTeacher, v, t);
-      standardize(block, kStudent, v, s);
-      standardize(block, kTeacher, v, t);
+  double total[4] = {};  // a vector is added up in the arithmetic's type: few numbers, so that little is rounded off
+  for (int v = block.member; v < block.vectors; v += block.team) {
+    T s[block.kWidth], t[block.kWidth], sum[4] = {};
+    block.load(kStudent, v, s);
+    block.load(kTeacher, v, t);
+    standardize(block, kStudent, v, s);
+    standardize(block, kTeacher, v, t);
 #pragma unroll
-      for (int w = 0; w < block.kWidth; ++w) {
-        const T a = fma(s[w], exponent, -student_origin), b = fma(t[w], exponent, -teacher_origin);
-        const T es = power(a), et = power(b), gap = b - a;
-        sum[0] += es;
-        sum[1] += et;
-        // A class without probability adds nothing, however infinite its gap.
-        if constexpr (kForward) sum[2] = et > 0 ? fma(et, gap, sum[2]) : sum[2];
-        if constexpr (kReverse) sum[3] = es > 0 ? fma(es, gap, sum[3]) : sum[3];
-      }
+    for (int w = 0; w < block.kWidth; ++w) {
+      const T a = fma(s[w], exponent, -student_origin), b = fma(t[w], exponent, -teacher_origin);
+      const T es = power(a), et = power(b), gap = b - a;
+      sum[0] += es;
+      sum[1] += et;
+      // A class without probability adds nothing, however infinite its gap.
+      if constexpr (kForward) sum[2] = et > 0 ? fma(et, gap, sum[2]) : sum[2];
+      if constexpr (kReverse) sum[3] = es > 0 ? fma(es, gap, sum[3]) : sum[3];
     }
 #pragma unroll
     for (int i = 0; i < 4; ++i) total[i] += sum[i];
