@@ -218,15 +218,33 @@ struct Step {
 };
 
 void Step::split() {
-  STD_TORCH_CHECK(false, "samples of that many classes do not fit on chip");
+  Call& call = parameters.values;
+  const int64_t samples = call.samples, pieces = samples * call.tiling.pieces;
+  const bool by_sample = call.objective.standardize == Standardize::by_sample;
+  const bool wide = dtype == ScalarType::Double;
+  if (!call.saved) {
+    room("saved", call.saved, {samples, saved_size(call.objective)}, dtype);
+    if (members_size(call.objective) > 0)
+      room("members", call.members, {samples, members_size(call.objective)}, ScalarType::Long);
+  }
+  room("exchange", call.exchange, {pieces, static_cast<int64_t>(sizeof(Exchange) / sizeof(double))}, ScalarType::Double);
+  if (call.tiling.entries > 0) {
+    const auto bytes = static_cast<int64_t>(wide ? sizeof(Entry<double>) : sizeof(Entry<float>));
+    static_assert(sizeof(Entry<double>) % 4 == 0 && sizeof(Entry<float>) % 4 == 0);
+    room("entries", call.entries, {pieces * call.tiling.entries, bytes / 4}, ScalarType::Float);
+  }
+  if (by_sample) launch("part_moments");
+  launch("part_statistics");
+  const Tiling of_pieces = call.tiling;
+  call.tiling = merge_tiling(call);
+  parameters.launch(configure_merge("merge_parts", call), device);
+  call.tiling = of_pieces;
+  if (by_sample) {
+    launch("part_products");
+    parameters.launch(configure_merge("merge_products", call), device);
+  }
+  if (call.gradient.data) launch("backward");
 }
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
-    const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& target,
-    const std::optional<Tensor>& sample_weight, const std::optional<Tensor>& denominator,
-    const std::optional<Tensor>& moments, const std::vector<double>& objective, double scale,
-    int64_t reduction_index, int64_t class_dim, int64_t num_classes, int64_t ignore_index, bool gradient, bool save,
-    bool parts);
 
 // Backward steps read the logits and what forward saved of each sample.
 struct BackwardStep : Step {

@@ -25,6 +25,8 @@ _logged: set[str] = set()
 
 #: Dimensions of logits that the kernels' layouts hold.
 _MAX_DIMS = 9
+#: Leading classes that the CUDA kernels have room for.
+_MOST_LEADS = 1024
 
 
 def why_not(backend: str, device_type: str, dims: int = 2) -> str | None:
@@ -64,6 +66,14 @@ def _why_not_cuda(device_type: str, dims: int) -> str | None:
     return ops.why_not_this_gpu()
 
 
+def _why_not_call(backend: str, call: Call) -> str | None:
+    """Why ``backend`` cannot serve this call's objective, or None."""
+    if backend != "cuda":
+        return None
+    leads = sum(term.partition.k for term in call.objective.terms)
+    return None if leads <= _MOST_LEADS else f"it ranks up to {_MOST_LEADS} leading classes, and these are {leads}"
+
+
 def preference(device_type: str) -> tuple[str, ...]:
     """Backends for a device, fastest first."""
     return {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}.get(device_type, ("reference",))
@@ -88,12 +98,12 @@ def choose(call: Call, requested: str = "auto") -> str:
         check_choice(f"the environment variable {ENVIRONMENT}", requested, BACKENDS)
     device_type, dims = call.student.device.type, call.student.dim()
     if requested != "auto":
-        reason = why_not(requested, device_type, dims)
+        reason = why_not(requested, device_type, dims) or _why_not_call(requested, call)
         if reason is not None:
             raise RuntimeError(f"backend {requested!r} cannot serve this call: {reason}")
         return requested
     for backend in preference(device_type):
-        reason = why_not(backend, device_type, dims)
+        reason = why_not(backend, device_type, dims) or _why_not_call(backend, call)
         if reason is None:
             return backend
         _log_once(f"backend {backend!r} is passed over: {reason}")

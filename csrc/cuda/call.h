@@ -24,6 +24,15 @@ struct Tiling {
   KDK_HOST_DEVICE int threads() const { return samples * team; }
 };
 
+// What the holder of a piece tells the others about one of its samples.
+struct Exchange {
+  GroupStats<double> group[kMaxTerms][kMaxGroups];
+  SoftmaxStats<double> softmax;
+  double target_logit;
+  Moments<double> moments[2];
+  double product;
+};
+
 // Where things are in shared memory, in bytes.
 struct Regions {
   int samples, entries, partials, groups, results, exchange, student, teacher, total;
@@ -58,7 +67,10 @@ struct Call {
   bool upstream_each = false;
   // What standardises each class: see standardize.cuh.
   const void* affines = nullptr;
-  // Sums over a stretch of blocks of samples (class statistics), or what pieces of split samples know.
+  // Of split samples: what is known of their pieces, and these pieces' entries.
+  Exchange* exchange = nullptr;
+  void* entries = nullptr;
+  // Sums over a stretch of blocks of samples: class statistics.
   double* sums = nullptr;
   int64_t stretch = 0;
 
@@ -116,17 +128,8 @@ struct Entry {
   T raw;               // the student's logit
   int of_class;        // -1 for none
   int rank;
-  int8_t group[kMaxTerms];
-  bool counts;  // false where an earlier entry is the same class
-};
-
-// What a block tells the others of its cluster about one of its samples.
-struct Exchange {
-  GroupStats<double> group[kMaxTerms][kMaxGroups];
-  SoftmaxStats<double> softmax;
-  double target_logit;
-  Moments<double> moments[2];
-  double product;
+  int16_t group[kMaxTerms];
+  int counts;  // 0 where an earlier entry is the same class; no bool, so that nothing is padded
 };
 
 // Partial sums of a warp (rows) or a thread (pixels): of the softmax, and four of each term.

@@ -121,6 +121,7 @@ template <class X, Layout kLayout>
 __device__ void read_logits(const Block<X, kLayout>& block) {
   for (int e = block.member; e < block.call.tiling.entries; e += block.team) {
     Entry<Real<X>>& entry = block.entries[e];
+    entry.raw = entry.student = entry.teacher = 0;
     if (entry.of_class < 0) continue;
     const int slot = block.slot_of(entry.of_class - block.begin);
     entry.raw = widen(block.slot(kStudent, slot));
@@ -129,70 +130,90 @@ __device__ void read_logits(const Block<X, kLayout>& block) {
   }
 }
 
-// Settles the ranks among all pieces of the cluster's samples: how many candidates are better.
+// The rank of an entry among the candidates of all pieces: how many are better. `others(piece)` are a piece's entries.
+template <class T, class Others>
+__device__ int rank_of(const Call& call, const Term& term, int first, int e, int piece, const Entry<T>& entry, Others others) {
+  const T sign = term.largest ? T(1) : T(-1);
+  const Candidate<T> own{sign * entry.teacher, entry.of_class};
+  int rank = e - first;
+  for (int i = 0; i < call.tiling.pieces; ++i) {
+    if (i == piece) continue;
+    const Entry<T>* of_piece = others(i);
+    for (int j = first; j < first + term.k; ++j) {  // best first
+      const Candidate<T> other{sign * of_piece[j].teacher, of_piece[j].of_class};
+      if (other.of_class < 0 || !better(other, own)) break;
+      ++rank;
+    }
+  }
+  return rank;
+}
+
+// The term by rank that an entry is a candidate of; -1 for the target.
+__device__ __forceinline__ int term_of_entry(const Call& call, int e) {
+  if (e < call.first_entry(0)) return -1;
+  const bool in_second = call.objective.terms > 1 && call.objective.term[1].by_rank() && e >= call.first_entry(1);
+  return in_second ? 1 : 0;
+}
+
+// Settles the ranks among all pieces of the cluster's samples.
 template <class X, Layout kLayout>
 __device__ void rank_in_cluster(const Block<X, kLayout>& block) {
-  using T = Real<X>;
   const Call& call = block.call;
-  for (int t = 0; t < call.objective.terms; ++t) {
-    const Term& term = call.objective.term[t];
-    if (!term.by_rank()) continue;
-    const int first = call.first_entry(t);
-    const T sign = term.largest ? T(1) : T(-1);
-    for (int e = first + block.member; e < first + term.k; e += block.team) {
-      Entry<T>& entry = block.entries[e];
-      if (entry.of_class < 0) continue;
-      const Candidate<T> own{sign * entry.teacher, entry.of_class};
-      int rank = e - first;
-      for (int piece = 0; piece < call.tiling.pieces; ++piece) {
-        if (piece == block.piece) continue;
-        const Entry<T>* others = of_block(block.entries + first, piece);
-        for (int i = 0; i < term.k; ++i) {  // best first
-          const Candidate<T> other{sign * others[i].teacher, others[i].of_class};
-          if (other.of_class < 0 || !better(other, own)) break;
-          ++rank;
-        }
-      }
-      entry.rank = rank;
-    }
+  for (int e = block.member; e < call.tiling.entries; e += block.team) {
+    Entry<Real<X>>& entry = block.entries[e];
+    const int t = term_of_entry(call, e);
+    if (t < 0 || entry.of_class < 0) continue;
+    entry.rank = rank_of(call, call.objective.term[t], call.first_entry(t), e, block.piece, entry,
+                         [&](int piece) { return of_block(block.entries, piece); });
   }
 }
 
-// Tells which group of each term every entry is in, and masks their logits; barriers must come before and after.
+// Tells which group of each term an entry is in, and whether it is the first one of its class among the piece's.
+template <class T>
+__device__ void resolve(const Call& call, const Entry<T>* entries, int e, int target, Entry<T>& entry) {
+  bool counts = entry.of_class >= 0;
+  if (counts && call.first_entry(0) == 1 && e > 0) counts = entries[0].of_class != entry.of_class;
+#pragma unroll
+  for (int t = 0; t < kMaxTerms; ++t) {
+    entry.group[t] = 0;
+    if (t >= call.objective.terms) continue;
+    const Term& term = call.objective.term[t];
+    int group = term.groups() - 1;
+    if (term.kind == PartitionKind::target && entry.of_class == target) group = 0;
+    if (term.by_rank()) {
+      const int first = call.first_entry(t), end = first + term.k;
+      int same = e;
+      if (e < first || e >= end)
+        for (same = first; same < end && entries[same].of_class != entry.of_class;) ++same;
+      if (same < end) {
+        if (same < e) counts = false;
+        const int rank = entries[same].rank;
+        if (rank < term.k) group = term.lead_group(rank);
+      }
+    }
+    entry.group[t] = static_cast<int16_t>(group);
+  }
+  entry.counts = counts;
+}
+
+// Resolves the entries and masks their logits; barriers must come before and after.
 template <class X, Layout kLayout>
 __device__ void mask_entries(const Block<X, kLayout>& block) {
-  using T = Real<X>;
-  const Call& call = block.call;
-  for (int e = block.member; e < call.tiling.entries; e += block.team) {
-    Entry<T>& entry = block.entries[e];
-    entry.counts = false;
-    if (entry.of_class < 0) continue;
-    bool counts = true;
-    if (call.first_entry(0) == 1 && e > 0) counts = block.entries[0].of_class != entry.of_class;
-#pragma unroll
-    for (int t = 0; t < kMaxTerms; ++t) {
-      if (t >= call.objective.terms) break;
-      const Term& term = call.objective.term[t];
-      int group = term.groups() - 1;
-      if (term.kind == PartitionKind::target && entry.of_class == block.sample().target) group = 0;
-      if (term.by_rank()) {
-        const int first = call.first_entry(t), end = first + term.k;
-        int same = e;
-        if (e < first || e >= end)
-          for (same = first; same < end && block.entries[same].of_class != entry.of_class;) ++same;
-        if (same < end) {
-          if (same < e) counts = false;
-          const int rank = block.entries[same].rank;
-          if (rank < term.k) group = term.lead_group(rank);
-        }
-      }
-      entry.group[t] = static_cast<int8_t>(group);
-    }
-    entry.counts = counts;
-    if (!counts) continue;
+  for (int e = block.member; e < block.call.tiling.entries; e += block.team) {
+    Entry<Real<X>>& entry = block.entries[e];
+    resolve(block.call, block.entries, e, block.sample().target, entry);
+    if (!entry.counts) continue;
     const int slot = block.slot_of(entry.of_class - block.begin);
-    block.slot(kStudent, slot) = block.slot(kTeacher, slot) = narrow<X>(minus_infinity<T>());
+    block.slot(kStudent, slot) = block.slot(kTeacher, slot) = narrow<X>(minus_infinity<Real<X>>());
   }
+}
+
+// Writes that an entry's class leads, where it does.
+template <class T>
+__device__ void write_member(const Call& call, int64_t number, int e, const Entry<T>& entry) {
+  const int first = call.first_entry(0), t = term_of_entry(call, e);
+  if (t < 0 || entry.of_class < 0 || entry.rank >= call.objective.term[t].k) return;
+  call.members[number * (call.tiling.entries - first) + call.first_entry(t) - first + entry.rank] = entry.of_class;
 }
 
 // Statistics of the entries of one group of a term, by one thread.

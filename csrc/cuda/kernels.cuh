@@ -5,6 +5,7 @@
 #include "classes.cuh"
 #include "forward.cuh"
 #include "scale.cuh"
+#include "split.cuh"
 
 namespace kdk::cuda {
 
@@ -25,7 +26,15 @@ constexpr int kMostRegisters = sizeof(X) == 8 ? 255 : 144;
   KDK_KERNEL(backward, rows, name, X)    \
   KDK_KERNEL(backward, pixels, name, X)  \
   KDK_KERNEL(scale, rows, name, X)       \
-  KDK_KERNEL(scale, pixels, name, X)
+  KDK_KERNEL(scale, pixels, name, X)     \
+  KDK_KERNEL(part_moments, rows, name, X)      \
+  KDK_KERNEL(part_moments, pixels, name, X)    \
+  KDK_KERNEL(part_statistics, rows, name, X)   \
+  KDK_KERNEL(part_statistics, pixels, name, X) \
+  KDK_KERNEL(part_products, rows, name, X)     \
+  KDK_KERNEL(part_products, pixels, name, X)   \
+  KDK_KERNEL(merge_parts, rows, name, X)       \
+  KDK_KERNEL(merge_products, rows, name, X)
 #define KDK_CLASS_KERNELS(name, X)            \
   KDK_KERNEL(class_moments, rows, name, X)    \
   KDK_KERNEL(class_moments, pixels, name, X)  \

@@ -50,6 +50,7 @@ constexpr int kMostClassWarps = 4;
 constexpr int kMostPieces = 8;  // blocks of a cluster that every device can hold
 // Blocks of several pieces: three of them fit a multiprocessor, and load while others compute.
 constexpr int kBlocksAtATime = 3;
+constexpr int kReserved = 1024;  // bytes of a block that the device takes
 
 // Threads and samples of a block for a piece of that many classes.
 Tiling block_tiling(const Call& call, int piece, int pieces) {
@@ -73,9 +74,8 @@ Tiling block_tiling(const Call& call, int piece, int pieces) {
   return tiling;
 }
 
-// The same with fewer samples where that many do not fit in `bytes`; nothing if one does not.
-std::optional<Tiling> fitting(const Call& call, Tiling tiling, int bytes) {
-  const int fewest = layout_of(call) == Layout::pixels ? kFewestPixels : 1;
+// The same with fewer samples where that many do not fit in `bytes`; nothing if the fewest do not.
+std::optional<Tiling> fitting(const Call& call, Tiling tiling, int bytes, int fewest) {
   while (shared_bytes(call, tiling) > bytes) {
     if (tiling.samples / 2 < fewest) return std::nullopt;
     tiling.samples /= 2;
@@ -106,28 +106,28 @@ int64_t sample_blocks(const Call& call) {
 }
 
 std::optional<Tiling> fused_tiling(const Call& call, const Device& device) {
-  const int preferred = device.shared_bytes_of_all / kBlocksAtATime - 1024;  // a block's own kilobyte
+  const int preferred = device.shared_bytes_of_all / kBlocksAtATime - kReserved;
   const int wide = width(Layout::rows, element_bytes(tile_type(call)));
+  const int fewest = layout_of(call) == Layout::pixels ? kFewestPixels : 1;
   if (call.classes > int64_t{1} << 24) return std::nullopt;
   for (const int limit : {std::min(preferred, device.shared_bytes), device.shared_bytes}) {
     for (int pieces = 1; pieces <= (device.has_clusters() ? kMostPieces : 1); pieces *= 2) {
       const int piece = round_up(static_cast<int>(ceil_div(call.classes, pieces)), wide);
       if (pieces > 1 && int64_t{piece} * (pieces - 1) >= call.classes) break;
       const int held = pieces == 1 ? static_cast<int>(call.classes) : piece;
-      if (const auto tiling = fitting(call, block_tiling(call, held, pieces), limit)) return tiling;
+      if (const auto tiling = fitting(call, block_tiling(call, held, pieces), limit, fewest)) return tiling;
     }
   }
   return std::nullopt;
 }
 
 Tiling piece_tiling(const Call& call, const Device& device) {
-  constexpr int kMostClasses = 4096;
-  Call one = call;
-  for (int64_t piece = std::min<int64_t>(call.classes, kMostClasses);; piece = round_up(static_cast<int>(piece / 2), 16)) {
-    const int pieces = static_cast<int>(std::max<int64_t>(ceil_div(call.classes, piece), 1));
-    const Tiling tiling = block_tiling(one, static_cast<int>(piece), pieces);
-    if (const auto fits = fitting(one, tiling, device.shared_bytes_of_all / kBlocksAtATime - 1024)) return *fits;
-    if (piece <= 16) return tiling;
+  constexpr int kMostClasses = 4096, kFewestClasses = 16;
+  const int limit = device.shared_bytes_of_all / kBlocksAtATime - kReserved;
+  for (int piece = static_cast<int>(std::min<int64_t>(call.classes, kMostClasses));; piece = round_up(piece / 2, kFewestClasses)) {
+    const Tiling tiling = block_tiling(call, piece, static_cast<int>(ceil_div(call.classes, piece)));
+    const auto fits = fitting(call, tiling, limit, 1);
+    if (fits || piece <= kFewestClasses) return fits.value_or(tiling);
   }
 }
 
@@ -153,6 +153,28 @@ int64_t stretch_of(const Call& call) {
   const int64_t blocks = sample_blocks(call);
   const int64_t stretches = std::clamp<int64_t>(kBlocks / call.tiling.pieces, 1, kMostStretches);
   return ceil_div(blocks, std::min(stretches, std::max<int64_t>(blocks, 1)));
+}
+
+Tiling merge_tiling(const Call& call) {
+  Tiling tiling = call.tiling;
+  tiling.samples = 1;
+  tiling.team = kWarp;
+  return tiling;
+}
+
+Launch configure_merge(const char* step, Call& call) {
+  const DType type = tile_type(call);
+  // Of the tiles and entries nothing is in shared memory.
+  Tiling tiling = call.tiling;
+  tiling.samples = 1;
+  tiling.piece = tiling.entries = 0;
+  call.regions = regions_of(type, Layout::rows, tiling);
+  Launch launch;
+  launch.kernel = std::string("kdk_") + step + "_rows_" + name_of(type);
+  launch.blocks = std::string(step) == "merge_parts" ? call.samples : ceil_div(call.samples, kWarp);
+  launch.threads = kWarp;
+  launch.shared_bytes = call.regions.total;
+  return launch;
 }
 
 Launch configure(const char* step, Call& call, bool clustered) {

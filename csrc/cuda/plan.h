@@ -37,6 +37,9 @@ Tiling piece_tiling(const Call& call, const Device& device);
 // How kernels that add up over samples share out a call, and how many blocks of samples one of their blocks adds up.
 Tiling class_tiling(const Call& call, const Device& device);
 int64_t stretch_of(const Call& call);
+// How the pieces of a sample are merged, and the launches that do it: a warp, or a thread, a sample.
+Tiling merge_tiling(const Call& call);
+Launch configure_merge(const char* step, Call& call);
 // Blocks of samples.
 int64_t sample_blocks(const Call& call);
 // The launch of a kernel ("forward", ...) on a call whose tiling is chosen; its pieces are a cluster where `clustered`. Sets

@@ -76,7 +76,10 @@ __device__ void write_result(const Block<X, kLayout>& block, int64_t number, voi
     return;
   }
   for (int distance = 16; distance > 0; distance /= 2) value += __shfl_xor_sync(kAllLanes, value, distance);
-  if (block.thread == 0) static_cast<double*>(out)[static_cast<int64_t>(blockIdx.x / block.call.tiling.pieces) * columns + column] = value;
+  if (block.thread == 0) {
+    const int64_t row = block.call.exchange ? blockIdx.x : blockIdx.x / block.call.tiling.pieces;
+    static_cast<double*>(out)[row * columns + column] = value;
+  }
 }
 
 }  // namespace kdk::cuda

@@ -38,6 +38,13 @@ __device__ void piece_statistics(const Block<X, kLayout>& block, int of_sample, 
   for (int g = 0; g < rest; ++g) stats[g] = entry_statistics(entries, call.tiling.entries, t, g, exponent);
 }
 
+// Adds an entry to the student's softmax.
+template <class T>
+__device__ void add_entry(SoftmaxStats<double>& softmax, const Entry<T>& entry) {
+  const T exponent = static_cast<T>(kLog2E), origin = entry.raw * exponent;
+  merge(softmax, SoftmaxStats<double>{origin, power(fma(entry.raw, exponent, -start(origin)))}, 1.0);
+}
+
 // The student's softmax over a sample's piece, and its target's logit if that is in it.
 template <class X, Layout kLayout>
 __device__ SoftmaxStats<double> piece_softmax(const Block<X, kLayout>& block, int of_sample, double& target_logit) {
@@ -47,9 +54,7 @@ __device__ SoftmaxStats<double> piece_softmax(const Block<X, kLayout>& block, in
   const T exponent = static_cast<T>(kLog2E);
   SoftmaxStats<double> softmax{block.samples[of_sample].largest[2] * exponent, block.total(of_sample, 0)};
   for (int e = 0; e < call.tiling.entries; ++e) {
-    if (!entries[e].counts) continue;
-    const T raw = entries[e].raw, origin = raw * exponent;
-    merge(softmax, SoftmaxStats<double>{origin, power(fma(raw, exponent, -start(origin)))}, 1.0);
+    if (entries[e].counts) add_entry(softmax, entries[e]);
   }
   target_logit = entries[0].counts ? entries[0].raw : 0;
   return softmax;
@@ -63,6 +68,14 @@ __device__ void evaluate_term(Term term, GroupStats<double>* stats, const int64_
   evaluate<double>(term, stats, sizes, 1.0, result);
 }
 
+// What is known of a piece of a sample: in its block of the cluster or, of split samples, in global memory.
+template <class X, Layout kLayout>
+__device__ __forceinline__ const Exchange& piece_exchange(const Block<X, kLayout>& block, int of_sample, int piece) {
+  const Call& call = block.call;
+  if (!call.exchange) return *of_block(block.exchange + of_sample, piece);
+  return call.exchange[block.samples[of_sample].number * call.tiling.pieces + piece];
+}
+
 template <class X, Layout kLayout>
 __device__ void settle(const Block<X, kLayout>& block) {
   using T = Real<X>;
@@ -72,24 +85,23 @@ __device__ void settle(const Block<X, kLayout>& block) {
   const bool there = own < call.tiling.samples;
   Sample<T>& sample = block.samples[there ? own : 0];
   const bool valid = there && sample.valid;
-  const bool first_piece = block.piece == 0;
+  const bool first_piece = block.piece == 0, alone = call.tiling.pieces == 1 && !call.exchange;
   const int64_t number = there ? sample.number : -1;
   const double weight = valid ? sample.weight : 0;
   const bool by_sample = objective.standardize == Standardize::by_sample;
   T* saved = there && number >= 0 && call.saved && first_piece
                  ? static_cast<T*>(call.saved) + number * saved_size(objective)
                  : nullptr;
-  const Exchange* pieces = block.exchange + (there ? own : 0);
   double loss = 0, entropy = 0;
   T softmax_origin = 0, softmax_inverse = 0;
   if (there && objective.has_ce()) {
     double target_logit = 0;
     SoftmaxStats<double> softmax;
-    if (call.tiling.pieces == 1) {
+    if (alone) {
       softmax = piece_softmax(block, own, target_logit);
     } else {
       for (int piece = 0; piece < call.tiling.pieces; ++piece) {
-        const Exchange& other = *of_block(pieces, piece);
+        const Exchange& other = piece_exchange(block, own, piece);
         merge(softmax, other.softmax, 1.0);
         target_logit += other.target_logit;
       }
@@ -122,13 +134,13 @@ __device__ void settle(const Block<X, kLayout>& block) {
     const Term& term = objective.term[t];
     const int groups = term.groups();
     if (there) {
-      if (call.tiling.pieces == 1) {
+      if (alone) {
         piece_statistics(block, own, t, stats);
       } else {
 #pragma unroll 1
         for (int g = 0; g < groups; ++g) {
           GroupStats<double> merged;
-          for (int piece = 0; piece < call.tiling.pieces; ++piece) merge(merged, of_block(pieces, piece)->group[t][g], 1.0);
+          for (int piece = 0; piece < call.tiling.pieces; ++piece) merge(merged, piece_exchange(block, own, piece).group[t][g], 1.0);
           stats[g] = merged;
         }
       }
@@ -200,24 +212,12 @@ __device__ void tell_statistics(const Block<X, kLayout>& block) {
   for (int t = 0; t < call.objective.terms; ++t) piece_statistics(block, block.thread, t, exchange.group[t]);
 }
 
-// Writes which classes lead.
+// Writes which classes lead. Of samples that do not count nobody will ask.
 template <class X, Layout kLayout>
 __device__ void write_members(const Block<X, kLayout>& block) {
-  const Call& call = block.call;
-  if (!call.members || block.sample().number < 0) return;
-  const int first = call.first_entry(0), columns = call.tiling.entries - first;
-  for (int t = 0; t < call.objective.terms; ++t) {
-    const Term& term = call.objective.term[t];
-    if (!term.by_rank()) continue;
-    const int begin = call.first_entry(t);
-    for (int e = begin + block.member; e < begin + term.k; e += block.team) {
-      const Entry<Real<X>>& entry = block.entries[e];
-      const bool none = entry.of_class < 0 && block.piece == 0 && !block.sample().valid;
-      if (entry.of_class >= 0 && entry.rank < term.k)
-        call.members[block.sample().number * columns + begin - first + entry.rank] = entry.of_class;
-      else if (none) call.members[block.sample().number * columns + e - first] = -1;
-    }
-  }
+  if (!block.call.members || !block.sample().valid) return;
+  for (int e = block.member; e < block.call.tiling.entries; e += block.team)
+    write_member(block.call, block.sample().number, e, block.entries[e]);
 }
 
 }  // namespace kdk::cuda
