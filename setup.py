@@ -6,6 +6,7 @@ Environment:
     KDKERNELS_BUILD_CUDA=0  build it without CUDA kernels
     KDKERNELS_CUDA_ARCHS    compute capabilities to compile them for, "80;90;100" by default; PTX of the newest is added
     KDKERNELS_NVCC          the CUDA compiler, by default the nvcc of CUDA_HOME or of the PATH
+    KDKERNELS_REQUIRE_NATIVE=1  fail where a compiler fails, or warns of CUDA code; otherwise go without
     MAX_JOBS                compiler processes at a time
 """
 
@@ -59,6 +60,11 @@ def cuda_headers(nvcc: str) -> Path:
     return Path(re.search(r"_HERE_=(\S+)", text)[1]).parent / "include"
 
 
+def strict() -> bool:
+    """Whether a build that is not as it should be fails, where a user's would go without."""
+    return os.environ.get("KDKERNELS_REQUIRE_NATIVE", "0") == "1"
+
+
 def jobs() -> int:
     return int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
 
@@ -66,12 +72,14 @@ def jobs() -> int:
 def compile_cuda(nvcc: str, folder: Path) -> None:
     """One image of all targets from each file of kernels, into ``folder``, where it is not there already."""
     targets = cuda_targets()
-    flags = ["-fatbin", "-std=c++17", "-O3"]
+    flags = ["-fatbin", "-std=c++17", "-O3", "--compress-mode=size", "-Xptxas=-warn-spills"]
+    if strict():
+        flags += ["-Xptxas=-Werror", "-Werror=all-warnings"]
     for target in targets:
         flags += [f"-gencode=arch=compute_{target},code=sm_{target}"]
     flags += [f"-gencode=arch=compute_{targets[-1]},code=compute_{targets[-1]}"]
     headers = [*(ROOT / "csrc").glob("*.h"), *(ROOT / "csrc/cuda").glob("*.*h")]
-    changed = 0 if os.environ.get("KDK_DEV") else max(path.stat().st_mtime for path in (*headers, ROOT / "setup.py"))
+    changed = max(path.stat().st_mtime for path in (*headers, ROOT / "setup.py"))
     folder.mkdir(parents=True, exist_ok=True)
     chosen = folder / "flags.txt"
     same = chosen.exists() and chosen.read_text() == " ".join([nvcc, *flags])
@@ -131,7 +139,7 @@ class Build(BuildExtension):
         try:
             super().build_extensions()
         except Exception as error:
-            if os.environ.get("KDKERNELS_REQUIRE_NATIVE", "0") == "1":
+            if strict():
                 raise
             print(f"kdkernels: the native extension was NOT built ({error}); plain PyTorch will serve every call")
             self.extensions = []
@@ -143,7 +151,7 @@ if nvcc is not None:
     try:
         compile_cuda(nvcc, IMAGES)
     except Exception as error:
-        if os.environ.get("KDKERNELS_REQUIRE_NATIVE", "0") == "1":
+        if strict():
             raise
         nvcc, no_cuda = None, f"the CUDA kernels did not compile ({error})"
 cpu = "CPU kernels (baseline, AVX2, AVX-512)"

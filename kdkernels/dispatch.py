@@ -35,8 +35,10 @@ def why_not(backend: str, device_type: str, dims: int = 2) -> str | None:
         return None
     if backend == "triton":
         return _why_not_triton(device_type)
-    if backend == "cuda":
-        return _why_not_cuda(device_type, dims)
+    return _why_not_cuda(device_type, dims) if backend == "cuda" else _why_not_cpu(device_type, dims)
+
+
+def _why_not_cpu(device_type: str, dims: int) -> str | None:
     if device_type != "cpu":
         return f"it serves CPU tensors, and the logits are on {device_type}"
     if ops.unavailable is not None:
@@ -76,7 +78,8 @@ def _why_not_call(backend: str, call: Call) -> str | None:
 
 def preference(device_type: str) -> tuple[str, ...]:
     """Backends for a device, fastest first."""
-    return {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}.get(device_type, ("reference",))
+    gpu = ("cuda", "triton", "reference")
+    return {"cpu": ("cpu", "reference"), "cuda": gpu}.get(device_type, ("reference",))
 
 
 def checks_samples(backend: str, device_type: str) -> bool:
@@ -124,6 +127,8 @@ def report() -> str:
         lines.append(f"extension    built; CPU kernels for {sets}; in use: {ops.cpu_instruction_set()}")
     else:
         lines.append(f"extension    missing: {ops.unavailable}")
+    targets = ", ".join(f"sm_{target}" for target in ops.cuda_targets())
+    lines.append(f"CUDA         {ops.cuda_unavailable or f'kernels for {targets} and, from PTX, newer GPUs'}")
     lines.append(f"triton       {ops.triton_unavailable or 'installed'}")
     lines.append(f"environment  {ENVIRONMENT}={os.environ.get(ENVIRONMENT, '(not set)')}")
     for device_type in ("cpu", "cuda"):

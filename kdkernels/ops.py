@@ -1,7 +1,8 @@
 """The ops of the backends with kernels: loading, calling, and their fake kernels for torch.compile.
 
-``torch.ops.kdkernels.*`` (CPU) and ``torch.ops.kdkernels_cuda.*`` are C++, with schemas from ``csrc/torch_arguments.h``;
-``torch.ops.kdkernels_triton.*`` have the same schemas, are declared here and served by ``kdkernels.triton_kernels.launch``, which is imported with the first call.
+``torch.ops.kdkernels.*`` (CPU) and ``torch.ops.kdkernels_cuda.*`` are C++, declared in ``csrc/torch_arguments.h``;
+``torch.ops.kdkernels_triton.*`` have the same schemas, are declared here and served by
+``kdkernels.triton_kernels.launch``, which is imported with the first call.
 """
 
 from __future__ import annotations
@@ -36,7 +37,6 @@ def _load() -> str | None:
 
 #: Why the native ops are missing, or None where they are there.
 unavailable: str | None = _load()
-
 
 
 def _why_no_cuda() -> str | None:

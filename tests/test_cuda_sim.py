@@ -2,8 +2,8 @@
 
 The host code is the user's: the public API and the C++ behind it, with nothing changed but where launches go. The
 simulator checks every access against the tensors' bounds, shared memory for races (a cluster's blocks included), global
-memory for races between blocks, and that nothing is read that nobody wrote; results are held to the accuracy table against
-the float64 reference. What the kernels may cost is counted at the end.
+memory for races between blocks, and that nothing is read that nobody wrote; results are held to the accuracy table
+against the float64 reference. What the kernels may cost is counted at the end.
 """
 
 from __future__ import annotations
@@ -373,7 +373,7 @@ def test_launches(name: str, options: dict[str, str], forward: list[str], backwa
 @needs_simulator
 @pytest.mark.parametrize("shape", [(64, 1000), (3, 1001), (2, 7, 5, 6)], ids=name_of)
 def test_scaling(shape: tuple[int, ...]) -> None:
-    """What backward launches with an upstream gradient: 1 touches no memory, and the host does not know that it is 1."""
+    """What backward launches with an upstream gradient: 1 touches no memory, and the host does not know it is."""
     gradient = torch.randn(shape)
     kept = gradient.clone()
     scale = torch.ops.kdkernels_cuda.scale_.default

@@ -46,6 +46,7 @@ constexpr int kLongestShortRow = 1024;
 constexpr int kMostSamples = 32;  // of a block: one warp takes step 2
 constexpr int kPixels = 32;       // side by side in memory: a sector or more of each class
 constexpr int kFewestPixels = 8;
+constexpr int kPixelElements = 16;  // of a thread: its pixel is shared where there are more classes
 constexpr int kMostClassWarps = 4;
 constexpr int kMostPieces = 8;  // blocks of a cluster that every device can hold
 // Blocks of several pieces: three of them fit a multiprocessor, and load while others compute.
@@ -61,7 +62,7 @@ Tiling block_tiling(const Call& call, int piece, int pieces) {
   tiling.entries = entry_count(call);
   if (layout_of(call) == Layout::pixels) {
     tiling.samples = kPixels;
-    tiling.team = std::min(power_of_two_up_to(std::max(piece / kElements, 1)), kMostClassWarps);
+    tiling.team = std::min(power_of_two_up_to(std::max(piece / kPixelElements, 1)), kMostClassWarps);
     return tiling;
   }
   const int vectors = slots(Layout::rows, piece, element_bytes(type)) / width(Layout::rows, element_bytes(type));
@@ -79,7 +80,7 @@ std::optional<Tiling> fitting(const Call& call, Tiling tiling, int bytes, int fe
   while (shared_bytes(call, tiling) > bytes) {
     if (tiling.samples / 2 < fewest) return std::nullopt;
     tiling.samples /= 2;
-    tiling.team = std::max(tiling.team, kWarp / tiling.samples);
+    tiling.team = layout_of(call) == Layout::pixels ? 2 * tiling.team : std::max(tiling.team, kWarp / tiling.samples);
   }
   return tiling;
 }

@@ -139,9 +139,9 @@ __device__ void statistics(const Block<X, kLayout>& block) {
 template <class T>
 __device__ __forceinline__ T slope_at(const GroupShare<T>& share, T exponent, bool tilted, T student, T teacher) {
   const T a = fma(student, exponent, -share.student_origin), b = fma(teacher, exponent, -share.teacher_origin);
-  const T es = power(a), pull = power(b) * share.teacher;
-  if (!tilted) return fma(es, share.student, -pull);
-  return (es > 0 ? es * fma(b - a, share.tilt, share.student) : es) - pull;
+  const T es = power(a), push = power(b) * -share.teacher;
+  if (!tilted) return fma(es, share.student, push);
+  return (es > 0 ? es * fma(b - a, share.tilt, share.student) : es) + push;
 }
 
 // What the gradient sweep knows of its sample, in registers.
