@@ -28,6 +28,8 @@ def backend_is_there() -> None:
         (pytest.fail if must_have_native() else pytest.skip)(reason)
 
 
+#: Kernels in many more types and shapes. The others need one file of kernels for one architecture.
+more = pytest.mark.cuda
 two_architectures = pytest.mark.skipif(len(ARCHITECTURES) == 1, reason="a GPU is one architecture")
 
 
@@ -48,6 +50,7 @@ def test_recomputed(name: str) -> None:
     check(ALL[name], inputs.student, inputs.teacher, RECOMPUTE, LAST, target=inputs.target, reduction="none")
 
 
+@more
 @pytest.mark.parametrize(
     ("name", "dtypes"),
     [
@@ -82,6 +85,7 @@ def test_row_lengths(name: str, shape: tuple[int, int]) -> None:
     check(ALL[name], inputs.student, inputs.teacher, FUSED, LAST, **needed_target(ALL[name], inputs.target))
 
 
+@more
 @pytest.mark.parametrize(
     ("name", "shape", "dtype"),
     [
@@ -103,6 +107,7 @@ def test_clusters(name: str, shape: tuple[int, int], dtype: torch.dtype) -> None
     assert sim is None or max(launch.cluster for launch in sim.log) > 1
 
 
+@more
 @two_architectures
 @pytest.mark.parametrize(
     ("name", "shape", "path", "options"),
@@ -144,6 +149,7 @@ def test_pixels(name: str, shape: tuple[int, ...]) -> None:
     check(ALL[name], inputs.student, inputs.teacher, FUSED, LAST, **options)
 
 
+@more
 @two_architectures
 @pytest.mark.parametrize(
     ("name", "shape", "dtype", "path"),
@@ -177,6 +183,7 @@ LAYOUTS = {
 }
 
 
+@more
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", ["dkd", "pr_dkd"])
 def test_samples_that_do_not_count(name: str, layout: str) -> None:
@@ -194,6 +201,7 @@ def test_samples_that_do_not_count(name: str, layout: str) -> None:
     check(ALL[name], student, teacher, FUSED, arch, **options)
 
 
+@more
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", ["dkd", "gdkd3", "bdd", "lskd"])
 def test_masked_classes(name: str, layout: str) -> None:
@@ -207,6 +215,7 @@ def test_masked_classes(name: str, layout: str) -> None:
     check(ALL[name], student, teacher, FUSED, arch, **needed_target(ALL[name], target.clamp(min=9)))
 
 
+@more
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_target_far_above_the_rest(layout: str) -> None:
     shape, arch = LAYOUTS[layout]
@@ -217,6 +226,7 @@ def test_target_far_above_the_rest(layout: str) -> None:
     check(ALL["dkd"], student, teacher, FUSED, arch, target=target, reduction="sum")
 
 
+@more
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_ties_of_the_top_k(layout: str) -> None:
     """The lowest index wins: the student's logits differ where the teacher's are alike."""
@@ -277,6 +287,7 @@ def test_no_samples() -> None:
     assert sim is None or not sim.log
 
 
+@more
 def test_same_result_every_time() -> None:
     student, teacher, target = make_inputs((3, 17001))
     (first, _), (second, _) = (run(ALL["everything"], student, teacher, FUSED, LAST, target=target) for _ in range(2))
@@ -309,6 +320,7 @@ def cost(name: str, shape: tuple[int, ...], dtype: torch.dtype, arch: int = LAST
     return moved / floor, coalescing, instructions
 
 
+@more
 @needs_simulator
 @pytest.mark.parametrize(
     ("name", "shape", "dtype", "arch"),
@@ -334,6 +346,7 @@ def test_cost_on_chip(name: str, shape: tuple[int, ...], dtype: torch.dtype, arc
         assert coalescing >= COALESCING
 
 
+@more
 @needs_simulator
 @pytest.mark.parametrize(("name", "classes"), [("dkd", 128256), ("gdkd", 128256)])
 def test_cost_of_split_rows(name: str, classes: int) -> None:
@@ -342,6 +355,7 @@ def test_cost_of_split_rows(name: str, classes: int) -> None:
     assert coalescing >= COALESCING
 
 
+@more
 @needs_simulator
 @pytest.mark.parametrize(("name", "most"), [("kd", 60), ("dkd", 70), ("gdkd", 145)])
 def test_instructions(name: str, most: float) -> None:
