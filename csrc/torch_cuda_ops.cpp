@@ -1,6 +1,6 @@
 // The ops of CUDA tensors: unpacks tensors, chooses kernels and launches them. Nothing here waits for the device.
 //
-// They are a namespace of their own, so that tests can call them with CPU tensors, on which a simulator runs the kernels.
+// They are a namespace of their own, so that tests can call them with CPU tensors, on which a simulator runs kernels.
 #include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
 
@@ -50,13 +50,6 @@ class Parameters {
   void point(const char* name, Matrix& matrix, const Tensor& tensor, bool fresh = false) {
     point(name, &matrix.data, tensor.data_ptr(), tensor, fresh);
   }
-  template <class V>
-  void forget(V*& at) {
-    const auto offset = reinterpret_cast<char*>(&at) - reinterpret_cast<char*>(&values);
-    at = nullptr;
-    std::erase_if(buffers_, [&](const Buffer& buffer) { return buffer.offset == offset; });
-  }
-
   void launch(const Launch& how, const OnDevice& device) {
     try {
       kdk::cuda::launch(how, &values, sizeof(P), buffers_, device.stream());
@@ -90,6 +83,12 @@ class Parameters {
 Tensor typed(const Tensor& tensor, ScalarType dtype) {
   const Tensor right = tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype);
   return right.is_contiguous() ? right : torch::stable::contiguous(right);
+}
+
+Tensor zeros(const Tensor& like, const std::vector<int64_t>& sizes) {
+  Tensor tensor = new_tensor(like, sizes, ScalarType::Double);
+  torch::stable::zero_(tensor);
+  return tensor;
 }
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -227,7 +226,8 @@ void Step::split() {
     if (members_size(call.objective) > 0)
       room("members", call.members, {samples, members_size(call.objective)}, ScalarType::Long);
   }
-  room("exchange", call.exchange, {pieces, static_cast<int64_t>(sizeof(Exchange) / sizeof(double))}, ScalarType::Double);
+  room("exchange", call.exchange, {pieces, static_cast<int64_t>(sizeof(Exchange) / sizeof(double))},
+       ScalarType::Double);
   if (call.tiling.entries > 0) {
     const auto bytes = static_cast<int64_t>(wide ? sizeof(Entry<double>) : sizeof(Entry<float>));
     static_assert(sizeof(Entry<double>) % 4 == 0 && sizeof(Entry<float>) % 4 == 0);
@@ -310,16 +310,17 @@ Tensor class_moments(const Tensor& student, const Tensor& teacher, const std::op
   step.call().ignore_index = ignore_index;
   step.read("target", step.call().target, target, ScalarType::Long);
   step.read("weight", step.call().weight, sample_weight, ScalarType::Double);
-  if (step.call().samples == 0) return torch::stable::zero_(*std::make_unique<Tensor>(new_tensor(student, {2, 3, num_classes}, ScalarType::Double)));
+  if (step.call().samples == 0)
+    return zeros(student, {2, 3, num_classes});
   return over_stretches(step, "class_moments", "kdk_merge_moments", {2, 3, num_classes});
 }
 
 Tensor class_sums(const Tensor& grad_loss, const Tensor& student, const Tensor& teacher,
                   const std::optional<Tensor>& target, const Tensor& saved, const Tensor& members,
-                  const Tensor& moments, const std::vector<double>& objective, int64_t class_dim,
-                  int64_t num_classes) {
+                  const Tensor& moments, const std::vector<double>& objective, int64_t class_dim, int64_t num_classes) {
   BackwardStep step(grad_loss, student, teacher, target, saved, members, objective, class_dim, num_classes, nullptr);
-  if (step.call().samples == 0) return torch::stable::zero_(*std::make_unique<Tensor>(new_tensor(student, {2, num_classes}, ScalarType::Double)));
+  if (step.call().samples == 0)
+    return zeros(student, {2, num_classes});
   step.affines(moments, std::nullopt);
   return over_stretches(step, "class_sums", "kdk_add_stretches", {2, num_classes});
 }
@@ -327,13 +328,13 @@ Tensor class_sums(const Tensor& grad_loss, const Tensor& student, const Tensor& 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
     const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& target,
     const std::optional<Tensor>& sample_weight, const std::optional<Tensor>& denominator,
-    const std::optional<Tensor>& moments, const std::vector<double>& objective, double scale,
-    int64_t reduction_index, int64_t class_dim, int64_t num_classes, int64_t ignore_index, bool gradient, bool save,
-    bool parts) {
+    const std::optional<Tensor>& moments, const std::vector<double>& objective, double scale, int64_t reduction_index,
+    int64_t class_dim, int64_t num_classes, int64_t ignore_index, bool gradient, bool save, bool parts) {
   const auto reduction = static_cast<Reduction>(reduction_index);
   const bool by_class = moments.has_value(), each = reduction == Reduction::none;
   STD_TORCH_CHECK(save || !by_class || !gradient, "ValueError: save must go with gradient where there are moments");
-  Tensor grad = gradient && !by_class ? torch::stable::empty_like(student) : new_tensor(student, {0}, student.scalar_type());
+  Tensor grad =
+      gradient && !by_class ? torch::stable::empty_like(student) : new_tensor(student, {0}, student.scalar_type());
   Step step(student, teacher, num_classes, class_dim, gradient && !by_class ? &grad : nullptr);
   Call& call = step.call();
   call.objective = decoded(objective);
@@ -349,7 +350,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
   part_shape.push_back(columns);
   Tensor loss = new_tensor(student, shape, step.dtype);
   Tensor part_values = new_tensor(student, parts ? part_shape : std::vector<int64_t>{0}, step.dtype);
-  const auto rows_of = [&](int64_t width) { return save ? std::vector<int64_t>{samples, width} : std::vector<int64_t>{0}; };
+  const auto rows_of = [&](int64_t width) {
+    return save ? std::vector<int64_t>{samples, width} : std::vector<int64_t>{0};
+  };
   Tensor saved = new_tensor(student, rows_of(saved_size(call.objective)), step.dtype);
   Tensor members = new_tensor(student, rows_of(members_size(call.objective)), ScalarType::Long);
   if (samples == 0) {
@@ -428,13 +431,13 @@ STABLE_TORCH_LIBRARY(kdkernels_cuda, m) {
 }
 
 // CPU tensors are for the simulator.
-#define KDK_IMPLEMENT(key)                                  \
-  STABLE_TORCH_LIBRARY_IMPL(kdkernels_cuda, key, m) {       \
-    m.impl("class_moments", TORCH_BOX(&class_moments));     \
-    m.impl("forward", TORCH_BOX(&forward));                 \
-    m.impl("class_sums", TORCH_BOX(&class_sums));           \
-    m.impl("backward", TORCH_BOX(&backward));               \
-    m.impl("scale_", TORCH_BOX(&scale_));                   \
+#define KDK_IMPLEMENT(key)                              \
+  STABLE_TORCH_LIBRARY_IMPL(kdkernels_cuda, key, m) {   \
+    m.impl("class_moments", TORCH_BOX(&class_moments)); \
+    m.impl("forward", TORCH_BOX(&forward));             \
+    m.impl("class_sums", TORCH_BOX(&class_sums));       \
+    m.impl("backward", TORCH_BOX(&backward));           \
+    m.impl("scale_", TORCH_BOX(&scale_));               \
   }
 KDK_IMPLEMENT(CUDA)
 KDK_IMPLEMENT(CPU)

@@ -44,8 +44,8 @@ struct Block {
   int vectors;                    // that they take
   int stride;                     // between a sample's slots
   Sample<T>* samples;
-  Entry<T>* entries;  // of the own sample
-  double* partials;   // of all samples
+  Entry<T>* entries;           // of the own sample
+  double* partials;            // of all samples
   GroupStats<double>* groups;  // room for those of one term, of all samples
   Exchange* exchange;
   X* tile[2];  // the own sample's slots: of student (later: its gradient) and teacher
@@ -113,7 +113,8 @@ struct Block {
     if constexpr (kRows) {
       if (team >= 32) {
 #pragma unroll
-        for (int distance = 16; distance > 0; distance /= 2) value = op(value, __shfl_xor_sync(kAllLanes, value, distance));
+        for (int distance = 16; distance > 0; distance /= 2)
+          value = op(value, __shfl_xor_sync(kAllLanes, value, distance));
       } else {
         for (int distance = team / 2; distance > 0; distance /= 2)
           value = op(value, __shfl_xor_sync(kAllLanes, value, distance));
@@ -135,8 +136,7 @@ struct Block {
   template <int kCount>
   __device__ void maximum(T* values) const {
 #pragma unroll
-    for (int i = 0; i < kCount; ++i)
-      values[i] = over_lanes(values[i], [](T a, T b) { return larger(a, b); });
+    for (int i = 0; i < kCount; ++i) values[i] = over_lanes(values[i], [](T a, T b) { return larger(a, b); });
     if (partial_results() == 1) return;
     if (writes_result())
       for (int i = 0; i < kCount; ++i) partial(own, own_result())[i] = values[i];

@@ -106,18 +106,18 @@ struct GroupShare {
 // What a block knows of one of its samples.
 template <class T>
 struct Sample {
-  double weight;   // of its loss in the result
-  int64_t number;  // overall; -1 for none
+  double weight;      // of its loss in the result
+  int64_t number;     // overall; -1 for none
   int64_t offset[3];  // of its first logit: in the student's, the teacher's and the gradient's matrix
   int target;
   int lead;  // slots before its first class
   bool valid;
   T largest[3];  // of the student's and teacher's logits as the terms see them, and of the student's raw ones
   Affine<T> student, teacher;
-  T slope;            // of the chain rule through standardised samples
-  T factor;           // of the gradient, where samples are standardised
+  T slope;                           // of the chain rule through standardised samples
+  T factor;                          // of the gradient, where samples are standardised
   T softmax_origin, softmax_factor;  // the latter with the weight of the cross entropy
-  T entropy_factor;   // that weight
+  T entropy_factor;                  // that weight
   GroupShare<T> share[kMaxTerms][kMaxGroups];
 };
 
@@ -167,7 +167,8 @@ KDK_HOST_DEVICE Regions regions_of(Layout layout, const Tiling& tiling, int elem
   };
   at.samples = place(tiling.samples * static_cast<int>(sizeof(Sample<T>)));
   at.entries = place(tiling.samples * tiling.entries * static_cast<int>(sizeof(Entry<T>)));
-  at.partials = place(tiling.samples * partial_count(layout, tiling.team) * kPartials * static_cast<int>(sizeof(double)));
+  at.partials =
+      place(tiling.samples * partial_count(layout, tiling.team) * kPartials * static_cast<int>(sizeof(double)));
   at.groups = place(tiling.samples * kMaxGroups * static_cast<int>(sizeof(GroupStats<double>)));
   at.results = place(tiling.samples * kResults * static_cast<int>(sizeof(double)));
   at.exchange = place(tiling.pieces > 1 ? tiling.samples * static_cast<int>(sizeof(Exchange)) : 0);

@@ -7,10 +7,10 @@
 namespace kdk::cuda {
 
 __device__ __forceinline__ void copy_16_bytes(void* shared, const void* global) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
-                   static_cast<unsigned>(__cvta_generic_to_shared(shared))),
-               "l"(global)
-               : "memory");
+  asm volatile(
+      "cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(shared))),
+      "l"(global)
+      : "memory");
 }
 
 __device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
@@ -31,7 +31,8 @@ __device__ __forceinline__ void over_edges(const Block<X, Layout::rows>& block, 
   for (int i = block.member; i < 2 * block.kWidth; i += block.team) {
     const bool tail = i >= block.kWidth;
     const int slot = tail ? whole * block.kWidth + i - block.kWidth : i;
-    if (tail ? slot < block.vectors * block.kWidth && (whole > 0 || lead == 0) : lead > 0) visit(slot, slot >= lead && slot < end);
+    if (tail ? slot < block.vectors * block.kWidth && (whole > 0 || lead == 0) : lead > 0)
+      visit(slot, slot >= lead && slot < end);
   }
 }
 
@@ -84,7 +85,8 @@ __device__ void copy_in(const Block<X, kLayout>& block, int side, const Place& p
   for (int i = block.member; i < slots; i += block.team) {
     const int c = i - sample.lead;
     const bool inside = sample.valid && static_cast<unsigned>(c) < static_cast<unsigned>(block.count);
-    block.slot(side, i) = inside ? narrow<X>(load_as<T>(matrix.data, matrix.dtype, first + c * matrix.class_stride)) : none;
+    block.slot(side, i) =
+        inside ? narrow<X>(load_as<T>(matrix.data, matrix.dtype, first + c * matrix.class_stride)) : none;
   }
 }
 
@@ -99,7 +101,8 @@ __device__ void copy_in(const Block<X, kLayout>& block, const Place& place) {
     // What was copied with its neighbours but does not count.
     if (!block.sample().valid) {
       const X none = narrow<X>(minus_infinity<Real<X>>());
-      for (int i = block.member; i < block.count; i += block.team) block.slot(kStudent, i) = block.slot(kTeacher, i) = none;
+      for (int i = block.member; i < block.count; i += block.team)
+        block.slot(kStudent, i) = block.slot(kTeacher, i) = none;
     }
     __syncthreads();
   }

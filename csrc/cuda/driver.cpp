@@ -10,7 +10,7 @@
 #include <stdexcept>
 
 // The compiled kernels, one image of all targets a type of logits: made by nvcc, included as they are.
-#define KDK_IMAGE(name, path)                                                                                   \
+#define KDK_IMAGE(name, path)                                                                                    \
   __asm__(".pushsection .rodata\n.balign 64\nkdk_image_" #name ":\n.incbin \"" path "\"\n.byte 0\n.popsection"); \
   extern "C" __attribute__((visibility("hidden"))) const unsigned char kdk_image_##name[];
 KDK_IMAGE(f32, KDK_IMAGES "/f32.fatbin")
@@ -149,7 +149,8 @@ const Device& current_device() {
                             number(CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR)};
 }
 
-void launch(const Launch& launch, const void* parameters, size_t bytes, const std::vector<Buffer>& buffers, void* stream) {
+void launch(const Launch& launch, const void* parameters, size_t bytes, const std::vector<Buffer>& buffers,
+            void* stream) {
   if (launch.blocks == 0) return;
   if (launch.blocks > 0x7fffffff) throw std::runtime_error(launch.kernel + ": more blocks than a grid can have");
   if (simulate) {
@@ -173,7 +174,8 @@ void launch(const Launch& launch, const void* parameters, size_t bytes, const st
   std::array<void*, 1> arguments{const_cast<void*>(parameters)};
   const CUkernel kernel = kernel_of(launch.kernel, driver().device());
   // The driver takes kernels where it takes functions, and finds the current context's.
-  driver().check(driver().launch(&config, reinterpret_cast<CUfunction>(kernel), arguments.data(), nullptr), launch.kernel);
+  driver().check(driver().launch(&config, reinterpret_cast<CUfunction>(kernel), arguments.data(), nullptr),
+                 launch.kernel);
 }
 
 }  // namespace kdk::cuda

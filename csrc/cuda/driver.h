@@ -1,4 +1,4 @@
-// Launches through the CUDA driver, which is loaded when the first kernel is: what links this needs no CUDA library, and
+// Launches through the CUDA driver, which is loaded when the first kernel is: what links this needs no CUDA library and
 // loads on machines without a GPU. Tests put a simulator in the driver's place.
 #pragma once
 
@@ -30,7 +30,8 @@ bool serves(int capability);
 const Device& current_device();
 
 // Launches a kernel on a stream of the current device. Throws std::runtime_error with the driver's words.
-void launch(const Launch& launch, const void* parameters, size_t bytes, const std::vector<Buffer>& buffers, void* stream);
+void launch(const Launch& launch, const void* parameters, size_t bytes, const std::vector<Buffer>& buffers,
+            void* stream);
 
 // Whether launches go to a simulator.
 bool simulated();

@@ -1,5 +1,5 @@
-// Classes that are worked on one by one: the target and the teacher's leading classes. They are masked in shared memory,
-// so that the sweeps see a term's last group alone, and come back in as entries: a few numbers each.
+// Classes that are worked on one by one: the target and the teacher's leading classes. They are masked in shared
+// memory, so that the sweeps see a term's last group alone, and come back in as entries: a few numbers each.
 #pragma once
 
 #include "sweeps.cuh"
@@ -91,7 +91,8 @@ __device__ void find_entries(const Block<X, kLayout>& block) {
         block.entries[first + rank].of_class = block.sample().valid && best.of_class != kNoClass ? best.of_class : -1;
         block.entries[first + rank].rank = rank;
       }
-      if (best.of_class == own.of_class && best.of_class != kNoClass && rank + 1 < term.k) own = best_after(block, sign, best);
+      if (best.of_class == own.of_class && best.of_class != kNoClass && rank + 1 < term.k)
+        own = best_after(block, sign, best);
     }
     __syncthreads();
   }
@@ -107,7 +108,9 @@ __device__ void read_entries(const Block<X, kLayout>& block) {
   };
   const int first = call.first_entry(0), columns = call.tiling.entries - first;
   for (int e = block.member; e < call.tiling.entries; e += block.team) {
-    const int64_t of_class = e < first ? sample.target : sample.valid ? call.members[sample.number * columns + e - first] : -1;
+    const int64_t of_class = e < first      ? sample.target
+                             : sample.valid ? call.members[sample.number * columns + e - first]
+                                            : -1;
     block.entries[e].of_class = inside(of_class) ? static_cast<int>(of_class) : -1;
     int rank = e;
     for (int t = 0; t < call.objective.terms; ++t)
@@ -132,7 +135,8 @@ __device__ void read_logits(const Block<X, kLayout>& block) {
 
 // The rank of an entry among the candidates of all pieces: how many are better. `others(piece)` are a piece's entries.
 template <class T, class Others>
-__device__ int rank_of(const Call& call, const Term& term, int first, int e, int piece, const Entry<T>& entry, Others others) {
+__device__ int rank_of(const Call& call, const Term& term, int first, int e, int piece, const Entry<T>& entry,
+                       Others others) {
   const T sign = term.largest ? T(1) : T(-1);
   const Candidate<T> own{sign * entry.teacher, entry.of_class};
   int rank = e - first;
@@ -230,7 +234,8 @@ __device__ GroupStats<double> entry_statistics(const Entry<T>* entries, int coun
   stats.teacher_origin = teacher;
   for (int e = 0; e < count; ++e) {
     if (!entries[e].counts || entries[e].group[t] != group) continue;
-    const T a = fma(entries[e].student, exponent, -start(student)), b = fma(entries[e].teacher, exponent, -start(teacher));
+    const T a = fma(entries[e].student, exponent, -start(student)),
+            b = fma(entries[e].teacher, exponent, -start(teacher));
     const T es = power(a), et = power(b), gap = b - a;
     stats.student_sum += es;
     stats.teacher_sum += et;
@@ -248,7 +253,8 @@ __device__ T entry_gradient(const Objective& objective, const Sample<T>& sample,
   for (int t = 0; t < kMaxTerms; ++t) {
     if (t >= objective.terms) break;
     const Term& term = objective.term[t];
-    sum += slope_at(sample.share[t][entry.group[t]], static_cast<T>(term.exponent()), term.tilted(), entry.student, entry.teacher);
+    sum += slope_at(sample.share[t][entry.group[t]], static_cast<T>(term.exponent()), term.tilted(), entry.student,
+                    entry.teacher);
   }
   return sum;
 }

@@ -42,7 +42,8 @@ __device__ void settle_slopes(const Block<X, kLayout>& block) {
     double product = 0;
     if (call.tiling.pieces == 1) product = block.total(block.own, 0);
     else
-      for (int piece = 0; piece < call.tiling.pieces; ++piece) product += of_block(block.exchange + block.own, piece)->product;
+      for (int piece = 0; piece < call.tiling.pieces; ++piece)
+        product += of_block(block.exchange + block.own, piece)->product;
     Sample<T>& sample = block.sample();
     sample.slope = static_cast<T>(sample.slope * product);
   }

@@ -105,10 +105,6 @@ __device__ __forceinline__ void store_as(void* data, DType dtype, int64_t at, T 
   }
 }
 
-__device__ __forceinline__ int bytes_of(DType dtype) {
-  return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
-}
-
 // 2^x: the hardware's own approximation where arithmetic is in float32.
 __device__ __forceinline__ float power(float x) {
   float result;
@@ -161,7 +157,8 @@ __device__ __forceinline__ double exp(double x) {
     factorial /= i;
     series = fma(series, rest, 1 / factorial);
   }
-  const double result = __hiloint2double(__double2hiint(series) + (static_cast<int>(whole) << 20), __double2loint(series));
+  const double result =
+      __hiloint2double(__double2hiint(series) + (static_cast<int>(whole) << 20), __double2loint(series));
   return x > -700 ? result : x == x ? 0 : x;
 }
 

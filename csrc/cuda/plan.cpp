@@ -125,7 +125,8 @@ std::optional<Tiling> fused_tiling(const Call& call, const Device& device) {
 Tiling piece_tiling(const Call& call, const Device& device) {
   constexpr int kMostClasses = 4096, kFewestClasses = 16;
   const int limit = device.shared_bytes_of_all / kBlocksAtATime - kReserved;
-  for (int piece = static_cast<int>(std::min<int64_t>(call.classes, kMostClasses));; piece = round_up(piece / 2, kFewestClasses)) {
+  for (int piece = static_cast<int>(std::min<int64_t>(call.classes, kMostClasses));;
+       piece = round_up(piece / 2, kFewestClasses)) {
     const Tiling tiling = block_tiling(call, piece, static_cast<int>(ceil_div(call.classes, piece)));
     const auto fits = fitting(call, tiling, limit, 1);
     if (fits || piece <= kFewestClasses) return fits.value_or(tiling);
@@ -184,7 +185,8 @@ Launch configure(const char* step, Call& call, bool clustered) {
   DType type = tile_type(call);
   if (of_classes && type != DType::f64) type = DType::f32;
   Launch launch;
-  launch.kernel = std::string("kdk_") + step + (layout_of(call) == Layout::rows ? "_rows_" : "_pixels_") + name_of(type);
+  launch.kernel =
+      std::string("kdk_") + step + (layout_of(call) == Layout::rows ? "_rows_" : "_pixels_") + name_of(type);
   launch.blocks = sample_blocks(call) * tiling.pieces;
   launch.threads = tiling.threads();
   launch.cluster = clustered ? tiling.pieces : 1;

@@ -1,5 +1,5 @@
-// Launch configuration: which kernels serve a call, and with what grid, block, cluster and shared memory. Pure functions
-// of the call's shape and the device's limits: nothing here needs a GPU.
+// Launch configuration: which kernels serve a call, and with what grid, block, cluster and shared memory. Functions of
+// the call's shape and the device's limits alone: nothing here needs a GPU.
 #pragma once
 
 #include <optional>
@@ -12,8 +12,8 @@ namespace kdk::cuda {
 
 // What the configuration depends on of a device.
 struct Device {
-  int capability = 90;        // 10 * major + minor
-  int shared_bytes = 232448;  // that a block may have
+  int capability = 90;               // 10 * major + minor
+  int shared_bytes = 232448;         // that a block may have
   int shared_bytes_of_all = 233472;  // of one multiprocessor
 
   bool has_clusters() const { return capability >= 90; }
@@ -42,8 +42,8 @@ Tiling merge_tiling(const Call& call);
 Launch configure_merge(const char* step, Call& call);
 // Blocks of samples.
 int64_t sample_blocks(const Call& call);
-// The launch of a kernel ("forward", ...) on a call whose tiling is chosen; its pieces are a cluster where `clustered`. Sets
-// the call's regions.
+// The launch of a kernel ("forward", ...) on a call whose tiling is chosen; its pieces are a cluster where `clustered`.
+// Sets the call's regions.
 Launch configure(const char* step, Call& call, bool clustered);
 
 }  // namespace kdk::cuda

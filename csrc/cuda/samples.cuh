@@ -11,8 +11,8 @@ __device__ __forceinline__ double result_factor(const Call& call) {
   return *call.divisor == 0 ? 0 : call.scale / *call.divisor;
 }
 
-// The weight of a sample in the result, 0 if it does not count, and its target. One out of range makes the weight NaN, and
-// so the loss; no access follows it.
+// The weight of a sample in the result, 0 if it does not count, and its target. One out of range makes the weight NaN,
+// and so the loss; no access follows it.
 __device__ __forceinline__ double given_weight(const Call& call, int64_t number, int64_t& target) {
   double weight = call.weight ? call.weight[number] : 1;
   target = call.target ? call.target[number] : 0;
@@ -27,8 +27,8 @@ __device__ __forceinline__ double upstream(const Call& call, int64_t number) {
   return call.upstream ? call.upstream[call.upstream_each ? number : 0] : 1;
 }
 
-// Reads what is known of the block's samples, a thread each: their weights as given or, if `again`, as forward has saved
-// them. True for the whole block if any of its samples counts.
+// Reads what is known of the block's samples, a thread each: their weights as given or, if `again`, as forward has
+// saved them. True for the whole block if any of its samples counts.
 template <class X, Layout kLayout>
 __device__ bool read_samples(Block<X, kLayout>& block, const Place& place, bool again) {
   using T = Real<X>;

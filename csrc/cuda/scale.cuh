@@ -16,7 +16,8 @@ __device__ __forceinline__ void scale(const Call& call) {
   if (block.own >= place.count) return;
   const int64_t number = place.first + block.own;
   const T factor = static_cast<T>(upstream(call, number));
-  X* data = static_cast<X*>(call.student.data) + offset_of(call, call.student, number) + block.begin * call.student.class_stride;
+  X* data = static_cast<X*>(call.student.data) + offset_of(call, call.student, number) +
+            block.begin * call.student.class_stride;
   int begin = 0, end = 0;  // the classes in whole vectors
   if (kLayout == Layout::rows && call.student.class_stride == 1) {
     constexpr int kWide = 16 / sizeof(X);

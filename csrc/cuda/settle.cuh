@@ -62,7 +62,7 @@ __device__ SoftmaxStats<double> piece_softmax(const Block<X, kLayout>& block, in
 
 // Losses, results and what the gradient needs of one term. A partition of one, two or three groups: its number is known
 // where it is compiled, so that nothing is indexed at run time.
-template <PartitionKind kKind, class T>
+template <PartitionKind kKind>
 __device__ void evaluate_term(Term term, GroupStats<double>* stats, const int64_t* sizes, TermResult<double>& result) {
   term.kind = kKind;
   evaluate<double>(term, stats, sizes, 1.0, result);
@@ -117,7 +117,8 @@ __device__ void settle(const Block<X, kLayout>& block) {
     sample.softmax_factor = valid ? sample.entropy_factor * softmax_inverse : T(0);
     if (by_sample) sample.factor = static_cast<T>(sample.student.factor * weight);
   }
-  if (call.part_values && first_piece) write_result(block, number, call.part_values, columns, 0, valid ? entropy * weight : 0);
+  if (call.part_values && first_piece)
+    write_result(block, number, call.part_values, columns, 0, valid ? entropy * weight : 0);
   if (saved) {
     saved[0] = static_cast<T>(weight);
     saved[1] = softmax_origin;
@@ -140,7 +141,8 @@ __device__ void settle(const Block<X, kLayout>& block) {
 #pragma unroll 1
         for (int g = 0; g < groups; ++g) {
           GroupStats<double> merged;
-          for (int piece = 0; piece < call.tiling.pieces; ++piece) merge(merged, piece_exchange(block, own, piece).group[t][g], 1.0);
+          for (int piece = 0; piece < call.tiling.pieces; ++piece)
+            merge(merged, piece_exchange(block, own, piece).group[t][g], 1.0);
           stats[g] = merged;
         }
       }
@@ -154,9 +156,9 @@ __device__ void settle(const Block<X, kLayout>& block) {
         stats[g].teacher_sum = single_sum(stats[g].teacher_origin);
         stats[g].student_gap = stats[g].teacher_gap = 0;
       }
-      if (groups == 1) evaluate_term<PartitionKind::whole, T>(term, stats, sizes, result);
-      else if (groups == 2) evaluate_term<PartitionKind::target, T>(term, stats, sizes, result);
-      else evaluate_term<PartitionKind::top1_topk, T>(term, stats, sizes, result);
+      if (groups == 1) evaluate_term<PartitionKind::whole>(term, stats, sizes, result);
+      else if (groups == 2) evaluate_term<PartitionKind::target>(term, stats, sizes, result);
+      else evaluate_term<PartitionKind::top1_topk>(term, stats, sizes, result);
       loss += result.loss;
       const double factor = by_sample ? 1 : weight;
 #pragma unroll

@@ -1,5 +1,5 @@
-// Samples that do not fit on chip: statistics of their pieces, the merge of these, and (backward.cuh) the gradient. What is
-// known of the pieces meanwhile is in global memory.
+// Samples that do not fit on chip: statistics of their pieces, the merge of these, and (backward.cuh) the gradient. What
+// is known of the pieces meanwhile is in global memory.
 #pragma once
 
 #include "backward.cuh"
@@ -43,7 +43,8 @@ __device__ __forceinline__ void part_statistics(const Call& call) {
     if (block.member == 0) {
       Moments<double> moments[2] = {};
       for (int piece = 0; sample.valid && piece < call.tiling.pieces; ++piece)
-        for (int side = kStudent; side <= kTeacher; ++side) merge(moments[side], piece_exchange(block, block.own, piece).moments[side]);
+        for (int side = kStudent; side <= kTeacher; ++side)
+          merge(moments[side], piece_exchange(block, block.own, piece).moments[side]);
       settle_moments(call.objective, moments, sample);
     }
     __syncthreads();
@@ -87,7 +88,8 @@ __device__ __forceinline__ void merge_parts(const Call& call) {
   Sample<T>& sample = block.sample();
   const int count = call.tiling.entries, pieces = call.tiling.pieces;
   if (block.thread == 0 && call.objective.standardize == Standardize::by_sample)
-    read_standardization(static_cast<const T*>(call.saved) + sample.number * saved_size(call.objective) + kSavedHeader, sample);
+    read_standardization(static_cast<const T*>(call.saved) + sample.number * saved_size(call.objective) + kSavedHeader,
+                         sample);
   const auto entries_of = [&](int piece) { return piece_entries<T>(call, sample.number, piece); };
   for (int i = block.thread; i < pieces * count; i += block.team) {
     const int piece = i / count, e = i % count, t = term_of_entry(call, e);
@@ -140,7 +142,8 @@ __device__ __forceinline__ void merge_products(const Call& call) {
   T* saved = static_cast<T*>(call.saved) + number * saved_size(call.objective);
   if (saved[0] == 0) return;
   double product = 0;
-  for (int piece = 0; piece < call.tiling.pieces; ++piece) product += call.exchange[number * call.tiling.pieces + piece].product;
+  for (int piece = 0; piece < call.tiling.pieces; ++piece)
+    product += call.exchange[number * call.tiling.pieces + piece].product;
   saved[kSavedHeader + 3] = static_cast<T>(saved[kSavedHeader + 3] * product);
 }
 

@@ -6,8 +6,8 @@
 
 namespace kdk::cuda {
 
-// Rows of the table of what standardises each class, a column a class: an Affine of either side, and what the chain rule
-// takes off.
+// Rows of the table of what standardises each class, a column a class: an Affine of either side, and what the chain
+// rule takes off.
 enum AffineRow { kHigh = 0, kFactor = 1, kOffset = 2, kSide = 3, kLevel = 6, kSlope = 7, kAffineRows = 8 };
 
 // The multiply-add is explicit: values must come out the same in every kernel, lest the ranking differ.
@@ -36,9 +36,10 @@ __device__ __forceinline__ Real<X> standardized(const Block<X, kLayout>& block, 
     return apply(side == kStudent ? block.sample().student : block.sample().teacher, logit);
   if (call.objective.standardize == Standardize::by_class) {
     const int row = side * kSide;
-    return apply(Affine<T>{affine_number<T>(call, row + kHigh, of_class), affine_number<T>(call, row + kFactor, of_class),
-                           affine_number<T>(call, row + kOffset, of_class)},
-                 logit);
+    return apply(
+        Affine<T>{affine_number<T>(call, row + kHigh, of_class), affine_number<T>(call, row + kFactor, of_class),
+                  affine_number<T>(call, row + kOffset, of_class)},
+        logit);
   }
   return logit;
 }
@@ -73,8 +74,10 @@ __device__ __forceinline__ double unit_slope(const Objective& objective, double 
 // Keeps what standardises a sample, from the moments of both sides.
 template <class T>
 __device__ void settle_moments(const Objective& objective, const Moments<double>* moments, Sample<T>& sample) {
-  sample.student = affine_of<T>(moments[kStudent].mean, objective.factor(moments[kStudent].count, moments[kStudent].m2));
-  sample.teacher = affine_of<T>(moments[kTeacher].mean, objective.factor(moments[kTeacher].count, moments[kTeacher].m2));
+  sample.student =
+      affine_of<T>(moments[kStudent].mean, objective.factor(moments[kStudent].count, moments[kStudent].m2));
+  sample.teacher =
+      affine_of<T>(moments[kTeacher].mean, objective.factor(moments[kTeacher].count, moments[kTeacher].m2));
   sample.slope = static_cast<T>(unit_slope(objective, moments[kStudent].count, moments[kStudent].m2));
   sample.factor = sample.student.factor;
 }

@@ -193,11 +193,13 @@ __device__ __forceinline__ T chain(T gradient, T h, T level, T slope, T factor) 
 }
 
 template <class X, Layout kLayout>
-__device__ __forceinline__ Real<X> chained(const Block<X, kLayout>& block, int64_t of_class, Real<X> h, Real<X> gradient) {
+__device__ __forceinline__ Real<X> chained(const Block<X, kLayout>& block, int64_t of_class, Real<X> h,
+                                           Real<X> gradient) {
   using T = Real<X>;
   const Call& call = block.call;
   const Sample<T>& sample = block.sample();
-  if (call.objective.standardize == Standardize::by_sample) return chain(gradient, h, T(0), sample.slope, sample.factor);
+  if (call.objective.standardize == Standardize::by_sample)
+    return chain(gradient, h, T(0), sample.slope, sample.factor);
   if (call.objective.standardize == Standardize::by_class)
     return chain(gradient, h, affine_number<T>(call, kLevel, of_class), affine_number<T>(call, kSlope, of_class),
                  affine_number<T>(call, kFactor, of_class));
