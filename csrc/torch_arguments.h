@@ -38,25 +38,6 @@ inline DType dtype_of(const Tensor& tensor) {
   return DType::f32;
 }
 
-// Arrays of small arguments, in the type and order the kernels read; conversions live as long as this.
-class Arguments {
- public:
-  template <class T>
-  const T* array(const Tensor& tensor) {
-    constexpr ScalarType dtype = std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Long;
-    Tensor typed = tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype);
-    held_.push_back(typed.is_contiguous() ? typed : torch::stable::contiguous(typed));
-    return static_cast<const T*>(held_.back().data_ptr());
-  }
-  template <class T>
-  const T* array(const std::optional<Tensor>& tensor) {
-    return tensor ? array<T>(*tensor) : nullptr;
-  }
-
- private:
-  std::vector<Tensor> held_;
-};
-
 inline Objective decoded(const std::vector<double>& numbers) {
   Objective objective;
   STD_TORCH_CHECK(decode(numbers.data(), static_cast<int64_t>(numbers.size()), objective),

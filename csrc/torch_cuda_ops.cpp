@@ -21,6 +21,11 @@ class OnDevice {
     if (simulated()) return;
     STD_TORCH_CHECK(tensor.is_cuda(), "ValueError: the CUDA kernels take CUDA tensors");
     guard_ = std::make_unique<torch::stable::accelerator::DeviceGuard>(tensor.get_device_index());
+    try {
+      use_device(tensor.get_device_index());
+    } catch (const std::exception& error) {
+      STD_TORCH_CHECK(false, error.what());
+    }
     // torch's CUDA library is loaded where there are CUDA tensors; what is built without it cannot link it.
     using CurrentStream = int32_t (*)(int32_t, void**);
     static const auto current = [] {
@@ -135,11 +140,13 @@ struct Step {
 
   Call& call() { return parameters.values; }
 
+  // The tensor in the kernels' type, which the parameters point at.
   template <class V>
-  void read(const char* name, V*& at, const std::optional<Tensor>& tensor, ScalarType as) {
-    if (!tensor) return;
+  std::optional<Tensor> read(const char* name, V*& at, const std::optional<Tensor>& tensor, ScalarType as) {
+    if (!tensor) return std::nullopt;
     held.push_back(typed(*tensor, as));
     parameters.point(name, at, held.back());
+    return held.back();
   }
 
   // New memory for a kernel to write.
@@ -310,8 +317,7 @@ Tensor class_moments(const Tensor& student, const Tensor& teacher, const std::op
   step.call().ignore_index = ignore_index;
   step.read("target", step.call().target, target, ScalarType::Long);
   step.read("weight", step.call().weight, sample_weight, ScalarType::Double);
-  if (step.call().samples == 0)
-    return zeros(student, {2, 3, num_classes});
+  if (step.call().samples == 0) return zeros(student, {2, 3, num_classes});
   return over_stretches(step, "class_moments", "kdk_merge_moments", {2, 3, num_classes});
 }
 
@@ -319,8 +325,7 @@ Tensor class_sums(const Tensor& grad_loss, const Tensor& student, const Tensor& 
                   const std::optional<Tensor>& target, const Tensor& saved, const Tensor& members,
                   const Tensor& moments, const std::vector<double>& objective, int64_t class_dim, int64_t num_classes) {
   BackwardStep step(grad_loss, student, teacher, target, saved, members, objective, class_dim, num_classes, nullptr);
-  if (step.call().samples == 0)
-    return zeros(student, {2, num_classes});
+  if (step.call().samples == 0) return zeros(student, {2, num_classes});
   step.affines(moments, std::nullopt);
   return over_stretches(step, "class_sums", "kdk_add_stretches", {2, num_classes});
 }
@@ -359,17 +364,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
     torch::stable::zero_(loss);
     if (parts) torch::stable::zero_(part_values);
   } else {
-    step.read("target", call.target, target, ScalarType::Long);
-    step.read("weight", call.weight, sample_weight, ScalarType::Double);
+    const auto of_target = step.read("target", call.target, target, ScalarType::Long);
+    const auto of_weight = step.read("weight", call.weight, sample_weight, ScalarType::Double);
     step.read("denominator", call.divisor, denominator, ScalarType::Double);
     if (!denominator && reduction == Reduction::mean) {
       if (!target && !sample_weight) {
         call.scale /= static_cast<double>(samples);
       } else {
-        const auto of = [&](const std::optional<Tensor>& tensor, ScalarType as) {
-          return tensor ? std::optional<Tensor>(typed(*tensor, as)) : std::nullopt;
-        };
-        step.weight_sum(of(target, ScalarType::Long), of(sample_weight, ScalarType::Double));
+        step.weight_sum(of_target, of_weight);
       }
     } else if (reduction == Reduction::batchmean) {
       call.scale /= static_cast<double>(student.size(0));

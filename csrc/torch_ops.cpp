@@ -1,5 +1,5 @@
-// Schemas of the ops and thin unpacking of tensors, on LibTorch's stable ABI: those of CPU tensors. Nothing but
-// torch_*.cpp and torch_arguments.h knows torch.
+// The ops of CPU tensors: thin unpacking, on LibTorch's stable ABI. Nothing but torch_*.cpp and torch_arguments.h knows
+// torch.
 #include <algorithm>
 
 #include "cpu/kernels.h"
@@ -8,6 +8,25 @@
 
 namespace kdk {
 namespace {
+
+// Arrays of small arguments, in the type and order the kernels read; conversions live as long as this.
+class Arguments {
+ public:
+  template <class T>
+  const T* array(const Tensor& tensor) {
+    constexpr ScalarType dtype = std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Long;
+    Tensor typed = tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype);
+    held_.push_back(typed.is_contiguous() ? typed : torch::stable::contiguous(typed));
+    return static_cast<const T*>(held_.back().data_ptr());
+  }
+  template <class T>
+  const T* array(const std::optional<Tensor>& tensor) {
+    return tensor ? array<T>(*tensor) : nullptr;
+  }
+
+ private:
+  std::vector<Tensor> held_;
+};
 
 const Parallel& parallel() {
   static thread_local Parallel threads;

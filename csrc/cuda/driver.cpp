@@ -31,6 +31,10 @@ Device simulated_device;
 // The functions of the driver that launching takes.
 struct Driver {
   decltype(&::cuGetErrorString) error_string;
+  decltype(&::cuDeviceGet) device_of;
+  decltype(&::cuDevicePrimaryCtxRetain) primary_context;
+  decltype(&::cuCtxGetCurrent) current_context;
+  decltype(&::cuCtxSetCurrent) set_context;
   decltype(&::cuCtxGetDevice) current_device;
   decltype(&::cuDeviceGetAttribute) attribute;
   decltype(&::cuLibraryLoadData) load;
@@ -42,6 +46,10 @@ struct Driver {
     void* library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
     if (!library) throw std::runtime_error(std::string("no CUDA driver: ") + dlerror());
     get(library, "cuGetErrorString", error_string);
+    get(library, "cuDeviceGet", device_of);
+    get(library, "cuDevicePrimaryCtxRetain", primary_context);
+    get(library, "cuCtxGetCurrent", current_context);
+    get(library, "cuCtxSetCurrent", set_context);
     get(library, "cuCtxGetDevice", current_device);
     get(library, "cuDeviceGetAttribute", attribute);
     get(library, "cuLibraryLoadData", load);
@@ -108,6 +116,7 @@ CUkernel kernel_of(const std::string& name, CUdevice device) {
   }
   CUkernel kernel;
   driver().check(driver().find(&kernel, libraries[image], name.c_str()), name);
+  if (image == kdk_image_common) return kernels[{name, device}] = kernel;  // these take no dynamic shared memory
   const int shared = driver().number(device, CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN);
   driver().check(driver().set_attribute(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared, kernel, device), name);
   return kernels[{name, device}] = kernel;
@@ -133,6 +142,16 @@ bool serves(int capability) {
 }
 
 bool simulated() { return simulate != nullptr; }
+
+void use_device(int index) {
+  CUcontext context = nullptr;
+  driver().check(driver().current_context(&context), "current CUDA context");
+  if (context) return;
+  CUdevice device = 0;
+  driver().check(driver().device_of(&device, index), "CUDA device");
+  driver().check(driver().primary_context(&context, device), "primary CUDA context");
+  driver().check(driver().set_context(context), "primary CUDA context");
+}
 
 const Device& current_device() {
   if (simulate) return simulated_device;

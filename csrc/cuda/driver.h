@@ -26,6 +26,9 @@ struct Buffer {
 std::vector<int> targets();
 bool serves(int capability);
 
+// Makes sure that the calling thread has a context of a device, its primary one, which is torch's too.
+void use_device(int index);
+
 // Limits of the current device. Throws std::runtime_error where there is no driver.
 const Device& current_device();
 

@@ -1,5 +1,5 @@
-// Samples that do not fit on chip: statistics of their pieces, the merge of these, and (backward.cuh) the gradient. What
-// is known of the pieces meanwhile is in global memory.
+// Samples that do not fit on chip: statistics of their pieces, the merge of these, and (backward.cuh) the gradient.
+// What is known of the pieces meanwhile is in global memory.
 #pragma once
 
 #include "backward.cuh"
