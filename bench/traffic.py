@@ -5,8 +5,9 @@ for loss and gradient by
 
 * ``eager``: the papers' formulas (bench/eager.py). Each PyTorch operation is charged the bytes of the tensors that it
   reads and of those that it writes, as if each were one perfect kernel: a lower bound. Views are free.
-* ``fused`` and ``recompute``: the Triton backend's two modes. Its compiled kernels run in the simulator
-  (tests/ptxsim), which counts what they ask for. Targets, losses and statistics count once, being in the cache after.
+* ``fused`` and ``recompute``: the two modes of the backend that ``--backend`` names. Its compiled kernels run in the
+  simulator (tests/ptxsim), which counts what they ask for. Targets, losses and statistics count once, being in the
+  cache after.
 * ``floor``: two reads and one write of the matrix.
 
 The model knows no launch overhead, latency or arithmetic. The kernels' thread-instructions (PTX) an element are shown
@@ -27,13 +28,25 @@ from typing import Any
 import torch
 from losses import LOSSES, Loss, make_logits
 from report import show, table
+from shapes import Shape
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))  # the simulator is a tool of the tests
 from ptxsim import device_bytes
-from ptxsim.triton_driver import patched_triton
+
+
+def simulator(backend: str, arch: int) -> Any:
+    """Where a backend's launches on CPU tensors run in the simulator; what takes part is imported when it is wanted."""
+    if backend == "cuda":
+        from cuda_simulator import simulated  # noqa: PLC0415
+
+        return simulated(arch)
+    from ptxsim.triton_driver import patched_triton  # noqa: PLC0415
+
+    return patched_triton(arch)
+
 
 #: Bytes a second of a copy on an H100, reads and writes counted.
 COPY_RATE = 3.0e12
@@ -104,20 +117,22 @@ def eager_cost(loss: Loss, student: Tensor, teacher: Tensor, target: Tensor) -> 
     return Cost("eager", count.bytes, count.kernels)
 
 
-def our_cost(loss: Loss, student: Tensor, teacher: Tensor, target: Tensor, mode: str, arch: int) -> Cost:
-    with patched_triton(arch) as simulator:
-        loss.call_ours(student, teacher, target, backend="triton", mode=mode).backward()
+def our_cost(loss: Loss, student: Tensor, teacher: Tensor, target: Tensor, backend: str, mode: str, arch: int) -> Cost:
+    shape = Shape(tuple(student.shape))
+    with simulator(backend, arch) as device:
+        loss.call_ours(student, teacher, target, shape, backend=backend, mode=mode).backward()
     student.grad = None
-    all_stats = [launch.stats for launch in simulator.log]
+    all_stats = [launch.stats for launch in device.log]
     moved = device_bytes(all_stats, student.nbytes)
     return Cost(mode, moved, len(all_stats), sum(stats.thread_instrs for stats in all_stats))
 
 
-def costs(loss: Loss, shape: tuple[int, int], dtype: torch.dtype, arch: int) -> list[Cost]:
+def costs(loss: Loss, shape: tuple[int, int], dtype: torch.dtype, backend: str, arch: int) -> list[Cost]:
     """What all contenders cost."""
-    logits = make_logits(*shape, dtype)
+    logits = make_logits(Shape(shape), dtype)
     floor = Cost("floor", 3 * logits[0].nbytes)
-    return [eager_cost(loss, *logits), *(our_cost(loss, *logits, mode, arch) for mode in ("fused", "recompute")), floor]
+    ours = (our_cost(loss, *logits, backend, mode, arch) for mode in ("fused", "recompute"))
+    return [eager_cost(loss, *logits), *ours, floor]
 
 
 def lines(name: str, shape: tuple[int, int], dtype: torch.dtype, found: list[Cost]) -> list[list[str]]:
@@ -155,6 +170,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--losses", nargs="+", choices=list(LOSSES), default=["kd", "dkd", "gdkd", "bdd"])
     parser.add_argument("--shapes", nargs="+", type=parse_shape, metavar="NxC", default=SHAPES)
     parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=["bfloat16"])
+    parser.add_argument("--backend", choices=["cuda", "triton"], default="cuda", help="whose kernels (%(default)s)")
     parser.add_argument("--arch", type=int, choices=[80, 90], default=90, help="compute capability (%(default)s)")
     options = parser.parse_args(arguments)
     os.environ["KDKERNELS_TRITON_CPU"] = "1"
@@ -163,7 +179,7 @@ def main(arguments: list[str] | None = None) -> None:
         for name in options.losses:
             rows = []
             for shape in options.shapes:
-                found = costs(LOSSES[name], shape, DTYPES[dtype], options.arch)
+                found = costs(LOSSES[name], shape, DTYPES[dtype], options.backend, options.arch)
                 rows += lines(name, shape, DTYPES[dtype], found)
             print(table(HEADER, rows), end="\n\n", flush=True)
 

@@ -70,12 +70,12 @@ struct Objective {
   int terms;
   Term term[kMaxTerms];
 
-  int parts() const {
+  KDK_HOST_DEVICE int parts() const {
     int count = 1;
     for (int t = 0; t < terms; ++t) count += term[t].parts();
     return count;
   }
-  bool has_ce() const { return ce_weight != 0; }
+  KDK_HOST_DEVICE bool has_ce() const { return ce_weight != 0; }
 
   // What a centred logit is multiplied by, from the moments of its class or sample. Without deviation and eps it is
   // next to 0, as the logit is 0, but not 0: a masked class stays at -inf.
@@ -87,6 +87,21 @@ struct Objective {
   }
   KDK_HOST_DEVICE double degrees(double count) const { return count - correction > 1 ? count - correction : 1; }
 };
+
+// Numbers that a sample's gradient needs besides the logits: its weight, the cross entropy's maximum and inverse sum,
+// for each group of each term both origins and the coefficients, and what standardises the sample.
+KDK_HOST_DEVICE int64_t saved_size(const Objective& objective) {
+  int64_t size = objective.standardize == Standardize::by_sample ? 3 + 7 : 3;
+  for (int t = 0; t < objective.terms; ++t) size += 5 * objective.term[t].groups();
+  return size;
+}
+
+KDK_HOST_DEVICE int64_t members_size(const Objective& objective) {
+  int64_t size = 0;
+  for (int t = 0; t < objective.terms; ++t)
+    if (objective.term[t].by_rank()) size += objective.term[t].k;
+  return size;
+}
 
 // Numbers before the terms: the weight of the cross entropy, the standardisation, its correction and eps.
 constexpr int kEncodedHeader = 4;

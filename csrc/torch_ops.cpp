@@ -1,41 +1,13 @@
-// Schemas of the ops and thin unpacking of tensors, on LibTorch's stable ABI. Nothing else in csrc knows torch.
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wunused-parameter"  // in torch's headers
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#pragma GCC diagnostic pop
-
+// The ops of CPU tensors: thin unpacking, on LibTorch's stable ABI. Nothing but torch_*.cpp and torch_arguments.h knows
+// torch.
 #include <algorithm>
-#include <optional>
-#include <string>
-#include <tuple>
-#include <type_traits>
-#include <vector>
 
 #include "cpu/kernels.h"
 #include "cpu/pages.h"
+#include "torch_arguments.h"
 
 namespace kdk {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-enum class Reduction : int64_t { none = 0, sum = 1, mean = 2, batchmean = 3 };  // the order of validation.REDUCTIONS
-
-DType dtype_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float: return DType::f32;
-    case ScalarType::Double: return DType::f64;
-    case ScalarType::Half: return DType::f16;
-    case ScalarType::BFloat16: return DType::bf16;
-    default: break;
-  }
-  STD_TORCH_CHECK(false, "ValueError: logits must be float32, float64, float16 or bfloat16");
-  return DType::f32;
-}
 
 // Arrays of small arguments, in the type and order the kernels read; conversions live as long as this.
 class Arguments {
@@ -56,13 +28,6 @@ class Arguments {
   std::vector<Tensor> held_;
 };
 
-Objective decoded(const std::vector<double>& numbers) {
-  Objective objective;
-  STD_TORCH_CHECK(decode(numbers.data(), static_cast<int64_t>(numbers.size()), objective),
-                  "ValueError: objective must be what Objective.encode() returns, got ", numbers.size(), " numbers");
-  return objective;
-}
-
 const Parallel& parallel() {
   static thread_local Parallel threads;
   threads.run = [](int64_t begin, int64_t end, int64_t grain, const std::function<void(int64_t, int64_t)>& body) {
@@ -70,31 +35,6 @@ const Parallel& parallel() {
   };
   threads.threads = static_cast<int>(torch::stable::get_num_threads());
   return threads;
-}
-
-// Points the problem's matrices at the tensors and merges sample dimensions that all of them walk alike.
-void set_layout(Problem& problem, std::vector<std::pair<Matrix*, const Tensor*>> sides, int64_t class_dim) {
-  const Tensor& shape = *sides.front().second;
-  problem.samples = 1;
-  problem.dims = 0;
-  for (auto& [matrix, tensor] : sides) {
-    matrix->data = tensor->data_ptr();
-    matrix->dtype = dtype_of(*tensor);
-    matrix->class_stride = tensor->stride(class_dim);
-  }
-  for (int64_t d = 0; d < shape.dim(); ++d) {
-    if (d == class_dim) continue;
-    const int64_t size = shape.size(d);
-    problem.samples *= size;
-    if (size == 1) continue;
-    bool merges = problem.dims > 0;
-    for (auto& [matrix, tensor] : sides)
-      merges = merges && matrix->sample_stride[problem.dims - 1] == size * tensor->stride(d);
-    const int at = merges ? problem.dims - 1 : problem.dims++;
-    STD_TORCH_CHECK(at < kMaxDims, "ValueError: logits must have at most ", kMaxDims, " sample dimensions");
-    problem.sample_size[at] = merges ? problem.sample_size[at] * size : size;
-    for (auto& [matrix, tensor] : sides) matrix->sample_stride[at] = tensor->stride(d);
-  }
 }
 
 // Sets what counts of the samples, by weight and target. Everything that can be wrong with them is found here, before
@@ -120,21 +60,6 @@ double reduction_factor(Reduction reduction, const double* denominator, double s
   if (reduction == Reduction::mean) divisor = weights;
   if (denominator) divisor = *denominator;
   return divisor == 0 ? 0 : scale / divisor;
-}
-
-// Past the dispatcher, which takes several times as long: a call makes five tensors.
-Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
-  std::vector<int64_t> strides(sizes.size(), 1);
-  for (size_t d = sizes.size(); d-- > 1;) strides[d - 1] = strides[d] * std::max<int64_t>(sizes[d], 1);
-  int32_t device_type, device_index;
-  AtenTensorHandle tensor;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
-  const auto dims = static_cast<int64_t>(sizes.size());
-  const auto type = static_cast<int32_t>(dtype);
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(dims, sizes.data(), strides.data(), type, device_type, device_index, &tensor));
-  return Tensor(tensor);
 }
 
 // The student's gradient, in the student's own memory format.
@@ -336,11 +261,6 @@ void scale_cpu(const Tensor& gradient, const Tensor& factor, int64_t class_dim) 
   scale(problem, by, factor.dim() != 0, parallel());
 }
 
-std::vector<int64_t> sizes(const std::vector<double>& objective) {
-  const Objective decoded_objective = decoded(objective);
-  return {decoded_objective.parts(), saved_size(decoded_objective), members_size(decoded_objective)};
-}
-
 int64_t cpu_instruction_set() { return static_cast<int64_t>(current_isa()); }
 
 bool set_cpu_instruction_set(int64_t index) { return set_isa(static_cast<int>(index)); }
@@ -352,23 +272,7 @@ std::vector<int64_t> cpu_instruction_sets() {
 }
 
 STABLE_TORCH_LIBRARY(kdkernels, m) {
-  m.def(
-      "class_moments(Tensor student, Tensor teacher, Tensor? target, Tensor? sample_weight, int class_dim, "
-      "SymInt num_classes, int ignore_index) -> Tensor");
-  m.def(
-      "forward(Tensor student, Tensor teacher, Tensor? target, Tensor? sample_weight, Tensor? denominator, "
-      "Tensor? moments, float[] objective, float scale, int reduction, int class_dim, SymInt num_classes, "
-      "int ignore_index, bool gradient, bool save, bool parts) -> "
-      "(Tensor loss, Tensor parts, Tensor gradient, Tensor saved, Tensor members)");
-  m.def(
-      "class_sums(Tensor grad_loss, Tensor student, Tensor teacher, Tensor? target, Tensor saved, Tensor members, "
-      "Tensor moments, float[] objective, int class_dim, SymInt num_classes) -> Tensor");
-  m.def(
-      "backward(Tensor grad_loss, Tensor student, Tensor teacher, Tensor? target, Tensor saved, Tensor members, "
-      "Tensor? moments, Tensor? sums, float[] objective, int class_dim, SymInt num_classes) -> Tensor");
-  m.def("scale_(Tensor(a!) gradient, Tensor factor, int class_dim) -> ()");
-  // Numbers a sample of the loss parts, of what forward saves, and of the leading classes.
-  m.def("sizes(float[] objective) -> int[]");
+  define_ops(m);
   m.def("cpu_instruction_set() -> int");
   m.def("cpu_instruction_sets() -> int[]");
   m.def("set_cpu_instruction_set(int index) -> bool");

@@ -14,7 +14,7 @@ from kdkernels.validation import Call
 logger = logging.getLogger("kdkernels")
 
 #: Names that ``backend=`` and the environment variable KDKERNELS_BACKEND take.
-BACKENDS = ("auto", "cpu", "triton", "reference")
+BACKENDS = ("auto", "cpu", "cuda", "triton", "reference")
 ENVIRONMENT = "KDKERNELS_BACKEND"
 #: Set to 1, an explicit ``backend="triton"`` takes CPU tensors, for Triton's interpreter and for tests.
 TRITON_CPU = "KDKERNELS_TRITON_CPU"
@@ -25,6 +25,8 @@ _logged: set[str] = set()
 
 #: Dimensions of logits that the kernels' layouts hold.
 _MAX_DIMS = 9
+#: Leading classes that the CUDA kernels have room for.
+_MOST_LEADS = 1024
 
 
 def why_not(backend: str, device_type: str, dims: int = 2) -> str | None:
@@ -33,6 +35,10 @@ def why_not(backend: str, device_type: str, dims: int = 2) -> str | None:
         return None
     if backend == "triton":
         return _why_not_triton(device_type)
+    return _why_not_cuda(device_type, dims) if backend == "cuda" else _why_not_cpu(device_type, dims)
+
+
+def _why_not_cpu(device_type: str, dims: int) -> str | None:
     if device_type != "cpu":
         return f"it serves CPU tensors, and the logits are on {device_type}"
     if ops.unavailable is not None:
@@ -50,9 +56,30 @@ def _why_not_triton(device_type: str) -> str | None:
     return ops.triton_unavailable
 
 
+def _why_not_cuda(device_type: str, dims: int) -> str | None:
+    if ops.cuda_unavailable is not None:
+        return ops.cuda_unavailable
+    if dims > _MAX_DIMS:
+        return f"it serves logits of up to {_MAX_DIMS} dimensions, and these have {dims}"
+    if ops.cuda_simulated():
+        return None if device_type == "cpu" else "its launches go to a simulator, which takes CPU tensors"
+    if device_type != "cuda":
+        return f"it serves CUDA tensors, and the logits are on {device_type}"
+    return ops.why_not_this_gpu()
+
+
+def _why_not_call(backend: str, call: Call) -> str | None:
+    """Why ``backend`` cannot serve this call's objective, or None."""
+    if backend != "cuda":
+        return None
+    leads = sum(term.partition.k for term in call.objective.terms)
+    return None if leads <= _MOST_LEADS else f"it ranks up to {_MOST_LEADS} leading classes, and these are {leads}"
+
+
 def preference(device_type: str) -> tuple[str, ...]:
     """Backends for a device, fastest first."""
-    return {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}.get(device_type, ("reference",))
+    gpu = ("cuda", "triton", "reference")
+    return {"cpu": ("cpu", "reference"), "cuda": gpu}.get(device_type, ("reference",))
 
 
 def checks_samples(backend: str, device_type: str) -> bool:
@@ -74,12 +101,12 @@ def choose(call: Call, requested: str = "auto") -> str:
         check_choice(f"the environment variable {ENVIRONMENT}", requested, BACKENDS)
     device_type, dims = call.student.device.type, call.student.dim()
     if requested != "auto":
-        reason = why_not(requested, device_type, dims)
+        reason = why_not(requested, device_type, dims) or _why_not_call(requested, call)
         if reason is not None:
             raise RuntimeError(f"backend {requested!r} cannot serve this call: {reason}")
         return requested
     for backend in preference(device_type):
-        reason = why_not(backend, device_type, dims)
+        reason = why_not(backend, device_type, dims) or _why_not_call(backend, call)
         if reason is None:
             return backend
         _log_once(f"backend {backend!r} is passed over: {reason}")
@@ -100,6 +127,8 @@ def report() -> str:
         lines.append(f"extension    built; CPU kernels for {sets}; in use: {ops.cpu_instruction_set()}")
     else:
         lines.append(f"extension    missing: {ops.unavailable}")
+    targets = ", ".join(f"sm_{target}" for target in ops.cuda_targets())
+    lines.append(f"CUDA         {ops.cuda_unavailable or f'kernels for {targets} and, from PTX, newer GPUs'}")
     lines.append(f"triton       {ops.triton_unavailable or 'installed'}")
     lines.append(f"environment  {ENVIRONMENT}={os.environ.get(ENVIRONMENT, '(not set)')}")
     for device_type in ("cpu", "cuda"):

@@ -1,11 +1,13 @@
 """The ops of the backends with kernels: loading, calling, and their fake kernels for torch.compile.
 
-``torch.ops.kdkernels.*`` are C++ and declared in ``csrc/torch_ops.cpp``; ``torch.ops.kdkernels_triton.*`` have the same
-schemas, are declared here and served by ``kdkernels.triton_kernels.launch``, which is imported with the first call.
+``torch.ops.kdkernels.*`` (CPU) and ``torch.ops.kdkernels_cuda.*`` are C++, declared in ``csrc/torch_arguments.h``;
+``torch.ops.kdkernels_triton.*`` have the same schemas, are declared here and served by
+``kdkernels.triton_kernels.launch``, which is imported with the first call.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import re
@@ -35,6 +37,19 @@ def _load() -> str | None:
 
 #: Why the native ops are missing, or None where they are there.
 unavailable: str | None = _load()
+
+
+def _why_no_cuda() -> str | None:
+    """Why there are no CUDA ops, or None."""
+    if unavailable is not None:
+        return unavailable
+    if hasattr(torch.ops.kdkernels_cuda, "targets"):
+        return None
+    return "the extension was built without CUDA kernels (no nvcc at installation, or KDKERNELS_BUILD_CUDA=0)"
+
+
+#: Why the CUDA ops are missing, or None where they are there.
+cuda_unavailable: str | None = _why_no_cuda()
 
 #: Why there are no Triton kernels, or None where they can be compiled.
 triton_unavailable: str | None = None if importlib.util.find_spec("triton") else "triton is not installed"
@@ -162,7 +177,11 @@ class Ops:
 
 
 #: The ops of each backend that has kernels.
-OPS = {"cpu": Ops("kdkernels", finds_moments=True), "triton": Ops("kdkernels_triton")}
+OPS = {
+    "cpu": Ops("kdkernels", finds_moments=True),
+    "cuda": Ops("kdkernels_cuda"),
+    "triton": Ops("kdkernels_triton"),
+}
 
 
 INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
@@ -186,6 +205,31 @@ def set_cpu_instruction_set(name: str) -> None:
     index = -1 if name == "auto" else INSTRUCTION_SETS.index(name)
     if not torch.ops.kdkernels.set_cpu_instruction_set.default(index):
         raise ValueError(f"instruction set {name!r} is not supported by this CPU or build")
+
+
+def cuda_simulated() -> bool:
+    """Whether the CUDA kernels run in a simulator, on CPU tensors: in tests."""
+    return cuda_unavailable is None and torch.ops.kdkernels_cuda.simulated.default()
+
+
+def cuda_targets() -> list[int]:
+    """Compute capabilities (10 * major + minor) that the CUDA kernels were compiled for."""
+    return torch.ops.kdkernels_cuda.targets.default() if cuda_unavailable is None else []
+
+
+@functools.cache
+def _why_not_capability(capability: int) -> str | None:
+    if torch.ops.kdkernels_cuda.serves.default(capability):
+        return None
+    return f"its kernels were compiled for compute capabilities {cuda_targets()}, and this GPU's is {capability}"
+
+
+def why_not_this_gpu() -> str | None:
+    """Why the current GPU cannot run the CUDA kernels, or None."""
+    if torch.version.cuda is None or not torch.cuda.is_available():
+        return "torch has no CUDA device"
+    major, minor = torch.cuda.get_device_capability()
+    return _why_not_capability(10 * major + minor)
 
 
 _TRITON_SCHEMAS = (
@@ -280,6 +324,8 @@ def _register_fakes(namespace: str, sizes_of: Callable[[Sequence[float]], Sequen
 
 if unavailable is None:
     _register_fakes("kdkernels", torch.ops.kdkernels.sizes.default)
+if cuda_unavailable is None:
+    _register_fakes("kdkernels_cuda", torch.ops.kdkernels_cuda.sizes.default)
 if triton_unavailable is None:
     _library = _register_triton()
     _register_fakes(

@@ -6,21 +6,10 @@
 #include <string>
 #include <vector>
 
+#include "../matrix.h"
 #include "../objective.h"
 
 namespace kdk {
-
-enum class DType : int { f32, f64, f16, bf16 };
-
-constexpr int kMaxDims = 8;
-
-// A logits-shaped array: where a sample's classes are.
-struct Matrix {
-  void* data = nullptr;
-  DType dtype = DType::f32;
-  int64_t class_stride = 1;
-  int64_t sample_stride[kMaxDims] = {};
-};
 
 // The weight of each sample in the result, 0 for samples that do not count.
 struct SampleWeights {
@@ -61,21 +50,6 @@ struct Problem {
   const double* sums = nullptr;     // see class_sums; backward needs them
   double* sums_out = nullptr;       // the same, for forward to write
 };
-
-// Numbers that a sample's gradient needs besides the logits: its weight, the cross entropy's maximum and inverse sum,
-// for each group of each term both origins and the coefficients, and what standardises the sample.
-inline int64_t saved_size(const Objective& objective) {
-  int64_t size = objective.standardize == Standardize::by_sample ? 3 + 7 : 3;
-  for (int t = 0; t < objective.terms; ++t) size += 5 * objective.term[t].groups();
-  return size;
-}
-
-inline int64_t members_size(const Objective& objective) {
-  int64_t size = 0;
-  for (int t = 0; t < objective.terms; ++t)
-    if (objective.term[t].by_rank()) size += objective.term[t].k;
-  return size;
-}
 
 // Whether the samples are next to one another in memory, and each one's classes are not.
 inline bool by_pixels(const Problem& p) {

@@ -1,7 +1,7 @@
 """A functional simulator for PTX: runs compiled GPU kernels on the CPU and checks them. See README.md."""
 
 from .errors import BarrierError, DeadlockError, MemoryFault, RaceError, SimError, TrapError, UninitError
-from .module import Module
+from .module import Module, Struct
 from .stats import Access, BufferStats, Stats, device_bytes
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "RaceError",
     "SimError",
     "Stats",
+    "Struct",
     "TrapError",
     "UninitError",
     "device_bytes",

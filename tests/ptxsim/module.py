@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -64,6 +64,13 @@ class Allocation:
 _NO_BYTES = np.zeros(0, np.uint8)
 
 
+class Struct(NamedTuple):
+    """A structure passed by value, and its pointers: ``(offset, tensor, name)``, null where no tensor is named."""
+
+    data: bytes
+    pointers: Sequence[tuple[int, torch.Tensor | np.ndarray, str]]
+
+
 class Module:
     """The kernels of a PTX text; module-scope variables keep their values between launches."""
 
@@ -112,7 +119,7 @@ class Module:
         Args:
             name, grid, block: which kernel, on how many blocks of how many threads.
             args: torch CPU tensors or numpy arrays (passed by address, changed in place), ints, floats, None (null),
-                bytes or ctypes structures (by value). Missing trailing pointers are null.
+                bytes, ctypes structures or Struct (by value). Missing trailing pointers are null.
             shared_bytes: dynamic shared memory of a block.
             cluster: blocks of a cluster, if the kernel does not say.
             arg_names: what to call the arguments' buffers, by default arg0, arg1, ...
@@ -153,19 +160,28 @@ class Module:
     def map_tensors(self, mem, args, names, poison, written):
         """The arguments, with addresses in place of tensors."""
         values, seen = [], {}
-        for j, arg in enumerate(args):
-            if not isinstance(arg, (torch.Tensor, np.ndarray)) or (not np.ndim(arg) and isinstance(arg, np.ndarray)):
-                values.append(arg)
-                continue
-            there = Allocation(arg)
+
+        def address(tensor, name):
+            there = Allocation(tensor)
             if there.key not in seen:
-                buffer = seen[there.key] = mem.add(names[j] if names else f"arg{j}", there.u8)
+                buffer = seen[there.key] = mem.add(name, there.u8)
                 buffer.storage, buffer.reach = there.key, Flat(np.zeros(buffer.size, np.uint8))
                 if there.key in written:
                     buffer.init = Flat(written[there.key])
             buffer = seen[there.key]
             there.mark_reach(buffer.reach.u8)
-            values.append(buffer.base + there.offset)
+            return buffer.base + there.offset
+
+        for j, arg in enumerate(args):
+            if isinstance(arg, Struct):
+                data = bytearray(arg.data)
+                for offset, tensor, name in arg.pointers:
+                    data[offset : offset + 8] = address(tensor, name).to_bytes(8, "little")
+                values.append(bytes(data))
+            elif isinstance(arg, torch.Tensor) or (isinstance(arg, np.ndarray) and np.ndim(arg)):
+                values.append(address(arg, names[j] if names else f"arg{j}"))
+            else:
+                values.append(arg)
         for buffer in seen.values():
             if buffer.reach.u8.all():
                 buffer.reach = None

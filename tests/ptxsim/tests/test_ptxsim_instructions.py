@@ -5,7 +5,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from ptxsim import DeadlockError, Module, SimError
+from ptxsim import DeadlockError, MemoryFault, Module, SimError, Struct
 
 F32, F64 = np.float32, np.float64
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # overflow in the numpy references
@@ -509,3 +509,24 @@ def test_argument_errors():
     with pytest.raises(SimError):
         m.launch("k", 1, 32, [1, 2, 3])
     m.launch("k", 1, 32, [np.zeros(4)])  # missing pointers are null
+
+
+def test_structures_by_value():
+    """Their pointers become addresses of the simulator's; what they do not point at is out of bounds."""
+    module = Module(f"""{HEAD}
+.visible .entry k(.param .align 8 .b8 p[24])
+{{
+  .reg .b64 %d<4>; .reg .u32 %r<4>;
+  ld.param.u64 %d1, [p]; ld.param.u32 %r1, [p+8]; ld.param.u64 %d2, [p+16];
+  ld.global.u32 %r2, [%d2+4];
+  add.u32 %r3, %r1, %r2;
+  st.global.u32 [%d1], %r3;
+  ret;
+}}""")
+    out, given = torch.zeros(1, dtype=torch.int32), torch.tensor([1, 20], dtype=torch.int32)
+    data = bytes(8) + (300).to_bytes(8, "little") + bytes(8)
+    stats = module.launch("k", 1, 1, [Struct(data, [(0, out, "out"), (16, given, "given")])])
+    assert out.item() == 320
+    assert stats.buffers["given"].loaded == stats.buffers["out"].stored == 4
+    with pytest.raises(MemoryFault, match="given"):
+        module.launch("k", 1, 1, [Struct(data, [(0, out, "out"), (16, given[:1], "given")])])

@@ -1,0 +1,161 @@
+// Between global and shared memory: each logit is read once and each gradient is written once, 16 bytes at a time where
+// the matrices' alignment allows.
+#pragma once
+
+#include "block.cuh"
+
+namespace kdk::cuda {
+
+__device__ __forceinline__ void copy_16_bytes(void* shared, const void* global) {
+  asm volatile(
+      "cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(shared))),
+      "l"(global)
+      : "memory");
+}
+
+__device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+// Whether a row can be copied in vectors: it lies in memory as in its slots.
+template <class X>
+__device__ __forceinline__ bool row_in_vectors(const Block<X, Layout::rows>& block, int side, int64_t first) {
+  const Matrix& matrix = block.matrix(side);
+  const auto address = reinterpret_cast<uintptr_t>(static_cast<const X*>(matrix.data) + first);
+  return matrix.dtype == dtype_of<X> && matrix.class_stride == 1 &&
+         address / sizeof(X) % block.kWidth == static_cast<unsigned>(block.sample().lead);
+}
+
+// Visits the slots of a row's first and last vector where these are not whole: visit(slot, whether it is a class).
+template <class X, class Visit>
+__device__ __forceinline__ void over_edges(const Block<X, Layout::rows>& block, int whole, Visit visit) {
+  const int lead = block.sample().lead, end = lead + block.count;
+  for (int i = block.member; i < 2 * block.kWidth; i += block.team) {
+    const bool tail = i >= block.kWidth;
+    const int slot = tail ? whole * block.kWidth + i - block.kWidth : i;
+    if (tail ? slot < block.vectors * block.kWidth && (whole > 0 || lead == 0) : lead > 0)
+      visit(slot, slot >= lead && slot < end);
+  }
+}
+
+// Whether a block of pixels can be: all of them are there, and every class of them begins at a multiple of 16 bytes.
+template <class X>
+__device__ __forceinline__ bool pixels_in_vectors(const Block<X, Layout::pixels>& block, int side, const Place& place) {
+  const Matrix& matrix = block.matrix(side);
+  const int samples = block.call.tiling.samples;
+  const auto address = reinterpret_cast<uintptr_t>(static_cast<const X*>(matrix.data) + block.samples[0].offset[side]);
+  return matrix.dtype == dtype_of<X> && block.call.dims > 0 && matrix.sample_stride[block.call.dims - 1] == 1 &&
+         place.count == samples && samples * sizeof(X) % 16 == 0 && address % 16 == 0 &&
+         matrix.class_stride * static_cast<int64_t>(sizeof(X)) % 16 == 0;
+}
+
+// Starts to read a side's logits. Slots without a logit that counts get -inf.
+template <class X, Layout kLayout>
+__device__ void copy_in(const Block<X, kLayout>& block, int side, const Place& place) {
+  using T = Real<X>;
+  const Call& call = block.call;
+  const Matrix& matrix = block.matrix(side);
+  const Sample<T>& sample = block.sample();
+  const int slots = block.vectors * block.kWidth;
+  const X none = narrow<X>(minus_infinity<T>());
+  const int64_t first = sample.offset[side] + block.begin * matrix.class_stride;
+  if constexpr (kLayout == Layout::rows) {
+    if (sample.valid && row_in_vectors(block, side, first)) {
+      const X* from = static_cast<const X*>(matrix.data) + first - sample.lead;  // where slot 0 would be
+      X* to = block.tile[side];
+      const int whole = (sample.lead + block.count) / block.kWidth;
+      for (int v = block.member + (sample.lead > 0); v < whole; v += block.team)
+        copy_16_bytes(to + v * block.kWidth, from + v * block.kWidth);
+      over_edges(block, whole, [&](int i, bool inside) { to[i] = inside ? from[i] : none; });
+      return;
+    }
+  } else {
+    if (pixels_in_vectors(block, side, place)) {
+      constexpr int kElements = 16 / sizeof(X);
+      const int in_class = call.tiling.samples / kElements;
+      const X* from = static_cast<const X*>(matrix.data) + block.samples[0].offset[side];
+      X* to = block.tile[side] - block.own;
+      for (int i = block.thread; i < block.count * in_class; i += call.tiling.threads()) {
+        const int c = i / in_class, at = i % in_class * kElements;
+        copy_16_bytes(to + c * call.tiling.samples + at, from + (block.begin + c) * matrix.class_stride + at);
+      }
+      for (int i = block.count + block.member; i < slots; i += block.team) block.slot(side, i) = none;
+      return;
+    }
+  }
+#pragma unroll 4
+  for (int i = block.member; i < slots; i += block.team) {
+    const int c = i - sample.lead;
+    const bool inside = sample.valid && static_cast<unsigned>(c) < static_cast<unsigned>(block.count);
+    block.slot(side, i) =
+        inside ? narrow<X>(load_as<T>(matrix.data, matrix.dtype, first + c * matrix.class_stride)) : none;
+  }
+}
+
+// Reads the piece's logits of both sides.
+template <class X, Layout kLayout>
+__device__ void copy_in(const Block<X, kLayout>& block, const Place& place) {
+  copy_in(block, kStudent, place);
+  copy_in(block, kTeacher, place);
+  wait_for_copies();
+  __syncthreads();
+  if constexpr (kLayout == Layout::pixels) {
+    // What was copied with its neighbours but does not count.
+    if (!block.sample().valid) {
+      const X none = narrow<X>(minus_infinity<Real<X>>());
+      for (int i = block.member; i < block.count; i += block.team)
+        block.slot(kStudent, i) = block.slot(kTeacher, i) = none;
+    }
+    __syncthreads();
+  }
+}
+
+// Writes the gradient from the student's slots (zeros if `zero`), and zeros for the classes that are not compared.
+template <class X, Layout kLayout>
+__device__ void copy_out(const Block<X, kLayout>& block, const Place& place, bool zero = false) {
+  using T = Real<X>;
+  const Call& call = block.call;
+  const Matrix& matrix = call.gradient;
+  const Sample<T>& sample = block.sample();
+  const int64_t first = sample.offset[kGradient] + block.begin * matrix.class_stride;
+  const X nothing = narrow<X>(T(0));
+  bool done = false;
+  if constexpr (kLayout == Layout::rows) {
+    if (sample.number >= 0 && row_in_vectors(block, kGradient, first)) {
+      X* to = static_cast<X*>(matrix.data) + first - sample.lead;
+      const X* from = block.tile[kStudent];
+      const int whole = (sample.lead + block.count) / block.kWidth;
+      for (int v = block.member + (sample.lead > 0); v < whole; v += block.team) {
+        const Vector vector = zero ? Vector{} : reinterpret_cast<const Vector*>(from)[v];
+        reinterpret_cast<Vector*>(to)[v] = vector;
+      }
+      over_edges(block, whole, [&](int i, bool inside) {
+        if (inside) to[i] = zero ? nothing : from[i];
+      });
+      done = true;
+    }
+  } else {
+    if (pixels_in_vectors(block, kGradient, place)) {
+      constexpr int kElements = 16 / sizeof(X);
+      const int in_class = call.tiling.samples / kElements;
+      X* to = static_cast<X*>(matrix.data) + block.samples[0].offset[kGradient];
+      const X* from = block.tile[kStudent] - block.own;
+      for (int i = block.thread; i < block.count * in_class; i += call.tiling.threads()) {
+        const int c = i / in_class, at = i % in_class * kElements;
+        const Vector vector = zero ? Vector{} : *reinterpret_cast<const Vector*>(from + c * call.tiling.samples + at);
+        *reinterpret_cast<Vector*>(to + (block.begin + c) * matrix.class_stride + at) = vector;
+      }
+      done = true;
+    }
+  }
+  if (sample.number < 0) return;
+  if (!done) {
+    for (int c = block.member; c < block.count; c += block.team) {
+      const X value = zero ? nothing : block.slot(kStudent, block.slot_of(c));
+      store_as<T>(matrix.data, matrix.dtype, first + c * matrix.class_stride, widen(value));
+    }
+  }
+  if (block.begin + block.count == call.classes)
+    for (int64_t c = call.classes + block.member; c < call.gradient_classes; c += block.team)
+      store_as<T>(matrix.data, matrix.dtype, sample.offset[kGradient] + c * matrix.class_stride, T(0));
+}
+
+}  // namespace kdk::cuda

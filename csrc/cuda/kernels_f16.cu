@@ -1,0 +1,3 @@
+#include "kernels.cuh"
+
+KDK_KERNELS(f16, __half)

@@ -1,0 +1,4 @@
+#include "kernels.cuh"
+
+KDK_KERNELS(f32, float)
+KDK_CLASS_KERNELS(f32, float)

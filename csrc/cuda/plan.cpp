@@ -1,0 +1,198 @@
+#include "plan.h"
+
+#include <algorithm>
+
+namespace kdk::cuda {
+
+namespace {
+
+int element_bytes(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
+
+const char* name_of(DType dtype) {
+  switch (dtype) {
+    case DType::f32: return "f32";
+    case DType::f64: return "f64";
+    case DType::f16: return "f16";
+    default: return "bf16";
+  }
+}
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+int power_of_two_up_to(int64_t number) {
+  int power = 1;
+  while (2 * int64_t{power} <= number) power *= 2;
+  return power;
+}
+
+// Classes that are worked on one by one, of one sample.
+int entry_count(const Call& call) { return call.first_entry(call.objective.terms); }
+
+Regions regions_of(DType type, Layout layout, const Tiling& tiling) {
+  return type == DType::f64 ? regions_of<double>(layout, tiling, 8)
+                            : regions_of<float>(layout, tiling, element_bytes(type));
+}
+
+int shared_bytes(const Call& call, const Tiling& tiling) {
+  return regions_of(tile_type(call), layout_of(call), tiling).total;
+}
+
+constexpr int kWarp = 32;
+// Elements that a thread works on: enough to share what each does once a sample.
+constexpr int kElements = 64;
+// Blocks of short rows are small, so that the next ones load while one computes.
+constexpr int kShortRowThreads = 128;
+constexpr int kLongestShortRow = 1024;
+constexpr int kMostSamples = 32;  // of a block: one warp takes step 2
+constexpr int kPixels = 32;       // side by side in memory: a sector or more of each class
+constexpr int kFewestPixels = 8;
+constexpr int kPixelElements = 16;  // of a thread: its pixel is shared where there are more classes
+constexpr int kMostClassWarps = 4;
+constexpr int kMostPieces = 8;  // blocks of a cluster that every device can hold
+// Blocks of several pieces: three of them fit a multiprocessor, and load while others compute.
+constexpr int kBlocksAtATime = 3;
+constexpr int kReserved = 1024;  // bytes of a block that the device takes
+
+// Threads and samples of a block for a piece of that many classes.
+Tiling block_tiling(const Call& call, int piece, int pieces) {
+  const DType type = tile_type(call);
+  Tiling tiling;
+  tiling.piece = piece;
+  tiling.pieces = pieces;
+  tiling.entries = entry_count(call);
+  if (layout_of(call) == Layout::pixels) {
+    tiling.samples = kPixels;
+    tiling.team = std::min(power_of_two_up_to(std::max(piece / kPixelElements, 1)), kMostClassWarps);
+    return tiling;
+  }
+  const int vectors = slots(Layout::rows, piece, element_bytes(type)) / width(Layout::rows, element_bytes(type));
+  if (piece <= kLongestShortRow) {
+    tiling.team = std::clamp(power_of_two_up_to(vectors / 3), 4, kWarp);
+    tiling.samples = std::min(kShortRowThreads / tiling.team, kMostSamples);
+    return tiling;
+  }
+  tiling.team = std::clamp(round_up(piece / kElements, kWarp), 2 * kWarp, kMostThreads);
+  return tiling;
+}
+
+// The same with fewer samples where that many do not fit in `bytes`; nothing if the fewest do not.
+std::optional<Tiling> fitting(const Call& call, Tiling tiling, int bytes, int fewest) {
+  while (shared_bytes(call, tiling) > bytes) {
+    if (tiling.samples / 2 < fewest) return std::nullopt;
+    tiling.samples /= 2;
+    tiling.team = layout_of(call) == Layout::pixels ? 2 * tiling.team : std::max(tiling.team, kWarp / tiling.samples);
+  }
+  return tiling;
+}
+
+}  // namespace
+
+DType tile_type(const Call& call) {
+  if (call.student.dtype == call.teacher.dtype) return call.student.dtype;
+  const bool wide = call.student.dtype == DType::f64 || call.teacher.dtype == DType::f64;
+  return wide ? DType::f64 : DType::f32;
+}
+
+Layout layout_of(const Call& call) {
+  const auto in_planes = [&](const Matrix& matrix) {
+    return matrix.class_stride != 1 && call.dims > 0 && matrix.sample_stride[call.dims - 1] == 1;
+  };
+  return call.classes > 1 && in_planes(call.student) && in_planes(call.teacher) ? Layout::pixels : Layout::rows;
+}
+
+int64_t sample_blocks(const Call& call) {
+  const int64_t samples = call.tiling.samples;
+  if (layout_of(call) == Layout::rows) return ceil_div(call.samples, samples);
+  return call.samples / call.inner() * ceil_div(call.inner(), samples);
+}
+
+std::optional<Tiling> fused_tiling(const Call& call, const Device& device) {
+  const int preferred = device.shared_bytes_of_all / kBlocksAtATime - kReserved;
+  const int wide = width(Layout::rows, element_bytes(tile_type(call)));
+  const int fewest = layout_of(call) == Layout::pixels ? kFewestPixels : 1;
+  if (call.classes > int64_t{1} << 24) return std::nullopt;
+  for (const int limit : {std::min(preferred, device.shared_bytes), device.shared_bytes}) {
+    for (int pieces = 1; pieces <= (device.has_clusters() ? kMostPieces : 1); pieces *= 2) {
+      const int piece = round_up(static_cast<int>(ceil_div(call.classes, pieces)), wide);
+      if (pieces > 1 && int64_t{piece} * (pieces - 1) >= call.classes) break;
+      const int held = pieces == 1 ? static_cast<int>(call.classes) : piece;
+      if (const auto tiling = fitting(call, block_tiling(call, held, pieces), limit, fewest)) return tiling;
+    }
+  }
+  return std::nullopt;
+}
+
+Tiling piece_tiling(const Call& call, const Device& device) {
+  constexpr int kMostClasses = 4096, kFewestClasses = 16;
+  const int limit = device.shared_bytes_of_all / kBlocksAtATime - kReserved;
+  for (int piece = static_cast<int>(std::min<int64_t>(call.classes, kMostClasses));;
+       piece = round_up(piece / 2, kFewestClasses)) {
+    const Tiling tiling = block_tiling(call, piece, static_cast<int>(ceil_div(call.classes, piece)));
+    const auto fits = fitting(call, tiling, limit, 1);
+    if (fits || piece <= kFewestClasses) return fits.value_or(tiling);
+  }
+}
+
+Tiling class_tiling(const Call& call, const Device& device) {
+  constexpr int kClasses = 128, kSamples = 16;
+  Tiling tiling;
+  tiling.piece = static_cast<int>(std::min<int64_t>(call.classes, kClasses));
+  tiling.pieces = static_cast<int>(ceil_div(call.classes, tiling.piece));
+  tiling.entries = entry_count(call);
+  tiling.samples = layout_of(call) == Layout::pixels ? kPixels : kSamples;
+  tiling.team = kClasses / tiling.samples;  // as many threads as classes
+  const DType type = tile_type(call) == DType::f64 ? DType::f64 : DType::f32;
+  while (regions_of(type, layout_of(call), tiling).total > device.shared_bytes && tiling.samples > 1) {
+    tiling.samples /= 2;
+    tiling.team *= 2;
+  }
+  return tiling;
+}
+
+// Blocks enough for a GPU, and few partial sums.
+int64_t stretch_of(const Call& call) {
+  constexpr int64_t kBlocks = 1024, kMostStretches = 256;
+  const int64_t blocks = sample_blocks(call);
+  const int64_t stretches = std::clamp<int64_t>(kBlocks / call.tiling.pieces, 1, kMostStretches);
+  return ceil_div(blocks, std::min(stretches, std::max<int64_t>(blocks, 1)));
+}
+
+Tiling merge_tiling(const Call& call) {
+  Tiling tiling = call.tiling;
+  tiling.samples = 1;
+  tiling.team = kWarp;
+  return tiling;
+}
+
+Launch configure_merge(const char* step, Call& call) {
+  const DType type = tile_type(call);
+  // Of the tiles and entries nothing is in shared memory.
+  Tiling tiling = call.tiling;
+  tiling.samples = 1;
+  tiling.piece = tiling.entries = 0;
+  call.regions = regions_of(type, Layout::rows, tiling);
+  Launch launch;
+  launch.kernel = std::string("kdk_") + step + "_rows_" + name_of(type);
+  launch.blocks = std::string(step) == "merge_parts" ? call.samples : ceil_div(call.samples, kWarp);
+  launch.threads = kWarp;
+  launch.shared_bytes = call.regions.total;
+  return launch;
+}
+
+Launch configure(const char* step, Call& call, bool clustered) {
+  const Tiling& tiling = call.tiling;
+  const bool of_classes = std::string(step).rfind("class_", 0) == 0;  // in the arithmetic's type
+  DType type = tile_type(call);
+  if (of_classes && type != DType::f64) type = DType::f32;
+  Launch launch;
+  launch.kernel =
+      std::string("kdk_") + step + (layout_of(call) == Layout::rows ? "_rows_" : "_pixels_") + name_of(type);
+  launch.blocks = sample_blocks(call) * tiling.pieces;
+  launch.threads = tiling.threads();
+  launch.cluster = clustered ? tiling.pieces : 1;
+  call.regions = regions_of(type, layout_of(call), tiling);
+  launch.shared_bytes = std::string(step) == "scale" ? 0 : call.regions.total;
+  return launch;
+}
+
+}  // namespace kdk::cuda

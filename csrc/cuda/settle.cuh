@@ -1,0 +1,225 @@
+// Step 2 of a block's samples, one thread each: what the sweeps added up becomes losses and gradient coefficients.
+#pragma once
+
+#include "entries.cuh"
+#include "samples.cuh"
+
+namespace kdk::cuda {
+
+// How many classes a group of a term has.
+__device__ __forceinline__ int64_t group_size(const Term& term, int64_t classes, int g) {
+  const int rest = term.groups() - 1;
+  if (g < rest) return term.group_end(g) - term.group_begin(g);
+  return classes - (rest == 0 ? 0 : term.leads());
+}
+
+// Statistics of all groups of a term, of one sample's piece: its sweep's and its entries'.
+template <class X, Layout kLayout>
+__device__ void piece_statistics(const Block<X, kLayout>& block, int of_sample, int t, GroupStats<double>* stats) {
+  using T = Real<X>;
+  const Call& call = block.call;
+  const Term& term = call.objective.term[t];
+  const Sample<T>& sample = block.samples[of_sample];
+  const Entry<T>* entries = block.entries + (of_sample - block.own) * call.tiling.entries;
+  const T exponent = static_cast<T>(term.exponent());
+  const int rest = term.groups() - 1;
+  GroupStats<double> of_rest;
+  of_rest.student_origin = sample.largest[kStudent] * exponent;
+  of_rest.teacher_origin = sample.largest[kTeacher] * exponent;
+  of_rest.student_sum = block.total(of_sample, 1 + 4 * t);
+  of_rest.teacher_sum = block.total(of_sample, 2 + 4 * t);
+  if (term.wants_forward() || !term.wants_reverse()) of_rest.teacher_gap = block.total(of_sample, 3 + 4 * t);
+  if (term.wants_reverse()) of_rest.student_gap = block.total(of_sample, 4 + 4 * t);
+  bool others = false;  // entries that are in the last group after all
+  for (int e = 0; e < call.tiling.entries; ++e) others = others || (entries[e].counts && entries[e].group[t] == rest);
+  if (others) merge(of_rest, entry_statistics(entries, call.tiling.entries, t, rest, exponent), 1.0);
+  stats[rest] = of_rest;
+#pragma unroll 1
+  for (int g = 0; g < rest; ++g) stats[g] = entry_statistics(entries, call.tiling.entries, t, g, exponent);
+}
+
+// Adds an entry to the student's softmax.
+template <class T>
+__device__ void add_entry(SoftmaxStats<double>& softmax, const Entry<T>& entry) {
+  const T exponent = static_cast<T>(kLog2E), origin = entry.raw * exponent;
+  merge(softmax, SoftmaxStats<double>{origin, power(fma(entry.raw, exponent, -start(origin)))}, 1.0);
+}
+
+// The student's softmax over a sample's piece, and its target's logit if that is in it.
+template <class X, Layout kLayout>
+__device__ SoftmaxStats<double> piece_softmax(const Block<X, kLayout>& block, int of_sample, double& target_logit) {
+  using T = Real<X>;
+  const Call& call = block.call;
+  const Entry<T>* entries = block.entries + (of_sample - block.own) * call.tiling.entries;
+  const T exponent = static_cast<T>(kLog2E);
+  SoftmaxStats<double> softmax{block.samples[of_sample].largest[2] * exponent, block.total(of_sample, 0)};
+  for (int e = 0; e < call.tiling.entries; ++e) {
+    if (entries[e].counts) add_entry(softmax, entries[e]);
+  }
+  target_logit = entries[0].counts ? entries[0].raw : 0;
+  return softmax;
+}
+
+// Losses, results and what the gradient needs of one term. A partition of one, two or three groups: its number is known
+// where it is compiled, so that nothing is indexed at run time.
+template <PartitionKind kKind>
+__device__ void evaluate_term(Term term, GroupStats<double>* stats, const int64_t* sizes, TermResult<double>& result) {
+  term.kind = kKind;
+  evaluate<double>(term, stats, sizes, 1.0, result);
+}
+
+// What is known of a piece of a sample: in its block of the cluster or, of split samples, in global memory.
+template <class X, Layout kLayout>
+__device__ __forceinline__ const Exchange& piece_exchange(const Block<X, kLayout>& block, int of_sample, int piece) {
+  const Call& call = block.call;
+  if (!call.exchange) return *of_block(block.exchange + of_sample, piece);
+  return call.exchange[block.samples[of_sample].number * call.tiling.pieces + piece];
+}
+
+template <class X, Layout kLayout>
+__device__ void settle(const Block<X, kLayout>& block) {
+  using T = Real<X>;
+  const Call& call = block.call;
+  const Objective& objective = call.objective;
+  const int own = block.thread, columns = objective.parts();
+  const bool there = own < call.tiling.samples;
+  Sample<T>& sample = block.samples[there ? own : 0];
+  const bool valid = there && sample.valid;
+  const bool first_piece = block.piece == 0, alone = call.tiling.pieces == 1 && !call.exchange;
+  const int64_t number = there ? sample.number : -1;
+  const double weight = valid ? sample.weight : 0;
+  const bool by_sample = objective.standardize == Standardize::by_sample;
+  T* saved = there && number >= 0 && call.saved && first_piece
+                 ? static_cast<T*>(call.saved) + number * saved_size(objective)
+                 : nullptr;
+  double loss = 0, entropy = 0;
+  T softmax_origin = 0, softmax_inverse = 0;
+  if (there && objective.has_ce()) {
+    double target_logit = 0;
+    SoftmaxStats<double> softmax;
+    if (alone) {
+      softmax = piece_softmax(block, own, target_logit);
+    } else {
+      for (int piece = 0; piece < call.tiling.pieces; ++piece) {
+        const Exchange& other = piece_exchange(block, own, piece);
+        merge(softmax, other.softmax, 1.0);
+        target_logit += other.target_logit;
+      }
+    }
+    softmax_origin = static_cast<T>(start(softmax.origin));
+    softmax_inverse = static_cast<T>(1 / softmax.sum);
+    entropy = log(softmax.sum) + (kLn2 * start(softmax.origin) - target_logit);
+    loss = objective.ce_weight * entropy;
+  }
+  if (there) {
+    sample.softmax_origin = softmax_origin;
+    sample.entropy_factor = static_cast<T>(objective.ce_weight * weight);
+    sample.softmax_factor = valid ? sample.entropy_factor * softmax_inverse : T(0);
+    if (by_sample) sample.factor = static_cast<T>(sample.student.factor * weight);
+  }
+  if (call.part_values && first_piece)
+    write_result(block, number, call.part_values, columns, 0, valid ? entropy * weight : 0);
+  if (saved) {
+    saved[0] = static_cast<T>(weight);
+    saved[1] = softmax_origin;
+    saved[2] = softmax_inverse;
+    saved += 3;
+    if (by_sample) saved += 7;
+  }
+  int column = 1;
+  // These are in shared memory: registers are too few.
+  GroupStats<double>* stats = block.groups + (there ? own : 0) * kMaxGroups;
+  auto& result = reinterpret_cast<TermResult<double>*>(shared_memory + call.regions.results)[there ? own : 0];
+  static_assert(sizeof(TermResult<double>) == kResults * sizeof(double));
+  for (int t = 0; t < objective.terms; ++t) {
+    const Term& term = objective.term[t];
+    const int groups = term.groups();
+    if (there) {
+      if (alone) {
+        piece_statistics(block, own, t, stats);
+      } else {
+#pragma unroll 1
+        for (int g = 0; g < groups; ++g) {
+          GroupStats<double> merged;
+          for (int piece = 0; piece < call.tiling.pieces; ++piece)
+            merge(merged, piece_exchange(block, own, piece).group[t][g], 1.0);
+          stats[g] = merged;
+        }
+      }
+      int64_t sizes[kMaxGroups];
+#pragma unroll
+      for (int g = 0; g < kMaxGroups; ++g) {
+        if (g >= groups) break;
+        sizes[g] = group_size(term, call.classes, g) == 1 ? 1 : 2;  // all that matters is whether it is one
+        if (sizes[g] != 1) continue;
+        stats[g].student_sum = single_sum(stats[g].student_origin);
+        stats[g].teacher_sum = single_sum(stats[g].teacher_origin);
+        stats[g].student_gap = stats[g].teacher_gap = 0;
+      }
+      if (groups == 1) evaluate_term<PartitionKind::whole>(term, stats, sizes, result);
+      else if (groups == 2) evaluate_term<PartitionKind::target>(term, stats, sizes, result);
+      else evaluate_term<PartitionKind::top1_topk>(term, stats, sizes, result);
+      loss += result.loss;
+      const double factor = by_sample ? 1 : weight;
+#pragma unroll
+      for (int g = 0; g < kMaxGroups; ++g) {
+        if (g >= groups) break;
+        const GroupCoefficients<double>& by = result.group[g];
+        GroupShare<T>& share = sample.share[t][g];
+        share.student_origin = static_cast<T>(start(stats[g].student_origin));
+        share.teacher_origin = static_cast<T>(start(stats[g].teacher_origin));
+        share.student = valid ? static_cast<T>(by.student * factor) : T(0);
+        share.tilt = valid ? static_cast<T>(by.tilt * factor) : T(0);
+        share.teacher = valid ? static_cast<T>(by.teacher * factor) : T(0);
+        if (saved) {
+          saved[0] = share.student_origin;
+          saved[1] = share.teacher_origin;
+          saved[2] = static_cast<T>(by.student);
+          saved[3] = static_cast<T>(by.tilt);
+          saved[4] = static_cast<T>(by.teacher);
+          saved += 5;
+        }
+      }
+    }
+    if (call.part_values && first_piece) {
+#pragma unroll
+      for (int i = 0; i <= kMaxGroups; ++i) {
+        if (i > groups) break;
+        write_result(block, number, call.part_values, columns, column++, valid ? result.parts[i] * weight : 0);
+      }
+    }
+  }
+  if (first_piece) write_result(block, number, call.losses, 1, 0, valid ? loss * weight : 0);
+}
+
+// The results of a block none of whose samples counts.
+template <class X, Layout kLayout>
+__device__ void settle_nothing(const Block<X, kLayout>& block) {
+  const Call& call = block.call;
+  if (block.piece != 0) return;
+  const int64_t number = block.thread < call.tiling.samples ? block.samples[block.thread].number : -1;
+  const int columns = call.objective.parts();
+  write_result(block, number, call.losses, 1, 0, 0);
+  for (int i = 0; call.part_values && i < columns; ++i) write_result(block, number, call.part_values, columns, i, 0);
+  if (call.saved && number >= 0) static_cast<Real<X>*>(call.saved)[number * saved_size(call.objective)] = 0;
+}
+
+// Tells the others of the cluster what this piece adds up to; a cluster barrier must come after.
+template <class X, Layout kLayout>
+__device__ void tell_statistics(const Block<X, kLayout>& block) {
+  const Call& call = block.call;
+  if (block.thread >= call.tiling.samples) return;
+  Exchange& exchange = block.exchange[block.thread];
+  if (call.objective.has_ce()) exchange.softmax = piece_softmax(block, block.thread, exchange.target_logit);
+  for (int t = 0; t < call.objective.terms; ++t) piece_statistics(block, block.thread, t, exchange.group[t]);
+}
+
+// Writes which classes lead. Of samples that do not count nobody will ask.
+template <class X, Layout kLayout>
+__device__ void write_members(const Block<X, kLayout>& block) {
+  if (!block.call.members || !block.sample().valid) return;
+  for (int e = block.member; e < block.call.tiling.entries; e += block.team)
+    write_member(block.call, block.sample().number, e, block.entries[e]);
+}
+
+}  // namespace kdk::cuda

@@ -1,0 +1,124 @@
+// Standardised logits, by class over the batch or by sample over its classes, and the chain rule through them.
+// Logits of -inf count in no moments and stay -inf: such a class is masked.
+#pragma once
+
+#include "block.cuh"
+
+namespace kdk::cuda {
+
+// Rows of the table of what standardises each class, a column a class: an Affine of either side, and what the chain
+// rule takes off.
+enum AffineRow { kHigh = 0, kFactor = 1, kOffset = 2, kSide = 3, kLevel = 6, kSlope = 7, kAffineRows = 8 };
+
+// The multiply-add is explicit: values must come out the same in every kernel, lest the ranking differ.
+template <class T>
+__device__ __forceinline__ T apply(const Affine<T>& affine, T logit) {
+  return fma(logit - affine.high, affine.factor, affine.offset);
+}
+
+template <class T>
+__device__ __forceinline__ Affine<T> affine_of(double mean, double factor) {
+  const T high = static_cast<T>(mean);
+  return {high, static_cast<T>(factor), static_cast<T>((static_cast<double>(high) - mean) * factor)};
+}
+
+template <class T>
+__device__ __forceinline__ T affine_number(const Call& call, int row, int64_t of_class) {
+  return static_cast<const T*>(call.affines)[row * call.classes + of_class];
+}
+
+// One logit as the terms see it.
+template <class X, Layout kLayout>
+__device__ __forceinline__ Real<X> standardized(const Block<X, kLayout>& block, int side, int of_class, Real<X> logit) {
+  using T = Real<X>;
+  const Call& call = block.call;
+  if (call.objective.standardize == Standardize::by_sample)
+    return apply(side == kStudent ? block.sample().student : block.sample().teacher, logit);
+  if (call.objective.standardize == Standardize::by_class) {
+    const int row = side * kSide;
+    return apply(
+        Affine<T>{affine_number<T>(call, row + kHigh, of_class), affine_number<T>(call, row + kFactor, of_class),
+                  affine_number<T>(call, row + kOffset, of_class)},
+        logit);
+  }
+  return logit;
+}
+
+// The class of a vector's element; for pads some class that exists.
+template <class X, Layout kLayout>
+__device__ __forceinline__ int64_t class_near(const Block<X, kLayout>& block, int vector, int w) {
+  return block.begin + min(max(block.class_of(vector) + w, 0), block.count - 1);
+}
+
+// A vector of logits as the terms see it.
+template <class X, Layout kLayout>
+__device__ __forceinline__ void standardize(const Block<X, kLayout>& block, int side, int vector, Real<X>* values) {
+  if (block.call.objective.standardize == Standardize::none) return;
+  if (block.call.objective.standardize == Standardize::by_sample) {
+    const Affine<Real<X>> affine = side == kStudent ? block.sample().student : block.sample().teacher;
+#pragma unroll
+    for (int w = 0; w < block.kWidth; ++w) values[w] = apply(affine, values[w]);
+    return;
+  }
+#pragma unroll
+  for (int w = 0; w < block.kWidth; ++w)
+    values[w] = standardized(block, side, static_cast<int>(class_near(block, vector, w)), values[w]);
+}
+
+// The slope of the chain rule through a standardised sample, for a sum of gradient times logit of 1.
+__device__ __forceinline__ double unit_slope(const Objective& objective, double count, double m2) {
+  const double deviation = sqrt(m2 / objective.degrees(count));
+  return deviation == 0 ? 0 : 1 / (deviation * objective.factor(count, m2) * objective.degrees(count));
+}
+
+// Keeps what standardises a sample, from the moments of both sides.
+template <class T>
+__device__ void settle_moments(const Objective& objective, const Moments<double>* moments, Sample<T>& sample) {
+  sample.student =
+      affine_of<T>(moments[kStudent].mean, objective.factor(moments[kStudent].count, moments[kStudent].m2));
+  sample.teacher =
+      affine_of<T>(moments[kTeacher].mean, objective.factor(moments[kTeacher].count, moments[kTeacher].m2));
+  sample.slope = static_cast<T>(unit_slope(objective, moments[kStudent].count, moments[kStudent].m2));
+  sample.factor = sample.student.factor;
+}
+
+// The moments of each sample's piece, by the first thread of its team; ends with a barrier.
+template <class X, Layout kLayout>
+__device__ void sample_moments(const Block<X, kLayout>& block, Moments<double>* moments) {
+  using T = Real<X>;
+  T centre[2] = {};
+  // The second time from close to the mean, so that nothing cancels in the squares.
+  for (int round = 0; round < 2; ++round) {
+    for (int side = kStudent; side <= kTeacher; ++side) {
+      double count = 0, sum = 0, square = 0;
+      for (int v = block.member; v < block.vectors; v += block.team) {
+        T values[block.kWidth], of_vector = 0, squares = 0;
+        block.load(side, v, values);
+#pragma unroll
+        for (int w = 0; w < block.kWidth; ++w) {
+          const bool masked = values[w] == minus_infinity<T>();
+          const T away = masked ? T(0) : values[w] - centre[side];
+          count += masked ? 0 : 1;
+          of_vector += away;
+          squares += away * away;
+        }
+        sum += of_vector;
+        square += squares;
+      }
+      block.put(3 * side, count);
+      block.put(3 * side + 1, sum);
+      block.put(3 * side + 2, square);
+    }
+    __syncthreads();
+    for (int side = kStudent; side <= kTeacher; ++side) {
+      const double count = block.total(block.own, 3 * side), some = count > 1 ? count : 1;
+      const double shift = block.total(block.own, 3 * side + 1) / some;
+      const double m2 = block.total(block.own, 3 * side + 2) - shift * shift * count;
+      moments[side] = {count, static_cast<double>(centre[side]) + shift, m2 > 0 ? m2 : m2 == m2 ? 0 : m2};
+      centre[side] = static_cast<T>(moments[side].mean);
+    }
+    __syncthreads();
+  }
+}
+
+}  // namespace kdk::cuda

@@ -1,0 +1,402 @@
+"""The CUDA backend's compiled kernels, run: for sm_80 and sm_90 in the simulator, or on the GPU there is.
+
+The host code is the user's: the public API and the C++ behind it, with nothing changed but where launches go. The
+simulator checks every access against the tensors' bounds, shared memory for races (a cluster's blocks included), global
+memory for races between blocks, and that nothing is read that nobody wrote; results are held to the accuracy table
+against the float64 reference. What the kernels may cost is counted at the end.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cuda_targets import ARCHITECTURES, check, device, missing, needs_simulator, run
+from helpers import Path, make_inputs, must_have_native, name_of, needed_target
+from losses import LOSSES, STANDARDIZED
+from ptxsim import device_bytes
+
+ALL = LOSSES | STANDARDIZED
+FUSED, RECOMPUTE = Path("cuda", "fused"), Path("cuda", "recompute")
+FIRST, LAST = ARCHITECTURES[0], ARCHITECTURES[-1]
+F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
+
+
+@pytest.fixture(autouse=True)
+def backend_is_there() -> None:
+    reason = missing()
+    if reason is not None:
+        (pytest.fail if must_have_native() else pytest.skip)(reason)
+
+
+#: Kernels in many more types and shapes. The others need one file of kernels for one architecture.
+more = pytest.mark.cuda
+two_architectures = pytest.mark.skipif(len(ARCHITECTURES) == 1, reason="a GPU is one architecture")
+
+
+# What is computed -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_loss(name: str) -> None:
+    """Several rows a block, and a last block with fewer."""
+    inputs = make_inputs((21, 100))
+    check(ALL[name], inputs.student, inputs.teacher, FUSED, LAST, target=inputs.target)
+
+
+@pytest.mark.parametrize("name", ["kd", "bdd_two_temperatures", "gdkd3", "everything", "pr_dkd", "ls_gdkd"])
+def test_recomputed(name: str) -> None:
+    """The gradient by its own sweep, from what forward kept, with a factor from above for each sample."""
+    inputs = make_inputs((9, 100))
+    check(ALL[name], inputs.student, inputs.teacher, RECOMPUTE, LAST, target=inputs.target, reduction="none")
+
+
+@more
+@pytest.mark.parametrize(
+    ("name", "dtypes"),
+    [
+        *((name, (dtype, dtype)) for name in ("dkd", "gdkd", "ls_dkd", "pr_kd") for dtype in (F16, BF16)),
+        ("dkd", (F64, F64)),
+        ("everything", (F64, F64)),
+        ("dkd", (F32, BF16)),
+        ("dkd", (BF16, F32)),
+        ("dkd", (F16, F64)),
+    ],
+    ids=name_of,
+)
+def test_dtypes(name: str, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    inputs = make_inputs((5, 96), *dtypes)
+    check(ALL[name], inputs.student, inputs.teacher, FUSED, LAST, **needed_target(ALL[name], inputs.target))
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("dkd", (1, 2)),  # the smallest two groups: one class each
+        ("gdkd", (70, 10)),  # many rows a block
+        ("gdkd", (2, 1024)),  # the longest rows that warps take
+        ("dkd", (3, 1025)),  # one class more, misaligned: a block a row
+        ("dkd", (2, 4096)),  # in whole vectors
+        ("gdkd", (2, 4095)),  # every row with another head and tail
+    ],
+    ids=name_of,
+)
+def test_row_lengths(name: str, shape: tuple[int, int]) -> None:
+    inputs = make_inputs(shape)
+    check(ALL[name], inputs.student, inputs.teacher, FUSED, LAST, **needed_target(ALL[name], inputs.target))
+
+
+@more
+@pytest.mark.parametrize(
+    ("name", "shape", "dtype"),
+    [
+        ("gdkd", (2, 16384), F32),
+        ("everything", (2, 33001), F32),  # both terms' rankings, in misaligned rows
+        ("gdkd_k20", (2, 33000), F32),
+        ("ls_gdkd", (2, 33000), F32),
+        ("pr_gdkd", (6, 20000), F32),
+        ("gdkd", (1, 40000), F64),
+        ("dkd", (1, 65536), F32),
+        ("dkd", (1, 128256), BF16),
+    ],
+    ids=name_of,
+)
+def test_clusters(name: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    """Rows over the blocks of a cluster, which read each other's shared memory."""
+    inputs = make_inputs(shape, dtype)
+    sim = check(ALL[name], inputs.student, inputs.teacher, FUSED, LAST, **needed_target(ALL[name], inputs.target))
+    assert sim is None or max(launch.cluster for launch in sim.log) > 1
+
+
+@more
+@two_architectures
+@pytest.mark.parametrize(
+    ("name", "shape", "path", "options"),
+    [
+        ("dkd", (2, 33000), FUSED, {}),
+        ("everything", (2, 33001), FUSED, {"reduction": "none"}),
+        ("gdkd_k20", (2, 33000), RECOMPUTE, {}),
+        ("ls_gdkd", (2, 33000), FUSED, {}),
+        ("pr_gdkd", (6, 33000), FUSED, {}),
+        ("dkd", (1, 6000, 2, 4), FUSED, {}),  # pixels
+        ("gdkd", (1, 6000, 2, 4), FUSED, {}),
+    ],
+    ids=name_of,
+)
+def test_split_samples(name: str, shape: tuple[int, int], path: Path, options: dict[str, str]) -> None:
+    """Without clusters: statistics of the pieces of a sample, their merge and the sweep."""
+    inputs = make_inputs(shape)
+    options = options | needed_target(ALL[name], inputs.target)
+    sim = check(ALL[name], inputs.student, inputs.teacher, path, FIRST, **options)
+    assert sim is None or any("part_statistics" in launch.name for launch in sim.log)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("everything", (2, 19, 8, 16)),  # pixels in wide accesses
+        ("ls_dkd", (2, 19, 8, 16)),
+        ("dkd", (2, 21, 5, 7)),  # and in narrow ones
+        ("gdkd3", (2, 21, 5, 7)),
+        ("pr_dkd", (2, 21, 5, 7)),
+        ("gdkd", (1, 1000, 5, 6)),  # several warps share a pixel
+    ],
+    ids=name_of,
+)
+def test_pixels(name: str, shape: tuple[int, ...]) -> None:
+    """Channels first: what is next to one another in memory are samples."""
+    inputs = make_inputs(shape)
+    options = {"target": inputs.target, "reduction": "batchmean"}
+    check(ALL[name], inputs.student, inputs.teacher, FUSED, LAST, **options)
+
+
+@more
+@two_architectures
+@pytest.mark.parametrize(
+    ("name", "shape", "dtype", "path"),
+    [
+        ("dkd", (21, 100), BF16, FUSED),
+        ("gdkd", (2, 4096), F16, RECOMPUTE),
+        ("everything", (5, 100), F64, FUSED),
+        ("bdd", (9, 101), F32, RECOMPUTE),
+        ("dkd", (2, 19, 8, 16), BF16, FUSED),
+        ("pr_dkd", (2, 21, 5, 7), F32, FUSED),
+        ("ls_gdkd", (9, 100), F32, FUSED),
+        ("gdkd3", (2, 17000), F32, FUSED),
+        ("ls_dkd", (2, 17000), BF16, FUSED),
+    ],
+    ids=name_of,
+)
+def test_older_architecture(name: str, shape: tuple[int, ...], dtype: torch.dtype, path: Path) -> None:
+    """A cross-section of all of this for sm_80."""
+    inputs = make_inputs(shape, dtype)
+    check(ALL[name], inputs.student, inputs.teacher, path, FIRST, target=inputs.target)
+
+
+# What does not count, and what is extreme --------------------------------------------------------------------------
+
+#: Shapes and the architectures that take them so.
+LAYOUTS = {
+    "rows": ((21, 90), LAST),
+    "cluster": ((5, 17001), LAST),
+    "split rows": ((3, 33001), FIRST),
+    "pixels": ((2, 21, 5, 7), LAST),
+}
+
+
+@more
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["dkd", "pr_dkd"])
+def test_samples_that_do_not_count(name: str, layout: str) -> None:
+    """Ignored samples and such of weight 0 hold NaN and inf, and are neither read into anything nor left unwritten."""
+    shape, arch = LAYOUTS[layout]
+    student, teacher, target = make_inputs(shape)
+    target, weight = target.flatten(), torch.rand(target.numel()) + 0.5
+    target[::3] = -100
+    weight[1::5] = 0.0
+    nothing = (target == -100) | (weight == 0)
+    samples = student[:, 0].shape
+    for logits, value in ((student, torch.nan), (teacher, torch.inf)):
+        logits.movedim(1, -1)[nothing.reshape(samples)] = value
+    options = {"target": target.reshape(samples), "sample_weight": weight.reshape(samples)}
+    check(ALL[name], student, teacher, FUSED, arch, **options)
+
+
+@more
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["dkd", "gdkd3", "bdd", "lskd"])
+def test_masked_classes(name: str, layout: str) -> None:
+    """Classes of -inf in both add nothing; in the teacher alone they add nothing to forward divergences."""
+    shape, arch = LAYOUTS[layout]
+    student, teacher, target = make_inputs(shape)
+    for logits in (student, teacher):
+        logits[:, 3:6] = -torch.inf
+    if name != "bdd":  # the reverse divergence would be infinite
+        teacher[:, 7] = -torch.inf
+    check(ALL[name], student, teacher, FUSED, arch, **needed_target(ALL[name], target.clamp(min=9)))
+
+
+@more
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_target_far_above_the_rest(layout: str) -> None:
+    shape, arch = LAYOUTS[layout]
+    student, teacher, target = make_inputs(shape, scale=1.0)
+    index = target.unsqueeze(1)
+    for logits in (student, teacher):
+        logits.scatter_add_(1, index, torch.full(index.shape, 1e4))
+    check(ALL["dkd"], student, teacher, FUSED, arch, target=target, reduction="sum")
+
+
+@more
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_ties_of_the_top_k(layout: str) -> None:
+    """The lowest index wins: the student's logits differ where the teacher's are alike."""
+    shape, arch = LAYOUTS[layout]
+    student, teacher, _ = make_inputs(shape)
+    teacher = (teacher / 2).round() * 2
+    check(ALL["gdkd"], student, teacher, FUSED, arch)
+
+
+def test_targets_out_of_range() -> None:
+    """No access out of bounds; the sample's loss is NaN and the others' are untouched."""
+    student, teacher, target = make_inputs((6, 90))
+    target[2], target[4] = 90, -1
+    got, _ = run(ALL["dkd"], student, teacher, FUSED, LAST, torch.ones(6), target=target, reduction="none")
+    right = torch.tensor([0, 1, 3, 5])
+    assert got.loss.isnan().tolist() == [False, False, True, False, True, False]
+    part = student[right], teacher[right], FUSED, LAST, torch.ones(4)
+    want, _ = run(ALL["dkd"], *part, target=target[right], reduction="none")
+    assert torch.equal(got.loss[right], want.loss)
+    assert torch.equal(got.gradient[right], want.gradient)
+
+
+def test_views() -> None:
+    """Strides and offsets: each view's bounds are its own, not its storage's."""
+    student, teacher, target = make_inputs((13, 40))
+    wide = torch.full((13, 50), torch.nan)
+    wide[:, 3:43] = student
+    tall = torch.full((40, 13), torch.nan).t()
+    tall.copy_(teacher)
+    check(LOSSES["dkd"], wide[:, 3:43], teacher, FUSED, LAST, target=target)
+    check(LOSSES["dkd"], wide[:, 3:43], tall, RECOMPUTE, LAST, target=target)
+
+
+def test_padded_vocabularies() -> None:
+    """``num_classes``: the padding is never read (it holds NaN) and its gradient is 0."""
+    student, teacher, target = make_inputs((7, 100))
+    student[:, 90:], teacher = torch.nan, teacher[:, :96].contiguous()
+    teacher[:, 90:] = torch.nan
+    case, target = LOSSES["dkd"], target.clamp(max=89)
+    got, _ = run(case, student, teacher, FUSED, LAST, target=target, num_classes=90)
+    whole, _ = run(case, student[:, :90], teacher[:, :90], FUSED, LAST, target=target)
+    assert torch.equal(got.loss, whole.loss)
+    torch.testing.assert_close(got.gradient[:, :90], whole.gradient, rtol=1e-6, atol=1e-9)
+    assert not got.gradient[:, 90:].any()
+
+
+def test_denominator_and_factor() -> None:
+    student, teacher, target = make_inputs((7, 90))
+    options = {"target": target, "denominator": torch.tensor(11.0)}
+    check(LOSSES["dkd"], student, teacher, FUSED, LAST, torch.tensor(3.0), **options)
+
+
+def test_no_samples() -> None:
+    student, teacher, target = make_inputs((0, 90))
+    got, sim = run(LOSSES["dkd"], student, teacher, FUSED, LAST, target=target)
+    assert got.loss == 0
+    assert got.gradient.shape == (0, 90)
+    assert sim is None or not sim.log
+
+
+@more
+def test_same_result_every_time() -> None:
+    student, teacher, target = make_inputs((3, 17001))
+    (first, _), (second, _) = (run(ALL["everything"], student, teacher, FUSED, LAST, target=target) for _ in range(2))
+    assert torch.equal(first.loss, second.loss)
+    assert torch.equal(first.gradient, second.gradient)
+
+
+# What it costs -----------------------------------------------------------------------------------------------------
+
+#: Bytes moved for loss and gradient over two reads and one write of the matrix, and one read of the targets where the
+#: loss has some. Without clusters, rows that do not fit on chip are read twice: 5/3.
+ON_CHIP, SPLIT, COALESCING = 1.01, 1.70, 0.97
+
+
+def cost(name: str, shape: tuple[int, ...], dtype: torch.dtype, arch: int = LAST) -> tuple[float, float, float]:
+    """``(bytes / floor, coalescing, thread-instructions an element)`` of a training step."""
+    case = ALL[name]
+    inputs = make_inputs(shape, dtype)
+    _, sim = run(case, inputs.student, inputs.teacher, FUSED, arch, **needed_target(case, inputs.target))
+    assert sim is not None
+    all_stats = [launch.stats for launch in sim.log]
+    floor = 3 * inputs.student.nbytes + (inputs.target.nbytes if case.needs_target else 0)
+    moved = device_bytes(all_stats, inputs.student.nbytes)
+    # Coalescing is that of the matrices: numbers of a sample are a few bytes wherever they are.
+    sweeps = [stats for stats in all_stats if any(b.size >= inputs.student.nbytes for b in stats.buffers.values())]
+    lines = [access for stats in sweeps for access in stats.sectors_of_line.values()]
+    wide = [access for access in lines if access.bytes >= 64 * access.instrs]
+    coalescing = sum(access.bytes for access in wide) / sum(32 * access.sectors for access in wide)
+    instructions = sum(stats.thread_instrs for stats in all_stats) / inputs.student.numel()
+    return moved / floor, coalescing, instructions
+
+
+@more
+@needs_simulator
+@pytest.mark.parametrize(
+    ("name", "shape", "dtype", "arch"),
+    [
+        *((name, (16, c), BF16, 90) for name in ("dkd", "gdkd", "bdd") for c in (1024, 4096)),
+        ("dkd", (64, 100), BF16, 90),
+        ("dkd", (4, 16384), F32, 90),
+        ("dkd", (2, 32000), BF16, 90),
+        *((name, (1, 128256), BF16, 90) for name in ("dkd", "gdkd", "bdd")),
+        ("dkd", (1, 65536), F32, 90),
+        ("dkd", (16, 4096), BF16, 80),
+        ("gdkd", (2, 16384), F32, 80),
+        ("dkd", (2, 19, 32, 32), F32, 90),
+        ("gdkd", (2, 19, 32, 32), BF16, 90),
+        ("dkd", (1, 150, 16, 32), BF16, 90),
+    ],
+    ids=name_of,
+)
+def test_cost_on_chip(name: str, shape: tuple[int, ...], dtype: torch.dtype, arch: int) -> None:
+    moved, coalescing, _ = cost(name, shape, dtype, arch)
+    assert moved <= ON_CHIP
+    if len(shape) > 2 or shape[1] * dtype.itemsize % 32 == 0:  # whole sectors
+        assert coalescing >= COALESCING
+
+
+@more
+@needs_simulator
+@pytest.mark.parametrize(("name", "classes"), [("dkd", 128256), ("gdkd", 128256)])
+def test_cost_of_split_rows(name: str, classes: int) -> None:
+    moved, coalescing, _ = cost(name, (1, classes), BF16, 80)
+    assert moved <= SPLIT
+    assert coalescing >= COALESCING
+
+
+@more
+@needs_simulator
+@pytest.mark.parametrize(("name", "most"), [("kd", 60), ("dkd", 70), ("gdkd", 145)])
+def test_instructions(name: str, most: float) -> None:
+    assert cost(name, (16, 4096), BF16)[2] <= most
+
+
+@needs_simulator
+@pytest.mark.parametrize(
+    ("name", "options", "forward", "backward"),
+    [
+        ("kd", {}, ["forward_rows_f32", "row_sum"], []),
+        # Which samples count, and so what the mean divides by, is known on the device only.
+        ("dkd", {}, ["weight_sum", "forward_rows_f32", "row_sum"], []),
+        ("dkd", {"reduction": "sum"}, ["forward_rows_f32", "row_sum"], []),
+        ("gdkd", {"reduction": "none"}, ["forward_rows_f32"], ["scale_rows_f32"]),
+    ],
+)
+def test_launches(name: str, options: dict[str, str], forward: list[str], backward: list[str]) -> None:
+    """One launch touches the matrices; the others add up a number a block."""
+    inputs = make_inputs((64, 100))
+    case = ALL[name]
+    options = options | needed_target(case, inputs.target)
+    upstream = torch.ones(64) if options.get("reduction") == "none" else None
+    _, sim = run(case, inputs.student, inputs.teacher, FUSED, LAST, upstream, **options)
+    assert sim is not None
+    assert [launch.name.removeprefix("kdk_") for launch in sim.log] == forward + backward
+
+
+@needs_simulator
+@pytest.mark.parametrize("shape", [(64, 1000), (3, 1001), (2, 7, 5, 6)], ids=name_of)
+def test_scaling(shape: tuple[int, ...]) -> None:
+    """What backward launches with an upstream gradient: 1 touches no memory, and the host does not know it is."""
+    gradient = torch.randn(shape)
+    kept = gradient.clone()
+    scale = torch.ops.kdkernels_cuda.scale_.default
+    with device(LAST) as sim:
+        scale(gradient, torch.ones(()), 1)
+        assert torch.equal(gradient, kept)
+        scale(gradient, torch.full((), 3.0), 1)
+    assert sim is not None
+    one, other = (launch.stats for launch in sim.log)
+    assert one.buffers["student"].loaded == one.buffers["student"].stored == 0
+    assert other.buffers["student"].loaded == other.buffers["student"].stored == gradient.nbytes
+    assert torch.equal(gradient, 3 * kept)
