@@ -14,15 +14,15 @@ from pathlib import Path
 import report
 import torch
 from losses import LOSSES, make_logits
-from measure import time_interleaved
+from measure import CpuClock, time_interleaved
 from shapes import Shape
 
-#: Powers of two of N x C, as many classes in each row as samples or four times as many.
+#: Exponents of two of N x C, with four times as many classes as samples.
 SIZES = range(10, 27, 2)
 
 
 def shape_of(exponent: int) -> Shape:
-    samples = 1 << (exponent - 1) // 2
+    samples = 1 << (exponent // 2 - 1)
     return Shape((samples, (1 << exponent) // samples))
 
 
@@ -40,7 +40,7 @@ def seconds_of(names: list[str], shape: Shape, seconds: float) -> dict[str, floa
     steps = {name: step_of(name) for name in names}
     detached, written = student.detach(), torch.empty_like(teacher)
     steps["floor"] = lambda: torch.add(detached, teacher, out=written)
-    return {name: statistics.median(times) for name, times in time_interleaved(steps, seconds).items()}
+    return {name: statistics.median(times) for name, times in time_interleaved(steps, seconds, CpuClock()).items()}
 
 
 def draw(times: dict[int, dict[int, dict[str, float]]], path: Path) -> None:
@@ -62,7 +62,7 @@ def draw(times: dict[int, dict[int, dict[str, float]]], path: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     axes[0][0].set_ylabel("loss + gradient, ms")
     axes[0][0].legend(frameon=False)
-    facts = report.machine()
+    facts = report.machine(torch.device("cpu"))
     figure.suptitle(f"{facts['cpu']}, {facts['instruction_set'] or 'no kernels'}, torch {facts['torch']}", fontsize=10)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
@@ -90,7 +90,7 @@ def main() -> None:
             )
     names = list(row)
     header = ["threads x shape", *(f"{name} ms" for name in names), *(f"{name} ns/logit" for name in names)]
-    print(report.describe(report.machine()), "\n\n" + report.table(header, lines))
+    print(report.describe(report.machine(torch.device("cpu"))), "\n\n" + report.table(header, lines))
     draw(times, options.out)
     print(f"\nwritten: {options.out}")
 

@@ -72,19 +72,8 @@ void set_layout(Problem& problem, std::vector<std::pair<Matrix*, const Tensor*>>
   }
 }
 
-// Past the dispatcher, which takes several times as long: a call makes five tensors.
 inline Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
-  std::vector<int64_t> strides(sizes.size(), 1);
-  for (size_t d = sizes.size(); d-- > 1;) strides[d - 1] = strides[d] * std::max<int64_t>(sizes[d], 1);
-  int32_t device_type, device_index;
-  AtenTensorHandle tensor;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
-  const auto dims = static_cast<int64_t>(sizes.size());
-  const auto type = static_cast<int32_t>(dtype);
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(dims, sizes.data(), strides.data(), type, device_type, device_index, &tensor));
-  return Tensor(tensor);
+  return torch::stable::empty(sizes, dtype, std::nullopt, like.device());
 }
 
 // The schemas that all backends' ops have.
