@@ -1,1 +1,1 @@
-"""Triton backend of kdkernels, imported as ``kdkernels.triton_kernels``. It holds no kernel yet."""
+"""Triton backend of kdkernels, imported as ``kdkernels.triton_kernels``."""

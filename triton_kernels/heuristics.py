@@ -67,8 +67,8 @@ def fused_tile(layout: Layout, problem: Problem) -> Tile | None:
 
     What is known of a sample takes registers, too, and time: rows share a warp only where each thread still has one
     (short ones, in whose program every warp has some rows of its own). 32 elements a thread share what every thread
-    does once a row; fewer where the objective needs many registers. A row that would not fit otherwise is computed
-    twice from its logits, tile by tile.
+    does once a row; fewer where the objective needs many registers and no second look at the logits, tile by tile,
+    makes up for them. The longest rows have 64.
     """
     block_c = max(power_of_two(layout.gradient_classes), _LEAST_CLASSES)
     live = live_numbers(problem) + (4 if layout.axis == SAMPLES.value else 0)  # each class has an address there
@@ -79,18 +79,13 @@ def fused_tile(layout: Layout, problem: Problem) -> Tile | None:
             if (tiles == 1 or lanes >= _SHORT_LANES) and lanes <= _LANES and fits(live, tiles * layout.wide, 4):
                 return Tile(4 * _LANES // lanes, tile_c, 4, tiles)
     block_n = _LANES if layout.axis == SAMPLES.value else 1
-    for per_thread in (_PER_THREAD, _PER_THREAD // 2, _PER_THREAD // 4, _PER_THREAD // 8):
+    for per_thread in (_PER_THREAD, _PER_THREAD // 2, _PER_THREAD // 4, _PER_THREAD // 8, 2 * _PER_THREAD):
         num_warps = max(block_n * block_c // (_LANES * per_thread), 1)
-        if fits(live, per_thread, num_warps):
+        if per_thread <= _PER_THREAD and fits(live, per_thread, num_warps):
             return Tile(block_n, block_c, num_warps)
-    for per_thread in (_PER_THREAD, 2 * _PER_THREAD):
-        num_warps = block_c // (_LANES * per_thread)
-        if (
-            layout.axis != SAMPLES.value
-            and num_warps == _MOST_WARPS
-            and fits(live_logits(problem, layout.wide), per_thread, num_warps)
-        ):
-            tile_c = num_warps * _LANES * max(layout.wide, 4)
+        tile_c = num_warps * _LANES * max(layout.wide, 4)
+        twice = per_thread >= _PER_THREAD and layout.axis != SAMPLES.value and tile_c <= block_c
+        if twice and fits(live_logits(problem, layout.wide), per_thread, num_warps):
             return Tile(1, tile_c, num_warps, block_c // tile_c, again=True)
     return None
 
