@@ -191,7 +191,7 @@ def test_the_report() -> None:
         f"CPU kernels for {', '.join(instruction_sets())}; in use: baseline",
         "KDKERNELS_BACKEND=reference",
         "cpu  tensors -> cpu",
-        f"cuda tensors -> {'triton' if ops.triton_unavailable is None else 'reference'}",
+        f"cuda tensors -> {next(name for name in dispatch.preference('cuda') if not dispatch.why_not(name, 'cuda'))}",
     ):
         assert piece in done.stdout
 
