@@ -312,7 +312,7 @@ def cost(name: str, shape: tuple[int, ...], dtype: torch.dtype, arch: int = LAST
     floor = 3 * inputs.student.nbytes + (inputs.target.nbytes if case.needs_target else 0)
     moved = device_bytes(all_stats, inputs.student.nbytes)
     # Coalescing is that of the matrices: numbers of a sample are a few bytes wherever they are.
-    sweeps = [stats for stats in all_stats if any(b.size >= inputs.student.nbytes for b in stats.buffers.values())]
+    sweeps = [stats for stats in all_stats if stats.buffers.get("student") and stats.buffers["student"].loaded]
     lines = [access for stats in sweeps for access in stats.sectors_of_line.values()]
     wide = [access for access in lines if access.bytes >= 64 * access.instrs]
     coalescing = sum(access.bytes for access in wide) / sum(32 * access.sectors for access in wide)

@@ -109,14 +109,17 @@ int64_t sample_blocks(const Call& call) {
 std::optional<Tiling> fused_tiling(const Call& call, const Device& device) {
   const int preferred = device.shared_bytes_of_all / kBlocksAtATime - kReserved;
   const int wide = width(Layout::rows, element_bytes(tile_type(call)));
-  const int fewest = layout_of(call) == Layout::pixels ? kFewestPixels : 1;
+  const bool pixels = layout_of(call) == Layout::pixels;
   if (call.classes > int64_t{1} << 24) return std::nullopt;
   for (const int limit : {std::min(preferred, device.shared_bytes), device.shared_bytes}) {
-    for (int pieces = 1; pieces <= (device.has_clusters() ? kMostPieces : 1); pieces *= 2) {
-      const int piece = round_up(static_cast<int>(ceil_div(call.classes, pieces)), wide);
-      if (pieces > 1 && int64_t{piece} * (pieces - 1) >= call.classes) break;
-      const int held = pieces == 1 ? static_cast<int>(call.classes) : piece;
-      if (const auto tiling = fitting(call, block_tiling(call, held, pieces), limit, fewest)) return tiling;
+    // Rather more blocks a pixel than fewer pixels side by side.
+    for (int fewest = pixels ? kPixels : 1; fewest >= (pixels ? kFewestPixels : 1); fewest /= 2) {
+      for (int pieces = 1; pieces <= (device.has_clusters() ? kMostPieces : 1); pieces *= 2) {
+        const int piece = round_up(static_cast<int>(ceil_div(call.classes, pieces)), wide);
+        if (pieces > 1 && int64_t{piece} * (pieces - 1) >= call.classes) break;
+        const int held = pieces == 1 ? static_cast<int>(call.classes) : piece;
+        if (const auto tiling = fitting(call, block_tiling(call, held, pieces), limit, fewest)) return tiling;
+      }
     }
   }
   return std::nullopt;
