@@ -237,19 +237,30 @@ class Worker {
     }
   }
 
-  // Finishes the gradient of some classes of a row that add_class_sums left behind.
-  void chain_classes(int64_t sample, int64_t first, int64_t end) {
-    Row<T> row;
-    begin_row(row, sample, 0);
-    if (!restore(row)) return;  // the gradient is 0 already
-    for (int64_t begin = first; begin < end; begin += kTile) {
-      T* out = static_cast<T*>(row.gradient) + begin;
-      const int count = static_cast<int>(std::min<int64_t>(end - begin, kTile));
-      const Tile<T> tile{begin, count, source(row, 0, begin, count), {}};
-      by_class_.apply_chain(tile.student, begin, count, out);
-      if (o_.has_ce()) add_ce_gradient(row, tile, out);
+  // Finishes the gradients of some classes of rows from `first` on that add_class_sums left behind; the last rows, which
+  // are still in cache, come first.
+  void chain_classes(int64_t first, int64_t last, int64_t begin, int64_t end) {
+    Row<T> rows[kBatch];
+    const T* logits[kBatch];
+    T* gradients[kBatch];
+    int held = 0;
+    for (int64_t n = last; n-- > first;) {
+      begin_row(rows[held], n, held);
+      if (restore(rows[held])) ++held;  // else the gradient is 0 already
+      if (held < kBatch && n > first) continue;
+      for (int64_t at = begin; at < end; at += kTile) {
+        const int count = static_cast<int>(std::min<int64_t>(end - at, kTile));
+        for (int i = 0; i < held; ++i) {
+          logits[i] = source(rows[i], 0, at, count).logits;  // in place
+          gradients[i] = static_cast<T*>(rows[i].gradient) + at;
+        }
+        by_class_.apply_chain(logits, held, at, count, gradients);
+        for (int i = 0; i < held && o_.has_ce(); ++i)
+          add_ce_gradient(rows[i], {at, count, {logits[i]}, {}}, gradients[i]);
+      }
+      for (int i = 0; i < held && end == p_.classes; ++i) clear(rows[i], p_.classes, p_.gradient_classes);
+      held = 0;
     }
-    if (end == p_.classes) clear(row, p_.classes, p_.gradient_classes);
   }
 
   // Handles a sample that does not count; false if it does.
@@ -432,7 +443,8 @@ class Worker {
     for (int64_t begin = first; begin < end; begin += kTile) {
       T* out = direct ? static_cast<T*>(row.gradient) + begin : scratch_.gradient;
       const Tile<T> tile = term_gradient(row, begin, end, out);
-      if (o_.standardize == Standardize::by_class) by_class_.apply_chain(tile.student, begin, tile.count, out);
+      if (o_.standardize == Standardize::by_class)
+        by_class_.apply_chain(&tile.student.logits, 1, begin, tile.count, &out);
       if (o_.standardize == Standardize::by_sample) apply_chain(row, slope, tile, out);
       if (o_.has_ce()) add_ce_gradient(row, tile, out);
       if (!direct) write(p_.gradient, row.gradient, begin, tile.count, scratch_.gradient);
@@ -874,8 +886,7 @@ void add_up_class_sums(const Problem& p, ClassStandardization<T>& classes, const
   std::vector<double> partial(work.blocks > 1 ? work.blocks * size : 0);
   Problem saved = from_saved(p);
   const auto finish = [&](int64_t begin, int64_t end, int64_t first, int64_t last) {
-    Worker<T> worker(saved, classes);
-    for (int64_t n = last; n-- > first;) worker.chain_classes(n, begin, end);  // the last rows are still in cache
+    Worker<T>(saved, classes).chain_classes(first, last, begin, end);
   };
   work.each(parallel, [&](int64_t begin, int64_t end, int64_t first, int64_t last, int64_t block) {
     auto& sums = GradientSums<T>::of_this_thread();

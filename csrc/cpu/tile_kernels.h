@@ -460,17 +460,21 @@ struct GroupGradient {
   GroupCoefficients<T> by;
 };
 
+// Writes a vector, or adds it, where `there` classes are left.
+template <class T, bool Add, class Which>
+inline void write_vector(T* out, Vec<T> v, Which, int there) {
+  if (std::is_same_v<Which, AllLanes> || kLanes<T> <= there) {
+    store(out, Add ? v + load(out) : v);
+  } else {
+    store(out, Add ? v + load(out, (Lanes{1} << there) - 1) : v, there);
+  }
+}
+
 // Writes or adds value(i, lanes) for each vector of classes to out; hidden ones get what value makes of them.
 template <class T, bool Add, class Value>
 inline __attribute__((always_inline)) void write_vectors(const Classes& classes, T* out, const Value& value) {
   each_vector<T>(classes, [&](int i, auto lanes, int) KDK_INLINE_LAMBDA {
-    const Vec<T> v = value(i, lanes);
-    if (std::is_same_v<decltype(lanes), AllLanes> || i + kLanes<T> <= classes.count) {
-      store(out + i, Add ? v + load(out + i) : v);
-    } else {
-      const int count = classes.count - i;
-      store(out + i, Add ? v + load(out + i, (Lanes{1} << count) - 1) : v, count);
-    }
+    write_vector<T, Add>(out + i, value(i, lanes), lanes, classes.count - i);
   });
 }
 
