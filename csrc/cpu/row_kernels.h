@@ -55,6 +55,37 @@ inline void set_lane(GroupStats<Doubles>& batch, int lane, const GroupStats<doub
   batch.student_gap[lane] = stats.student_gap;
 }
 
+// Which terms compute exponentials. Of two with the same groups, at temperatures that are equal or one twice the other,
+// the hotter one leads: its exponentials, or their squares, are also those of the other, which follows.
+struct Sweeps {
+  const Objective& o;
+  int follower = -1;     // if any
+  bool squares = false;  // whether that takes the squares
+
+  explicit Sweeps(const Objective& objective) : o(objective) {
+    if (o.terms < 2 || !o.same_groups()) return;
+    const double ratio = o.term[0].temperature / o.term[1].temperature;
+    if (ratio != 1 && ratio != 2 && ratio != 0.5) return;
+    follower = ratio == 0.5 ? 0 : 1;
+    squares = ratio != 1;
+  }
+
+  // Whether a term's classes are swept for its exponentials, and those of any other that follows it.
+  bool has(int t) const { return t != follower; }
+  // The term whose exponentials a term takes.
+  int leader(int t) const { return has(t) ? t : 1 - t; }
+
+  // What is wanted of the sweep of a term.
+  bool forward(int t) const { return any(t, &Term::wants_forward); }
+  bool reverse(int t) const { return any(t, &Term::wants_reverse); }
+  bool tilted(int t) const { return any(t, &Term::tilted); }
+
+ private:
+  bool any(int t, bool (Term::*wants)() const) const {
+    return (o.term[t].*wants)() || (follower >= 0 && (o.term[follower].*wants)());
+  }
+};
+
 // One row on its way through the three steps.
 template <class T>
 struct Row {
@@ -86,15 +117,21 @@ class Worker {
 
  public:
   Worker(const Problem& problem, const ClassStandardization<T>& classes)
-      : p_(problem), o_(problem.objective), by_class_(classes), scratch_(Scratch<T>::of_this_thread()) {
+      : p_(problem),
+        o_(problem.objective),
+        sweeps_(problem.objective),
+        by_class_(classes),
+        scratch_(Scratch<T>::of_this_thread()) {
     for (int t = 0; t < o_.terms; ++t) {
       exponent_[t] = static_cast<T>(o_.term[t].exponent());
       const Term& term = o_.term[t];
       for (const bool careful : {false, true})
         for (const bool keep : {false, true}) {
-          add_leads_[t][careful][keep] = choose_add_sums<T, false>(term, keep, careful);
-          add_rest_[t][careful][keep] = problem.moments ? choose_add_sums<T, true>(term, keep, careful)
-                                                        : add_leads_[t][careful][keep];
+          const WantedSums leads{term.wants_forward(), term.wants_reverse(), false};
+          const WantedSums rest{sweeps_.forward(t), sweeps_.reverse(t), sweeps_.squares};
+          add_leads_[t][careful][keep] = choose_add_sums<T, false>(leads, keep, careful);
+          add_rest_[t][careful][keep] = problem.moments ? choose_add_sums<T, true>(rest, keep, careful)
+                                                        : choose_add_sums<T, false>(rest, keep, careful);
         }
       if (term.groups() > 1) kept_leads_size_ = std::max(kept_leads_size_, padded<T>(term.leads()));
     }
@@ -103,9 +140,10 @@ class Worker {
       kept_row_ = size * kept_arrays(o_);
       T* next = scratch_.kept.data(kept_row_ * batch());
       for (int t = 0; t < o_.terms; ++t) {
+        if (!sweeps_.has(t)) continue;
         kept_[t] = {next, next + size, nullptr};
         next += 2 * size;
-        if (!o_.term[t].wants_reverse()) continue;
+        if (!sweeps_.reverse(t)) continue;
         kept_[t].gap = next;
         next += size;
       }
@@ -331,11 +369,13 @@ class Worker {
       const Tile<T> tile = load_tile(row, begin, end);
       if (o_.has_ce()) add_softmax(raw_student(row, tile), {tile.count}, stats.ce);
       for (int t = 0; t < o_.terms; ++t) {
+        if (!sweeps_.has(t)) continue;
         const Classes classes = rest_classes(row, t, tile);
         const Ahead next = ahead(row, begin + tile.count);
         const Exps<T> exps = kept(row, t, begin);
-        careful[t] = careful[t] || !add_hopefully(t, add_rest_[t], tile, classes, exps, next, stats.rest[t]);
-        if (careful[t]) add_carefully(t, add_rest_[t], tile, classes, exps, next, stats.rest[t]);
+        GroupStats<double>* squares = sweeps_.squares ? &stats.rest[sweeps_.follower] : nullptr;
+        careful[t] = careful[t] || !add_hopefully(t, add_rest_[t], tile, classes, exps, next, stats.rest[t], squares);
+        if (careful[t]) add_carefully(t, add_rest_[t], tile, classes, exps, next, stats.rest[t], squares);
         if (kept_[t].student)
           kept_origin_[t][row.lane + begin / kTile] = {stats.rest[t].student_origin, stats.rest[t].teacher_origin};
       }
@@ -345,32 +385,38 @@ class Worker {
   // Adds a tile that counts from the origins so far, or from those of its first classes: nearly always good enough, and
   // it spares a search for the maxima. False, and nothing added, where it is not.
   bool add_hopefully(int t, const AddSumsOfTerm& add, const Tile<T>& tile, const Classes& classes, const Exps<T>& exps,
-                     const Ahead& next, GroupStats<double>& stats) const {
-    const GroupStats<double> before = stats;
+                     const Ahead& next, GroupStats<double>& stats, GroupStats<double>* squares = nullptr) const {
+    const GroupStats<double> before = stats, squares_before = squares ? *squares : stats;
     if (stats.student_origin == -INFINITY || stats.teacher_origin == -INFINITY) {
       Classes first{std::min(classes.count, kLanes<T>), classes.hidden, 0};
       while (first.hidden_count < classes.hidden_count && classes.hidden[first.hidden_count] < first.count)
         ++first.hidden_count;
-      count_from_maxima(t, tile, first, stats);
+      count_from_maxima(t, tile, first, stats, squares);
     }
-    add[false][exps.student != nullptr](tile.student, tile.teacher, classes, exponent_[t], stats, exps, next);
-    if (std::isfinite(stats.student_origin) && std::isfinite(stats.teacher_origin) && plausible(stats)) return true;
+    add[false][exps.student != nullptr](tile.student, tile.teacher, classes, exponent_[t], stats, squares, exps, next);
+    const bool counted = std::isfinite(stats.student_origin) && std::isfinite(stats.teacher_origin);
+    if (counted && plausible(stats) && (!squares || plausible(*squares))) return true;
     stats = before;
+    if (squares) *squares = squares_before;
     return false;
   }
 
   // Adds a tile that counts from its maxima.
   void add_carefully(int t, const AddSumsOfTerm& add, const Tile<T>& tile, const Classes& classes, const Exps<T>& exps,
-                     const Ahead& next, GroupStats<double>& stats) const {
-    count_from_maxima(t, tile, classes, stats);
-    add[true][exps.student != nullptr](tile.student, tile.teacher, classes, exponent_[t], stats, exps, next);
+                     const Ahead& next, GroupStats<double>& stats, GroupStats<double>* squares = nullptr) const {
+    count_from_maxima(t, tile, classes, stats, squares);
+    add[true][exps.student != nullptr](tile.student, tile.teacher, classes, exponent_[t], stats, squares, exps, next);
   }
 
   // Moves the origins up to the maxima of some classes of a tile.
-  void count_from_maxima(int t, const Tile<T>& tile, const Classes& classes, GroupStats<double>& stats) const {
+  void count_from_maxima(int t, const Tile<T>& tile, const Classes& classes, GroupStats<double>& stats,
+                         GroupStats<double>* squares) const {
     const double student = origin_at(tile_max(tile.student, classes), exponent_[t]);
     const double teacher = origin_at(tile_max(tile.teacher, classes), exponent_[t]);
     rebase(stats, std::max(stats.student_origin, student), std::max(stats.teacher_origin, teacher), unit(t));
+    if (squares)
+      rebase(*squares, origin_of_squares(stats.student_origin), origin_of_squares(stats.teacher_origin),
+             unit(sweeps_.follower));
   }
 
   void merge_into(PartialStats& into, const PartialStats& part) const {
@@ -388,7 +434,8 @@ class Worker {
         add_leads(row, t, g, stats);
         set_lane(batch.group[t][g], row.lane, stats);
       }
-      set_lane(batch.group[t][rest], row.lane, rest_size == 1 ? only_rest(row, t) : total.rest[t]);
+      const GroupStats<double>& stats = total.rest[sweeps_.squares ? t : sweeps_.leader(t)];
+      set_lane(batch.group[t][rest], row.lane, rest_size == 1 ? only_rest(row, t) : stats);
     }
     batch.ce.origin[row.lane] = total.ce.origin;
     batch.ce.sum[row.lane] = total.ce.sum;
@@ -462,22 +509,30 @@ class Worker {
 
   // The terms' gradient in the logits they see, for the tile from `begin` on. Follows compute_lead_gradients(row).
   Tile<T> term_gradient(const Row<T>& row, int64_t begin, int64_t end, T* out) {
-    const bool reads_logits = kept_[0].student == nullptr || o_.has_ce() || o_.standardize != Standardize::none;
+    const bool reads_logits = !kept_row_ || o_.has_ce() || o_.standardize != Standardize::none;
     Tile<T> tile{begin, static_cast<int>(std::min<int64_t>(end - begin, kTile)), {}, {}};
     if (reads_logits) tile.student = source(row, 0, begin, tile.count);
-    if (!kept_[0].student) tile.teacher = source(row, 1, begin, tile.count);
-    for (int t = 0; t < o_.terms; ++t) {
-      const bool tilt = o_.term[t].tilted();
+    if (!kept_row_) tile.teacher = source(row, 1, begin, tile.count);
+    const auto coefficients = [&](int t) {
       const GroupGradient<T> rest = weighed_group(row, t, o_.term[t].groups() - 1);
-      if (kept_[t].student) {
-        const auto kernel = t == 0 ? (tilt ? gradient_of_exps<T, false, true> : gradient_of_exps<T, false, false>)
-                                   : (tilt ? gradient_of_exps<T, true, true> : gradient_of_exps<T, true, false>);
-        kernel(kept(row, t, begin), tile.count, from_tile_origin(row, rest, t, begin), out);
+      return kept_row_ ? from_tile_origin(row, rest, t, begin) : rest.by;
+    };
+    WantedGradient wanted{false, false, sweeps_.squares};
+    for (int t = 0; t < o_.terms; ++t) {
+      if (!sweeps_.has(t)) continue;
+      wanted.tilt = sweeps_.tilted(t);
+      GroupCoefficients<T> by = coefficients(t), by_squares{};
+      if (sweeps_.follower >= 0) add(sweeps_.squares ? by_squares : by, coefficients(sweeps_.follower));
+      by_squares.tilt *= 2;  // their exponents' gap is twice as large
+      if (kept_row_) {
+        choose_gradient_of_exps<T>(wanted)(kept(row, t, begin), tile.count, by, by_squares, out);
       } else {
         const auto choose = p_.moments ? choose_gradient_of_logits<T, true> : choose_gradient_of_logits<T, false>;
-        const auto kernel = choose(t > 0, tilt);
-        kernel(tile.student, tile.teacher, rest_classes(row, t, tile), exponent_[t], rest, out);
+        GroupGradient<T> rest = row.group[t][o_.term[t].groups() - 1];
+        rest.by = by;
+        choose(wanted)(tile.student, tile.teacher, rest_classes(row, t, tile), exponent_[t], rest, by_squares, out);
       }
+      wanted.add = true;
     }
     for (const auto& [added, index] : scratch_.lead_gradients)
       if (index >= begin && index < begin + tile.count) out[index - begin] += added;
@@ -544,8 +599,10 @@ class Worker {
   }
 
   static int64_t kept_arrays(const Objective& objective) {
+    const Sweeps sweeps(objective);
     int64_t arrays = 0;
-    for (int t = 0; t < objective.terms; ++t) arrays += objective.term[t].wants_reverse() ? 3 : 2;
+    for (int t = 0; t < objective.terms; ++t)
+      if (sweeps.has(t)) arrays += sweeps.reverse(t) ? 3 : 2;
     return arrays;
   }
 
@@ -553,6 +610,10 @@ class Worker {
   bool repeats(int t) const {
     const Term &term = o_.term[t], &first = o_.term[0];
     return t > 0 && term.by_rank() && first.by_rank() && term.k == first.k && term.largest == first.largest;
+  }
+
+  static void add(GroupCoefficients<T>& to, const GroupCoefficients<T>& other) {
+    to = {to.student + other.student, to.tilt + other.tilt, to.teacher + other.teacher};
   }
 
   void write(const Matrix& matrix, void* row, int64_t begin, int count, const T* from) const {
@@ -663,7 +724,7 @@ class Worker {
 
   // Room for the exponentials of a leading group, if any are kept.
   Exps<T> kept_leads(const Row<T>& row, int t, int g) {
-    if (!kept_[t].student) return {};
+    if (!kept_row_) return {};
     const int size = padded<T>(o_.term[t].leads()), groups = kMaxTerms * (kMaxGroups - 1);
     const int slot = 3 * kept_leads_size_, index = row.lane * groups + (kMaxGroups - 1) * t + g;
     T* next = scratch_.kept_leads.data(kBatch * groups * slot) + index * slot;
@@ -705,7 +766,6 @@ class Worker {
     list.clear();
     for (int t = 0; t < o_.terms; ++t) {
       const Term& term = o_.term[t];
-      const bool tilt = term.tilted();
       for (int g = 0; g + 1 < term.groups(); ++g) {
         const GroupGradient<T> group = weighed_group(row, t, g);
         const int count = term.group_end(g) - term.group_begin(g);
@@ -717,12 +777,13 @@ class Worker {
         }
         const int size = padded<T>(count);
         T* out = scratch_.leads.data(3 * size) + 2 * size;
+        const WantedGradient wanted{false, term.tilted(), false};
         if (const Exps<T> exps = kept_leads(row, t, g); exps.student) {
-          (tilt ? gradient_of_exps<T, false, true> : gradient_of_exps<T, false, false>)(exps, count, group.by, out);
+          choose_gradient_of_exps<T>(wanted)(exps, count, group.by, {}, out);
         } else {
           const Tile<T> leads = gather(row, t, g);
-          const auto kernel = choose_gradient_of_logits<T, false>(false, tilt);
-          kernel(leads.student, leads.teacher, {count}, exponent_[t], group, out);
+          const auto kernel = choose_gradient_of_logits<T, false>(wanted);
+          kernel(leads.student, leads.teacher, {count}, exponent_[t], group, {}, out);
         }
         for (int i = 0; i < count; ++i) list.emplace_back(out[i], members[i]);
       }
@@ -737,7 +798,11 @@ class Worker {
 
   // Coefficients for a tile's kept exponentials, which count from the origins of when they were computed.
   GroupCoefficients<T> from_tile_origin(const Row<T>& row, const GroupGradient<T>& group, int t, int64_t begin) const {
-    const auto [student_origin, teacher_origin] = kept_origin_[t][row.lane + begin / kTile];
+    auto [student_origin, teacher_origin] = kept_origin_[sweeps_.leader(t)][row.lane + begin / kTile];
+    if (!sweeps_.has(t) && sweeps_.squares) {
+      student_origin = origin_of_squares(student_origin);
+      teacher_origin = origin_of_squares(teacher_origin);
+    }
     const double student_to = group.student_origin, teacher_to = group.teacher_origin;
     const double student = rebase_factor(student_origin, student_to, unit(t));
     const double teacher = rebase_factor(teacher_origin, teacher_to, unit(t));
@@ -792,6 +857,7 @@ class Worker {
 
   const Problem& p_;
   const Objective& o_;
+  const Sweeps sweeps_;
   const ClassStandardization<T>& by_class_;
   Scratch<T>& scratch_;
   T exponent_[kMaxTerms];

@@ -222,6 +222,7 @@ inline T origin_at(T maximum, T k) {
   return maximum * k;
 }
 inline double origin_unit(double) { return 1; }
+inline double origin_of_squares(double origin) { return 2 * origin; }  // of the exponentials
 template <class R, class T>
 inline R exponents(R logits, R origin, T k) {
   return logits * k - origin;
@@ -232,6 +233,7 @@ inline T origin_at(T maximum, T) {
   return maximum;
 }
 inline double origin_unit(double k) { return k; }
+inline double origin_of_squares(double origin) { return origin; }
 template <class R, class T>
 inline R exponents(R logits, R origin, T k) {
   return (logits - origin) * k;

@@ -238,43 +238,65 @@ struct ChainedSum {
   double total() const { return horizontal_sum(low + high); }
 };
 
-// Adds a tile's sums to statistics. `Careful` is right for every logit, if the origins are no smaller than the tile's
+// The sums of one group at one temperature.
+template <class T, bool Forward, bool Reverse>
+struct GroupSums {
+  ChainedSum<T> student_sum, teacher_sum, teacher_gap, student_gap;
+
+  // A class without probability adds nothing, however infinite its gap: where there may be such.
+  template <bool MayBeZero>
+  __attribute__((always_inline)) void add(int chain, Vec<T> es, Vec<T> et, Vec<T> gap) {
+    const auto add_gap = [&](Vec<T>& sum, Vec<T> e) KDK_INLINE_LAMBDA {
+      sum = MayBeZero ? (e == 0 ? sum : sum + e * gap) : sum + e * gap;
+    };
+    student_sum.chain[chain] += es;
+    teacher_sum.chain[chain] += et;
+    if constexpr (Forward) add_gap(teacher_gap.chain[chain], et);
+    if constexpr (Reverse) add_gap(student_gap.chain[chain], es);
+  }
+  void flush() {
+    student_sum.flush();
+    teacher_sum.flush();
+    if constexpr (Forward) teacher_gap.flush();
+    if constexpr (Reverse) student_gap.flush();
+  }
+  // `gaps`: what a gap counts for.
+  void add_to(GroupStats<double>& stats, double gaps) const {
+    stats.student_sum += student_sum.total();
+    stats.teacher_sum += teacher_sum.total();
+    if constexpr (Forward) stats.teacher_gap += gaps * teacher_gap.total();
+    if constexpr (Reverse) stats.student_gap += gaps * student_gap.total();
+  }
+};
+
+// Adds a tile's sums to statistics and, with `Square`, those of the exponentials' squares, which are the exponentials at
+// half the temperature, to others. `Careful` is right for every logit, if the origins are no smaller than the tile's
 // maxima; without, sums that pass `plausible` are right, for any origins.
-template <class T, bool ByClass, bool Forward, bool Reverse, bool Keep, bool Careful>
+template <class T, bool ByClass, bool Forward, bool Reverse, bool Square, bool Keep, bool Careful>
 void add_sums(const Source<T>& student, const Source<T>& teacher, const Classes& classes, T k,
-              GroupStats<double>& stats, const Exps<T>& exps, const Ahead& ahead) {
+              GroupStats<double>& stats, GroupStats<double>* square_stats, const Exps<T>& exps, const Ahead& ahead) {
   const Vec<T> student_start = broadcast(T(start(stats.student_origin)));
   const Vec<T> teacher_start = broadcast(T(start(stats.teacher_origin)));
-  ChainedSum<T> student_sum, teacher_sum, teacher_gap, student_gap;
+  GroupSums<T, Forward, Reverse> sums, squares;
   each_vector<T>(classes, [&, student, teacher](int i, auto lanes, int chain) KDK_INLINE_LAMBDA {
     ahead.fetch(i / kLanes<T>);
     const Vec<T> xs = exponents(student.template at<ByClass>(i, lanes), student_start, k);
     const Vec<T> xt = exponents(teacher.template at<ByClass>(i, lanes), teacher_start, k);
     const Vec<T> es = exp2(xs), et = exp2(xt), gap = xt - xs;
-    student_sum.chain[chain] += es;
-    teacher_sum.chain[chain] += et;
-    // A class without probability adds nothing, however infinite its gap.
     constexpr bool may_be_zero = Careful || !std::is_same_v<decltype(lanes), AllLanes>;
-    const auto add = [&](Vec<T>& sum, Vec<T> e) KDK_INLINE_LAMBDA {
-      sum = may_be_zero ? (e == 0 ? sum : sum + e * gap) : sum + e * gap;
-    };
-    if constexpr (Forward) add(teacher_gap.chain[chain], et);
-    if constexpr (Reverse) add(student_gap.chain[chain], es);
+    sums.template add<may_be_zero>(chain, es, et, gap);
+    if constexpr (Square) squares.template add<may_be_zero>(chain, es * es, et * et, gap);
     if constexpr (Keep) {
       store(exps.student + i, es);
       store(exps.teacher + i, et);
       if constexpr (Reverse) store(exps.gap + i, gap);
     }
   }, [&]() KDK_INLINE_LAMBDA {
-    student_sum.flush();
-    teacher_sum.flush();
-    if constexpr (Forward) teacher_gap.flush();
-    if constexpr (Reverse) student_gap.flush();
+    sums.flush();
+    if constexpr (Square) squares.flush();
   });
-  stats.student_sum += student_sum.total();
-  stats.teacher_sum += teacher_sum.total();
-  if constexpr (Forward) stats.teacher_gap += teacher_gap.total();
-  if constexpr (Reverse) stats.student_gap += student_gap.total();
+  sums.add_to(stats, 1);
+  if constexpr (Square) squares.add_to(*square_stats, 2);
 }
 
 // Whether nothing overflowed and no infinity met a zero: exponents far above their origin are as good as any others.
@@ -284,20 +306,31 @@ inline bool plausible(const GroupStats<double>& stats) {
 }
 
 template <class T>
-using AddSums = void (*)(const Source<T>&, const Source<T>&, const Classes&, T, GroupStats<double>&, const Exps<T>&,
-                         const Ahead&);
+using AddSums = void (*)(const Source<T>&, const Source<T>&, const Classes&, T, GroupStats<double>&,
+                         GroupStats<double>*, const Exps<T>&, const Ahead&);
 
-template <class T, bool ByClass, bool Keep, bool Careful>
-AddSums<T> choose_add_sums(const Term& term) {
-  const bool forward = term.wants_forward(), reverse = term.wants_reverse();
-  if (forward && reverse) return add_sums<T, ByClass, true, true, Keep, Careful>;
-  return reverse ? add_sums<T, ByClass, false, true, Keep, Careful> : add_sums<T, ByClass, true, false, Keep, Careful>;
+// Which sums are wanted: of which directions, and of the squares.
+struct WantedSums {
+  bool forward, reverse, square;
+};
+
+template <class T, bool ByClass, bool Square, bool Keep, bool Careful>
+AddSums<T> choose_add_sums(const WantedSums& wanted) {
+  if (wanted.forward && wanted.reverse) return add_sums<T, ByClass, true, true, Square, Keep, Careful>;
+  return wanted.reverse ? add_sums<T, ByClass, false, true, Square, Keep, Careful>
+                        : add_sums<T, ByClass, true, false, Square, Keep, Careful>;
+}
+template <class T, bool ByClass, bool Square>
+AddSums<T> choose_add_sums(const WantedSums& wanted, bool keep, bool careful) {
+  if (keep && careful) return choose_add_sums<T, ByClass, Square, true, true>(wanted);
+  if (keep) return choose_add_sums<T, ByClass, Square, true, false>(wanted);
+  return careful ? choose_add_sums<T, ByClass, Square, false, true>(wanted)
+                 : choose_add_sums<T, ByClass, Square, false, false>(wanted);
 }
 template <class T, bool ByClass>
-AddSums<T> choose_add_sums(const Term& term, bool keep, bool careful) {
-  if (keep && careful) return choose_add_sums<T, ByClass, true, true>(term);
-  if (keep) return choose_add_sums<T, ByClass, true, false>(term);
-  return careful ? choose_add_sums<T, ByClass, false, true>(term) : choose_add_sums<T, ByClass, false, false>(term);
+AddSums<T> choose_add_sums(const WantedSums& wanted, bool keep, bool careful) {
+  return wanted.square ? choose_add_sums<T, ByClass, true>(wanted, keep, careful)
+                       : choose_add_sums<T, ByClass, false>(wanted, keep, careful);
 }
 
 // Adds a tile to the student's softmax at T = 1. It counts from a logit, so that a sure class has an exponential of 1.
@@ -478,41 +511,75 @@ inline __attribute__((always_inline)) void write_vectors(const Classes& classes,
   });
 }
 
+// A gradient from exponentials; `by_squares` are the coefficients of their squares.
+template <class T, bool Tilt, bool Square>
+inline Vec<T> gradient_at(Vec<T> es, Vec<T> et, Vec<T> gap, const GroupCoefficients<T>& by,
+                          const GroupCoefficients<T>& by_squares) {
+  const auto of = [gap](Vec<T> s, Vec<T> t, const GroupCoefficients<T>& c) KDK_INLINE_LAMBDA {
+    if constexpr (!Tilt) return s * c.student - t * c.teacher;
+    return (s == 0 ? Vec<T>{} : s * (c.student + c.tilt * gap)) - t * c.teacher;
+  };
+  const Vec<T> gradient = of(es, et, by);
+  if constexpr (Square) return gradient + of(es * es, et * et, by_squares);
+  return gradient;
+}
+
 // Writes (or adds) a tile's gradient from its kept exponentials.
-template <class T, bool Add, bool Tilt>
-void gradient_of_exps(const Exps<T>& exps, int count, const GroupCoefficients<T>& by, T* out) {
-  write_vectors<T, Add>({count}, out, [&](int i, auto) KDK_INLINE_LAMBDA {
-    const Vec<T> es = load(exps.student + i), et = load(exps.teacher + i);
-    if constexpr (!Tilt) return es * by.student - et * by.teacher;
-    const Vec<T> tilted = es == 0 ? Vec<T>{} : es * (by.student + by.tilt * load(exps.gap + i));
-    return tilted - et * by.teacher;
+template <class T, bool Add, bool Tilt, bool Square>
+void gradient_of_exps(const Exps<T>& exps, int count, const GroupCoefficients<T>& by,
+                      const GroupCoefficients<T>& by_squares, T* out) {
+  write_vectors<T, Add>({count}, out, [=](int i, auto) KDK_INLINE_LAMBDA {
+    const Vec<T> gap = Tilt ? load(exps.gap + i) : Vec<T>{};
+    return gradient_at<T, Tilt, Square>(load(exps.student + i), load(exps.teacher + i), gap, by, by_squares);
   });
 }
 
 // The same from the logits.
-template <class T, bool ByClass, bool Add, bool Tilt>
+template <class T, bool ByClass, bool Add, bool Tilt, bool Square>
 void gradient_of_logits(const Source<T>& student, const Source<T>& teacher, const Classes& classes, T k,
-                        const GroupGradient<T>& group, T* out) {
+                        const GroupGradient<T>& group, const GroupCoefficients<T>& by_squares, T* out) {
   const Vec<T> student_start = broadcast(start(group.student_origin));
   const Vec<T> teacher_start = broadcast(start(group.teacher_origin));
-  const GroupCoefficients<T> by = group.by;
-  write_vectors<T, Add>(classes, out, [&, student, teacher](int i, auto lanes) KDK_INLINE_LAMBDA {
+  write_vectors<T, Add>(classes, out, [&, student, teacher, by = group.by, by_squares](int i, auto lanes)
+                                          KDK_INLINE_LAMBDA {
     const Vec<T> xs = exponents(student.template at<ByClass>(i, lanes), student_start, k);
     const Vec<T> xt = exponents(teacher.template at<ByClass>(i, lanes), teacher_start, k);
-    const Vec<T> es = exp2(xs), et = exp2(xt);
-    if constexpr (!Tilt) return es * by.student - et * by.teacher;
-    const Vec<T> tilted = es == 0 ? Vec<T>{} : es * (by.student + by.tilt * (xt - xs));
-    return tilted - et * by.teacher;
+    return gradient_at<T, Tilt, Square>(exp2(xs), exp2(xt), xt - xs, by, by_squares);
   });
 }
 
-template <class T>
-using GradientOfLogits = void (*)(const Source<T>&, const Source<T>&, const Classes&, T, const GroupGradient<T>&, T*);
+// How a gradient is computed: on top of what is there or not, with gaps or not, with squares or not.
+struct WantedGradient {
+  bool add, tilt, square;
+};
 
+// Calls use(add, tilt, square) with the choice as constants. Squares are of the only term there is to write.
+template <class Use>
+inline auto with_constants(const WantedGradient& wanted, const Use& use) {
+  constexpr std::true_type yes;
+  constexpr std::false_type no;
+  if (wanted.square) return wanted.tilt ? use(no, yes, yes) : use(no, no, yes);
+  if (wanted.add) return wanted.tilt ? use(yes, yes, no) : use(yes, no, no);
+  return wanted.tilt ? use(no, yes, no) : use(no, no, no);
+}
+
+template <class T>
+using GradientOfExps = void (*)(const Exps<T>&, int, const GroupCoefficients<T>&, const GroupCoefficients<T>&, T*);
+template <class T>
+using GradientOfLogits = void (*)(const Source<T>&, const Source<T>&, const Classes&, T, const GroupGradient<T>&,
+                                  const GroupCoefficients<T>&, T*);
+
+template <class T>
+GradientOfExps<T> choose_gradient_of_exps(const WantedGradient& wanted) {
+  return with_constants(wanted, [](auto add, auto tilt, auto square) -> GradientOfExps<T> {
+    return gradient_of_exps<T, add(), tilt(), square()>;
+  });
+}
 template <class T, bool ByClass>
-GradientOfLogits<T> choose_gradient_of_logits(bool add, bool tilt) {
-  if (add) return tilt ? gradient_of_logits<T, ByClass, true, true> : gradient_of_logits<T, ByClass, true, false>;
-  return tilt ? gradient_of_logits<T, ByClass, false, true> : gradient_of_logits<T, ByClass, false, false>;
+GradientOfLogits<T> choose_gradient_of_logits(const WantedGradient& wanted) {
+  return with_constants(wanted, [](auto add, auto tilt, auto square) -> GradientOfLogits<T> {
+    return gradient_of_logits<T, ByClass, add(), tilt(), square()>;
+  });
 }
 
 // Adds the softmax's part of the cross entropy's gradient.
