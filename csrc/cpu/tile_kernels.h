@@ -87,38 +87,33 @@ struct Classes {
   int hidden_count = 0;
 };
 
-// Around a hidden class the loop over whole vectors ends and starts again, which costs about as much as so many
-// vectors. Where lanes can be masked for little, that is spared if it is much of the whole.
-constexpr int kVectorsOfAGap = 16;
-constexpr int kMasked = 8;  // vectors between flushes then: a gap flushes, too
+constexpr int kRun = 32;  // vectors between flushes
 
 // Calls body(i, lanes, chain) for each vector of classes; two chains of dependent operations keep the pipelines full.
 // Calls flush() now and then, at the end too, so that chains of roundings can be kept short.
 template <class T, class Body, class Flush>
 inline __attribute__((always_inline)) void each_vector(const Classes& classes, const Body& body, const Flush& flush) {
-  constexpr int W = kLanes<T>, kRun = 32 * W;
+  constexpr int W = kLanes<T>;
   constexpr AllLanes all;
   const int *hidden = classes.hidden, *hidden_end = hidden + classes.hidden_count;
-  const int gaps = classes.hidden_count * kVectorsOfAGap;
-  if (kHasLaneMasks && gaps * W > classes.count && classes.count >= kMasked * W) {
-    Lanes there[kTile / W];
-    const int whole = classes.count / W;
-    std::fill_n(there, whole, static_cast<Lanes>((uint64_t{1} << W) - 1));
-    if (classes.count % W) there[whole] = (Lanes{1} << classes.count % W) - 1;
-    for (; hidden < hidden_end; ++hidden) there[*hidden / W] &= ~(Lanes{1} << *hidden % W);
-    for (int i = 0; i < classes.count;) {
-      for (const int end = std::min(classes.count, i + kMasked * W); i < end; i += 2 * W) {
-        body(i, there[i / W], 0);
-        if (i + W < end) body(i + W, there[i / W + 1], 1);
+  int i = 0;
+  if (kHasLaneMasks && classes.hidden_count > 0) {  // masks cost next to nothing
+    SeenLanes seen[kTile / W];
+    const int pairs = classes.count / (2 * W);
+    std::fill_n(seen, 2 * pairs, SeenLanes{static_cast<Lanes>((uint64_t{1} << W) - 1)});
+    for (; hidden < hidden_end && *hidden < 2 * pairs * W; ++hidden) seen[*hidden / W].bits &= ~(Lanes{1} << *hidden % W);
+    while (i < 2 * pairs * W) {
+      for (const int end = std::min(2 * pairs * W, i + kRun * W); i < end; i += 2 * W) {
+        body(i, seen[i / W], 0);
+        body(i + W, seen[i / W + 1], 1);
       }
       flush();
     }
-    return;
   }
-  for (int i = 0; i < classes.count;) {
+  while (i < classes.count) {  // whole vectors as far as nothing is hidden, then one with what is there
     const int whole = (hidden < hidden_end ? *hidden : classes.count) / W * W;
     while (i + 2 * W <= whole) {
-      for (const int end = std::min(whole, i + kRun); i + 2 * W <= end; i += 2 * W) {
+      for (const int end = std::min(whole, i + kRun * W); i + 2 * W <= end; i += 2 * W) {
         body(i, all, 0);
         body(i + W, all, 1);
       }
@@ -130,7 +125,7 @@ inline __attribute__((always_inline)) void each_vector(const Classes& classes, c
     }
     if (i == classes.count) break;
     Lanes lanes = (uint64_t{1} << std::min(W, classes.count - i)) - 1;
-    for (; hidden < hidden_end && *hidden < i + W; ++hidden) lanes &= ~(1u << (*hidden - i));
+    for (; hidden < hidden_end && *hidden < i + W; ++hidden) lanes &= ~(Lanes{1} << (*hidden - i));
     body(i, lanes, 1);
     i += W;
   }
@@ -177,7 +172,16 @@ struct Source {
 
   template <bool ByClass, class Which>
   Vec<T> at(int i, Which lanes) const {
-    const Vec<T> v = load(logits + i, lanes);
+    return standardized<ByClass>(i, load(logits + i, lanes));
+  }
+  template <bool ByClass, class Which>
+  Vec<T> seen_at(int i, Which lanes) const {
+    return standardized<ByClass>(i, load_seen(logits + i, lanes));
+  }
+
+ private:
+  template <bool ByClass>
+  Vec<T> standardized(int i, Vec<T> v) const {
     if constexpr (ByClass) return affine.at(i, v);
     return v;
   }
@@ -280,10 +284,10 @@ void add_sums(const Source<T>& student, const Source<T>& teacher, const Classes&
   GroupSums<T, Forward, Reverse> sums, squares;
   each_vector<T>(classes, [&, student, teacher](int i, auto lanes, int chain) KDK_INLINE_LAMBDA {
     ahead.fetch(i / kLanes<T>);
-    const Vec<T> xs = exponents(student.template at<ByClass>(i, lanes), student_start, k);
-    const Vec<T> xt = exponents(teacher.template at<ByClass>(i, lanes), teacher_start, k);
-    const Vec<T> es = exp2(xs), et = exp2(xt), gap = xt - xs;
-    constexpr bool may_be_zero = Careful || !std::is_same_v<decltype(lanes), AllLanes>;
+    const Vec<T> xs = exponents(student.template seen_at<ByClass>(i, lanes), student_start, k);
+    const Vec<T> xt = exponents(teacher.template seen_at<ByClass>(i, lanes), teacher_start, k);
+    const Vec<T> es = exp2(xs, lanes), et = exp2(xt, lanes), gap = xt - xs;
+    constexpr bool may_be_zero = Careful || std::is_same_v<decltype(lanes), Lanes>;
     sums.template add<may_be_zero>(chain, es, et, gap);
     if constexpr (Square) squares.template add<may_be_zero>(chain, es * es, et * et, gap);
     if constexpr (Keep) {
@@ -542,9 +546,9 @@ void gradient_of_logits(const Source<T>& student, const Source<T>& teacher, cons
   const Vec<T> teacher_start = broadcast(start(group.teacher_origin));
   write_vectors<T, Add>(classes, out, [&, student, teacher, by = group.by, by_squares](int i, auto lanes)
                                           KDK_INLINE_LAMBDA {
-    const Vec<T> xs = exponents(student.template at<ByClass>(i, lanes), student_start, k);
-    const Vec<T> xt = exponents(teacher.template at<ByClass>(i, lanes), teacher_start, k);
-    return gradient_at<T, Tilt, Square>(exp2(xs), exp2(xt), xt - xs, by, by_squares);
+    const Vec<T> xs = exponents(student.template seen_at<ByClass>(i, lanes), student_start, k);
+    const Vec<T> xt = exponents(teacher.template seen_at<ByClass>(i, lanes), teacher_start, k);
+    return gradient_at<T, Tilt, Square>(exp2(xs, lanes), exp2(xt, lanes), xt - xs, by, by_squares);
   });
 }
 
