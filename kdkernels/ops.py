@@ -10,6 +10,8 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import logging
+import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -205,6 +207,21 @@ def set_cpu_instruction_set(name: str) -> None:
     index = -1 if name == "auto" else INSTRUCTION_SETS.index(name)
     if not torch.ops.kdkernels.set_cpu_instruction_set.default(index):
         raise ValueError(f"instruction set {name!r} is not supported by this CPU or build")
+
+
+def _heed_environment() -> None:
+    """The kernels read KDKERNELS_CPU_ISA themselves, and go without what they cannot use; this says so."""
+    wanted = os.environ.get("KDKERNELS_CPU_ISA", "auto")
+    if wanted not in ("auto", cpu_instruction_set()):
+        supported = [INSTRUCTION_SETS[index] for index in torch.ops.kdkernels.cpu_instruction_sets.default()]
+        logging.getLogger("kdkernels").warning(
+            f"the environment variable KDKERNELS_CPU_ISA must be one of {supported} on this CPU, got {wanted!r}; "
+            f"{cpu_instruction_set()!r} is used"
+        )
+
+
+if unavailable is None:
+    _heed_environment()
 
 
 def cuda_simulated() -> bool:

@@ -10,6 +10,7 @@ constexpr int64_t kSplitSamples = 16;     // fewer samples than this may be spli
 constexpr int kBatch = kLanes<double>;    // rows that take step 2 together, at most
 constexpr int kBatchClasses = 4 * kTile;  // their classes, at most
 constexpr int64_t kGrainClasses = 16384;  // least work that is worth a thread
+constexpr int64_t kFewClasses = 64;       // whose sums are taken in double precision: few roundings do not average out
 constexpr int64_t kStripBytes = 1 << 20;  // of a strip's logits and gradients, so that they stay in L2
 constexpr int64_t kLeastStrip = 512;      // classes; with fewer, rows would be read in too small pieces
 
@@ -22,6 +23,7 @@ struct Scratch {
   alignas(64) T teacher[kTile];
   alignas(64) T gradient[kTile];
   alignas(64) T raw[kTile];
+  alignas(64) double few[2][kFewClasses];
   Buffer<T> leads, kept, kept_leads;
   std::vector<int64_t> members;
   Ranking<T> found, merged;
@@ -56,27 +58,38 @@ inline void set_lane(GroupStats<Doubles>& batch, int lane, const GroupStats<doub
 }
 
 // Which terms compute exponentials. Of two with the same groups, at temperatures that are equal or one twice the other,
-// the hotter one leads: its exponentials, or their squares, are also those of the other, which follows.
+// the hotter one leads: its exponentials, or their squares, are also those of the other, which follows. The cross entropy
+// takes the first term's if they are a power of its own.
 struct Sweeps {
   const Objective& o;
-  int follower = -1;     // if any
-  bool squares = false;  // whether that takes the squares
+  int follower = -1;  // if any
+  Also also = Also::nothing;
+  int squarings = 0;  // for the softmax
 
-  explicit Sweeps(const Objective& objective) : o(objective) {
-    if (o.terms < 2 || !o.same_groups()) return;
-    const double ratio = o.term[0].temperature / o.term[1].temperature;
-    if (ratio != 1 && ratio != 2 && ratio != 0.5) return;
-    follower = ratio == 0.5 ? 0 : 1;
-    squares = ratio != 1;
+  Sweeps(const Objective& objective, int64_t classes) : o(objective) {
+    if (o.terms > 1 && o.same_groups()) {
+      const double ratio = o.term[0].temperature / o.term[1].temperature;
+      if (ratio == 1 || ratio == 2) follower = 1;
+      if (ratio == 0.5) follower = 0;
+      if (ratio == 2 || ratio == 0.5) also = Also::squares;
+    }
+    const double temperature = o.term[0].temperature;
+    const bool power = temperature == 1 || temperature == 2 || temperature == 4;
+    const bool raw = o.standardize == Standardize::none;
+    if (!o.has_ce() || !raw || !power || also != Also::nothing || classes == 1) return;  // one class is exactly sure
+    also = Also::softmax;
+    squarings = temperature == 4 ? 2 : temperature == 2 ? 1 : 0;
   }
 
   // Whether a term's classes are swept for its exponentials, and those of any other that follows it.
   bool has(int t) const { return t != follower; }
   // The term whose exponentials a term takes.
   int leader(int t) const { return has(t) ? t : 1 - t; }
+  bool squares() const { return also == Also::squares; }
+  bool softmax() const { return also == Also::softmax; }
 
   // What is wanted of the sweep of a term.
-  bool forward(int t) const { return any(t, &Term::wants_forward); }
+  Also served(int t) const { return softmax() && t > 0 ? Also::nothing : also; }
   bool reverse(int t) const { return any(t, &Term::wants_reverse); }
   bool tilted(int t) const { return any(t, &Term::tilted); }
 
@@ -114,12 +127,16 @@ struct Tile {
 template <class T>
 class Worker {
   using AddSumsOfTerm = std::array<std::array<AddSums<T>, 2>, 2>;  // by whether careful, whether to keep
+  struct GradientOfTerm {
+    GradientOfExps<T> exps;
+    GradientOfLogits<T> logits;
+  };
 
  public:
   Worker(const Problem& problem, const ClassStandardization<T>& classes)
       : p_(problem),
         o_(problem.objective),
-        sweeps_(problem.objective),
+        sweeps_(problem.objective, problem.classes),
         by_class_(classes),
         scratch_(Scratch<T>::of_this_thread()) {
     for (int t = 0; t < o_.terms; ++t) {
@@ -127,12 +144,20 @@ class Worker {
       const Term& term = o_.term[t];
       for (const bool careful : {false, true})
         for (const bool keep : {false, true}) {
-          const WantedSums leads{term.wants_forward(), term.wants_reverse(), false};
-          const WantedSums rest{sweeps_.forward(t), sweeps_.reverse(t), sweeps_.squares};
+          const WantedSums leads{term.wants_reverse(), Also::nothing}, rest{sweeps_.reverse(t), sweeps_.served(t)};
+          if (careful && !keep) {
+            few_rest_[t] = choose_add_sums<double, false>(rest, keep, careful);
+            few_leads_[t] = choose_add_sums<double, false>(leads, keep, careful);
+          }
           add_leads_[t][careful][keep] = choose_add_sums<T, false>(leads, keep, careful);
           add_rest_[t][careful][keep] = problem.moments ? choose_add_sums<T, true>(rest, keep, careful)
                                                         : choose_add_sums<T, false>(rest, keep, careful);
         }
+      const WantedGradient leads{false, term.tilted(), Also::nothing};
+      const WantedGradient rest{t > 0 && sweeps_.has(0), sweeps_.tilted(t), sweeps_.served(t)};
+      lead_gradient_[t] = {choose_gradient_of_exps<T>(leads), choose_gradient_of_logits<T, false>(leads)};
+      rest_gradient_[t] = {choose_gradient_of_exps<T>(rest), problem.moments ? choose_gradient_of_logits<T, true>(rest)
+                                                                             : choose_gradient_of_logits<T, false>(rest)};
       if (term.groups() > 1) kept_leads_size_ = std::max(kept_leads_size_, padded<T>(term.leads()));
     }
     if (keeps(problem)) {
@@ -150,9 +175,13 @@ class Worker {
     }
   }
 
+  // Whether sums over so many classes are in double precision though T is not.
+  static bool few(int64_t classes) { return sizeof(T) < sizeof(double) && classes <= kFewClasses; }
+
   // Whether exponentials are kept: they must fit in cache, and rows that may be split over threads never keep them,
   // so that the arithmetic is a matter of the shape alone.
   static bool keeps(const Problem& p) {
+    if (few(p.classes)) return false;
     if ((!p.gradient.data && !p.sums_out) || !p.values || may_split(p)) return false;
     return sums_in_forward(p) || (!p.moments && p.classes * kept_arrays(p.objective) <= 2 * kKeptClasses);
   }
@@ -367,15 +396,22 @@ class Worker {
     bool careful[kMaxTerms] = {};
     for (int64_t begin = chunk * kChunk; begin < end; begin += kTile) {
       const Tile<T> tile = load_tile(row, begin, end);
-      if (o_.has_ce()) add_softmax(raw_student(row, tile), {tile.count}, stats.ce);
+      if (o_.has_ce() && !sweeps_.softmax()) add_softmax(raw_student(row, tile), {tile.count}, stats.ce);
       for (int t = 0; t < o_.terms; ++t) {
         if (!sweeps_.has(t)) continue;
         const Classes classes = rest_classes(row, t, tile);
         const Ahead next = ahead(row, begin + tile.count);
         const Exps<T> exps = kept(row, t, begin);
-        GroupStats<double>* squares = sweeps_.squares ? &stats.rest[sweeps_.follower] : nullptr;
-        careful[t] = careful[t] || !add_hopefully(t, add_rest_[t], tile, classes, exps, next, stats.rest[t], squares);
-        if (careful[t]) add_carefully(t, add_rest_[t], tile, classes, exps, next, stats.rest[t], squares);
+        SumsTo to{stats.rest[t]};
+        if (sweeps_.squares()) to.squares = &stats.rest[sweeps_.follower];
+        if (sweeps_.served(t) == Also::softmax) to.softmax = &stats.ce;
+        to.squarings = sweeps_.squarings;
+        if (few(p_.classes)) {
+          add_few(t, few_rest_[t], tile, classes, to);
+          continue;
+        }
+        careful[t] = careful[t] || !add_hopefully(t, add_rest_[t], tile, classes, exps, next, to);
+        if (careful[t]) add_carefully(t, add_rest_[t], tile, classes, exps, next, to);
         if (kept_[t].student)
           kept_origin_[t][row.lane + begin / kTile] = {stats.rest[t].student_origin, stats.rest[t].teacher_origin};
       }
@@ -385,38 +421,52 @@ class Worker {
   // Adds a tile that counts from the origins so far, or from those of its first classes: nearly always good enough, and
   // it spares a search for the maxima. False, and nothing added, where it is not.
   bool add_hopefully(int t, const AddSumsOfTerm& add, const Tile<T>& tile, const Classes& classes, const Exps<T>& exps,
-                     const Ahead& next, GroupStats<double>& stats, GroupStats<double>* squares = nullptr) const {
-    const GroupStats<double> before = stats, squares_before = squares ? *squares : stats;
+                     const Ahead& next, const SumsTo& to) const {
+    GroupStats<double>& stats = to.stats;
+    const SumsBefore before(to);
     if (stats.student_origin == -INFINITY || stats.teacher_origin == -INFINITY) {
       Classes first{std::min(classes.count, kLanes<T>), classes.hidden, 0};
       while (first.hidden_count < classes.hidden_count && classes.hidden[first.hidden_count] < first.count)
         ++first.hidden_count;
-      count_from_maxima(t, tile, first, stats, squares);
+      count_from_maxima(t, tile, first, to);
     }
-    add[false][exps.student != nullptr](tile.student, tile.teacher, classes, exponent_[t], stats, squares, exps, next);
+    add[false][exps.student != nullptr](tile.student, tile.teacher, classes, exponent_[t], to, exps, next);
     const bool counted = std::isfinite(stats.student_origin) && std::isfinite(stats.teacher_origin);
-    if (counted && plausible(stats) && (!squares || plausible(*squares))) return true;
-    stats = before;
-    if (squares) *squares = squares_before;
+    const bool others = (!to.squares || plausible(*to.squares)) && (!to.softmax || plausible(to.softmax->sum));
+    if (counted && plausible(stats) && others) return true;
+    before.restore(to);
     return false;
   }
 
   // Adds a tile that counts from its maxima.
   void add_carefully(int t, const AddSumsOfTerm& add, const Tile<T>& tile, const Classes& classes, const Exps<T>& exps,
-                     const Ahead& next, GroupStats<double>& stats, GroupStats<double>* squares = nullptr) const {
-    count_from_maxima(t, tile, classes, stats, squares);
-    add[true][exps.student != nullptr](tile.student, tile.teacher, classes, exponent_[t], stats, squares, exps, next);
+                     const Ahead& next, const SumsTo& to) const {
+    count_from_maxima(t, tile, classes, to);
+    add[true][exps.student != nullptr](tile.student, tile.teacher, classes, exponent_[t], to, exps, next);
+  }
+
+  // Adds a tile of few classes. The exponents, too, are those of the double precision of `exponent_`.
+  void add_few(int t, AddSums<double> add, const Tile<T>& tile, const Classes& classes, const SumsTo& to) {
+    const auto widened = [&](const Source<T>& source, double* out) {
+      for (int i = 0; i < tile.count; ++i)
+        out[i] = source.affine.high ? source.affine(i, source.logits[i]) : source.logits[i];
+      return Source<double>{out};
+    };
+    count_from_maxima(t, tile, classes, to);
+    add(widened(tile.student, scratch_.few[0]), widened(tile.teacher, scratch_.few[1]), classes, exponent_[t], to, {},
+        {});
   }
 
   // Moves the origins up to the maxima of some classes of a tile.
-  void count_from_maxima(int t, const Tile<T>& tile, const Classes& classes, GroupStats<double>& stats,
-                         GroupStats<double>* squares) const {
+  void count_from_maxima(int t, const Tile<T>& tile, const Classes& classes, const SumsTo& to) const {
+    GroupStats<double>& stats = to.stats;
     const double student = origin_at(tile_max(tile.student, classes), exponent_[t]);
     const double teacher = origin_at(tile_max(tile.teacher, classes), exponent_[t]);
     rebase(stats, std::max(stats.student_origin, student), std::max(stats.teacher_origin, teacher), unit(t));
-    if (squares)
-      rebase(*squares, origin_of_squares(stats.student_origin), origin_of_squares(stats.teacher_origin),
+    if (to.squares)
+      rebase(*to.squares, origin_of_squares(stats.student_origin), origin_of_squares(stats.teacher_origin),
              unit(sweeps_.follower));
+    if (to.softmax) rebase(*to.softmax, logit_at(stats.student_origin, exponent_[t]), kLog2E);
   }
 
   void merge_into(PartialStats& into, const PartialStats& part) const {
@@ -425,16 +475,17 @@ class Worker {
   }
 
   // Takes a row's statistics, those of its leading classes included, into its batch.
-  void collect(const Row<T>& row, const PartialStats& total, BatchStats& batch) {
+  void collect(const Row<T>& row, PartialStats& total, BatchStats& batch) {
     for (int t = 0; t < o_.terms; ++t) {
       const int rest = o_.term[t].groups() - 1;
       const int64_t rest_size = p_.classes - (rest ? o_.term[t].leads() : 0);
       for (int g = 0; g < rest; ++g) {
         GroupStats<double> stats;
-        add_leads(row, t, g, stats);
+        const Tile<T> leads = add_leads(row, t, g, stats);
+        if (sweeps_.served(t) == Also::softmax) add_softmax(leads.student.logits, {leads.count}, total.ce);
         set_lane(batch.group[t][g], row.lane, stats);
       }
-      const GroupStats<double>& stats = total.rest[sweeps_.squares ? t : sweeps_.leader(t)];
+      const GroupStats<double>& stats = total.rest[sweeps_.squares() ? t : sweeps_.leader(t)];
       set_lane(batch.group[t][rest], row.lane, rest_size == 1 ? only_rest(row, t) : stats);
     }
     batch.ce.origin[row.lane] = total.ce.origin;
@@ -451,8 +502,8 @@ class Worker {
       if (o_.has_ce()) {
         const double origin = stats.ce.origin[i], at_target = value(p_.student, row.student, p_.target[row.sample]);
         ce = log_ce_sum[i] - (at_target - start(origin));
-        row.ce_origin = static_cast<T>(origin);
-        row.ce_inverse = static_cast<T>(1 / stats.ce.sum[i]);
+        row.ce_origin = static_cast<T>(origin);  // rounded, which the sum makes good
+        row.ce_inverse = static_cast<T>(rebase_factor(double(row.ce_origin), origin, kLog2E) / stats.ce.sum[i]);
       }
       *values(row) = o_.has_ce() ? o_.ce_weight * ce : 0;
       if (p_.parts) values(row)[1] = ce;
@@ -502,14 +553,16 @@ class Worker {
  private:
   void add_ce_gradient(const Row<T>& row, const Tile<T>& tile, T* out) const {
     const T factor = static_cast<T>(o_.ce_weight) * row.weight;
-    add_softmax_gradient(raw_student(row, tile), tile.count, row.ce_origin, factor * row.ce_inverse, out);
+    if (!sweeps_.softmax())
+      add_softmax_gradient(raw_student(row, tile), tile.count, row.ce_origin, factor * row.ce_inverse, out);
     const int64_t target = p_.target[row.sample] - tile.begin;
     if (0 <= target && target < tile.count) out[target] -= factor;
   }
 
   // The terms' gradient in the logits they see, for the tile from `begin` on. Follows compute_lead_gradients(row).
   Tile<T> term_gradient(const Row<T>& row, int64_t begin, int64_t end, T* out) {
-    const bool reads_logits = !kept_row_ || o_.has_ce() || o_.standardize != Standardize::none;
+    const bool ce_reads = o_.has_ce() && !sweeps_.softmax();
+    const bool reads_logits = !kept_row_ || ce_reads || o_.standardize != Standardize::none;
     Tile<T> tile{begin, static_cast<int>(std::min<int64_t>(end - begin, kTile)), {}, {}};
     if (reads_logits) tile.student = source(row, 0, begin, tile.count);
     if (!kept_row_) tile.teacher = source(row, 1, begin, tile.count);
@@ -517,22 +570,23 @@ class Worker {
       const GroupGradient<T> rest = weighed_group(row, t, o_.term[t].groups() - 1);
       return kept_row_ ? from_tile_origin(row, rest, t, begin) : rest.by;
     };
-    WantedGradient wanted{false, false, sweeps_.squares};
     for (int t = 0; t < o_.terms; ++t) {
       if (!sweeps_.has(t)) continue;
-      wanted.tilt = sweeps_.tilted(t);
-      GroupCoefficients<T> by = coefficients(t), by_squares{};
-      if (sweeps_.follower >= 0) add(sweeps_.squares ? by_squares : by, coefficients(sweeps_.follower));
-      by_squares.tilt *= 2;  // their exponents' gap is twice as large
-      if (kept_row_) {
-        choose_gradient_of_exps<T>(wanted)(kept(row, t, begin), tile.count, by, by_squares, out);
-      } else {
-        const auto choose = p_.moments ? choose_gradient_of_logits<T, true> : choose_gradient_of_logits<T, false>;
-        GroupGradient<T> rest = row.group[t][o_.term[t].groups() - 1];
-        rest.by = by;
-        choose(wanted)(tile.student, tile.teacher, rest_classes(row, t, tile), exponent_[t], rest, by_squares, out);
+      const GroupGradient<T>& rest = row.group[t][o_.term[t].groups() - 1];
+      GradientBy<T> by{coefficients(t)};
+      if (sweeps_.follower >= 0) add(sweeps_.squares() ? by.squares : by.by, coefficients(sweeps_.follower));
+      by.squares.tilt *= 2;  // their exponents' gap is twice as large
+      by.squarings = sweeps_.squarings;
+      if (sweeps_.served(t) == Also::softmax) {
+        const double origin = kept_row_ ? kept_origin_[t][row.lane + begin / kTile].first : double(rest.student_origin);
+        by.softmax = softmax_factor(row, logit_at(start(origin), exponent_[t]));
       }
-      wanted.add = true;
+      if (kept_row_) {
+        rest_gradient_[t].exps(kept(row, t, begin), tile.count, by, out);
+      } else {
+        rest_gradient_[t].logits(tile.student, tile.teacher, rest_classes(row, t, tile), exponent_[t],
+                                 rest.student_origin, rest.teacher_origin, by, out);
+      }
     }
     for (const auto& [added, index] : scratch_.lead_gradients)
       if (index >= begin && index < begin + tile.count) out[index - begin] += added;
@@ -599,7 +653,7 @@ class Worker {
   }
 
   static int64_t kept_arrays(const Objective& objective) {
-    const Sweeps sweeps(objective);
+    const Sweeps sweeps(objective, 0);
     int64_t arrays = 0;
     for (int t = 0; t < objective.terms; ++t)
       if (sweeps.has(t)) arrays += sweeps.reverse(t) ? 3 : 2;
@@ -610,6 +664,12 @@ class Worker {
   bool repeats(int t) const {
     const Term &term = o_.term[t], &first = o_.term[0];
     return t > 0 && term.by_rank() && first.by_rank() && term.k == first.k && term.largest == first.largest;
+  }
+
+  // What the softmax's exponential of a class is multiplied by in the gradient, if it counts from a logit.
+  T softmax_factor(const Row<T>& row, double logit) const {
+    const double factor = std::exp2(kLog2E * (logit - start(double(row.ce_origin))));
+    return static_cast<T>(o_.ce_weight) * row.weight * row.ce_inverse * static_cast<T>(factor);
   }
 
   static void add(GroupCoefficients<T>& to, const GroupCoefficients<T>& other) {
@@ -724,7 +784,7 @@ class Worker {
 
   // Room for the exponentials of a leading group, if any are kept.
   Exps<T> kept_leads(const Row<T>& row, int t, int g) {
-    if (!kept_row_) return {};
+    if (!kept_row_ || few(o_.term[t].group_end(g) - o_.term[t].group_begin(g))) return {};
     const int size = padded<T>(o_.term[t].leads()), groups = kMaxTerms * (kMaxGroups - 1);
     const int slot = 3 * kept_leads_size_, index = row.lane * groups + (kMaxGroups - 1) * t + g;
     T* next = scratch_.kept_leads.data(kBatch * groups * slot) + index * slot;
@@ -748,16 +808,22 @@ class Worker {
     return single(t, *source(row, 0, j, 1).logits, *source(row, 1, j, 1).logits);
   }
 
-  void add_leads(const Row<T>& row, int t, int g, GroupStats<double>& stats) {
+  // Step 1 for a leading group, which it returns.
+  Tile<T> add_leads(const Row<T>& row, int t, int g, GroupStats<double>& stats) {
     const Tile<T> leads = gather(row, t, g);
     if (leads.count == 1) {
       stats = single(t, *leads.student.logits, *leads.teacher.logits);
-      return;
+      return leads;
     }
     const Classes all{leads.count};
+    if (few(leads.count)) {
+      add_few(t, few_leads_[t], leads, all, {stats});
+      return leads;
+    }
     const Exps<T> exps = kept_leads(row, t, g);
-    if (!add_hopefully(t, add_leads_[t], leads, all, exps, ahead(row, 0), stats))
-      add_carefully(t, add_leads_[t], leads, all, exps, ahead(row, 0), stats);
+    if (!add_hopefully(t, add_leads_[t], leads, all, exps, ahead(row, 0), {stats}))
+      add_carefully(t, add_leads_[t], leads, all, exps, ahead(row, 0), {stats});
+    return leads;
   }
 
   // What the leading classes' gradients get on top of the rest's sweep.
@@ -770,21 +836,26 @@ class Worker {
         const GroupGradient<T> group = weighed_group(row, t, g);
         const int count = term.group_end(g) - term.group_begin(g);
         const int64_t* members = row.members[t] + term.group_begin(g);
+        const bool in_softmax = sweeps_.served(t) == Also::softmax;
         if (count == 1) {
           const T student = single_sum(group.student_origin), teacher = single_sum(group.teacher_origin);
-          list.emplace_back(student * group.by.student - teacher * group.by.teacher, *members);
+          T gradient = student * group.by.student - teacher * group.by.teacher;
+          if (in_softmax) gradient += softmax_factor(row, value(p_.student, row.student, *members));
+          list.emplace_back(gradient, *members);
           continue;
         }
         const int size = padded<T>(count);
         T* out = scratch_.leads.data(3 * size) + 2 * size;
-        const WantedGradient wanted{false, term.tilted(), false};
-        if (const Exps<T> exps = kept_leads(row, t, g); exps.student) {
-          choose_gradient_of_exps<T>(wanted)(exps, count, group.by, {}, out);
+        const Exps<T> exps = kept_leads(row, t, g);
+        const Tile<T> leads = !exps.student || in_softmax ? gather(row, t, g) : Tile<T>{};
+        if (exps.student) {
+          lead_gradient_[t].exps(exps, count, {group.by}, out);
         } else {
-          const Tile<T> leads = gather(row, t, g);
-          const auto kernel = choose_gradient_of_logits<T, false>(wanted);
-          kernel(leads.student, leads.teacher, {count}, exponent_[t], group, {}, out);
+          lead_gradient_[t].logits(leads.student, leads.teacher, {count}, exponent_[t], group.student_origin,
+                                   group.teacher_origin, {group.by}, out);
         }
+        if (in_softmax)
+          add_softmax_gradient(leads.student.logits, count, row.ce_origin, softmax_factor(row, row.ce_origin), out);
         for (int i = 0; i < count; ++i) list.emplace_back(out[i], members[i]);
       }
     }
@@ -799,7 +870,7 @@ class Worker {
   // Coefficients for a tile's kept exponentials, which count from the origins of when they were computed.
   GroupCoefficients<T> from_tile_origin(const Row<T>& row, const GroupGradient<T>& group, int t, int64_t begin) const {
     auto [student_origin, teacher_origin] = kept_origin_[sweeps_.leader(t)][row.lane + begin / kTile];
-    if (!sweeps_.has(t) && sweeps_.squares) {
+    if (!sweeps_.has(t) && sweeps_.squares()) {
       student_origin = origin_of_squares(student_origin);
       teacher_origin = origin_of_squares(teacher_origin);
     }
@@ -862,6 +933,8 @@ class Worker {
   Scratch<T>& scratch_;
   T exponent_[kMaxTerms];
   AddSumsOfTerm add_rest_[kMaxTerms], add_leads_[kMaxTerms];
+  AddSums<double> few_rest_[kMaxTerms], few_leads_[kMaxTerms];
+  GradientOfTerm rest_gradient_[kMaxTerms], lead_gradient_[kMaxTerms];
   Exps<T> kept_[kMaxTerms];  // of the batch's first row
   int64_t kept_row_ = 0;     // from row to row
   int kept_leads_size_ = 0;  // of one array of a leading group

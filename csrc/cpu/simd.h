@@ -251,6 +251,7 @@ inline T origin_at(T maximum, T k) {
 }
 inline double origin_unit(double) { return 1; }
 inline double origin_of_squares(double origin) { return 2 * origin; }  // of the exponentials
+inline double logit_at(double origin, double k) { return origin / k; }
 template <class R, class T>
 inline R exponents(R logits, R origin, T k) {
   return logits * k - origin;
@@ -262,6 +263,7 @@ inline T origin_at(T maximum, T) {
 }
 inline double origin_unit(double k) { return k; }
 inline double origin_of_squares(double origin) { return origin; }
+inline double logit_at(double origin, double) { return origin; }
 template <class R, class T>
 inline R exponents(R logits, R origin, T k) {
   return (logits - origin) * k;

@@ -230,12 +230,13 @@ struct ChainedSum {
   Vec<double> low{}, high{};
 
   void flush() {
-    const Vec<T> sum = chain[0] + chain[1];
-    if constexpr (sizeof(T) == 8) {
-      low += sum;
-    } else {
-      low += doubles_of(sum, 0);
-      high += doubles_of(sum, 1);
+    for (const Vec<T>& sum : chain) {
+      if constexpr (sizeof(T) == 8) {
+        low += sum;
+      } else {
+        low += doubles_of(sum, 0);
+        high += doubles_of(sum, 1);
+      }
     }
     chain[0] = chain[1] = Vec<T>{};
   }
@@ -243,7 +244,7 @@ struct ChainedSum {
 };
 
 // The sums of one group at one temperature.
-template <class T, bool Forward, bool Reverse>
+template <class T, bool Reverse>
 struct GroupSums {
   ChainedSum<T> student_sum, teacher_sum, teacher_gap, student_gap;
 
@@ -255,41 +256,80 @@ struct GroupSums {
     };
     student_sum.chain[chain] += es;
     teacher_sum.chain[chain] += et;
-    if constexpr (Forward) add_gap(teacher_gap.chain[chain], et);
+    add_gap(teacher_gap.chain[chain], et);
     if constexpr (Reverse) add_gap(student_gap.chain[chain], es);
   }
   void flush() {
     student_sum.flush();
     teacher_sum.flush();
-    if constexpr (Forward) teacher_gap.flush();
+    teacher_gap.flush();
     if constexpr (Reverse) student_gap.flush();
   }
   // `gaps`: what a gap counts for.
   void add_to(GroupStats<double>& stats, double gaps) const {
     stats.student_sum += student_sum.total();
     stats.teacher_sum += teacher_sum.total();
-    if constexpr (Forward) stats.teacher_gap += gaps * teacher_gap.total();
+    stats.teacher_gap += gaps * teacher_gap.total();
     if constexpr (Reverse) stats.student_gap += gaps * student_gap.total();
   }
 };
 
-// Adds a tile's sums to statistics and, with `Square`, those of the exponentials' squares, which are the exponentials at
-// half the temperature, to others. `Careful` is right for every logit, if the origins are no smaller than the tile's
+// What the exponentials of a term also serve: nothing, a term at half the temperature, for which they are squared, or the
+// student's softmax at T = 1.
+enum class Also { nothing, squares, softmax };
+
+// The power of a temperature of 1, 2 or 4, by that many squarings: the exponential at T = 1.
+template <class T>
+inline Vec<T> squared(Vec<T> e, int times) {
+  if (times > 0) e *= e;
+  if (times > 1) e *= e;
+  return e;
+}
+
+// Where the sums of a tile are added: those of the term and of what else is served.
+struct SumsTo {
+  GroupStats<double>& stats;
+  GroupStats<double>* squares = nullptr;
+  SoftmaxStats<double>* softmax = nullptr;
+  int squarings = 0;
+};
+
+// What was there before.
+class SumsBefore {
+ public:
+  explicit SumsBefore(const SumsTo& to) : stats_(to.stats) {
+    if (to.squares) squares_ = *to.squares;
+    if (to.softmax) softmax_ = *to.softmax;
+  }
+  void restore(const SumsTo& to) const {
+    to.stats = stats_;
+    if (to.squares) *to.squares = squares_;
+    if (to.softmax) *to.softmax = softmax_;
+  }
+
+ private:
+  GroupStats<double> stats_, squares_;
+  SoftmaxStats<double> softmax_;
+};
+
+// Adds a tile's sums to statistics. `Careful` is right for every logit, if the origins are no smaller than the tile's
 // maxima; without, sums that pass `plausible` are right, for any origins.
-template <class T, bool ByClass, bool Forward, bool Reverse, bool Square, bool Keep, bool Careful>
-void add_sums(const Source<T>& student, const Source<T>& teacher, const Classes& classes, T k,
-              GroupStats<double>& stats, GroupStats<double>* square_stats, const Exps<T>& exps, const Ahead& ahead) {
-  const Vec<T> student_start = broadcast(T(start(stats.student_origin)));
-  const Vec<T> teacher_start = broadcast(T(start(stats.teacher_origin)));
-  GroupSums<T, Forward, Reverse> sums, squares;
-  each_vector<T>(classes, [&, student, teacher](int i, auto lanes, int chain) KDK_INLINE_LAMBDA {
+template <class T, bool ByClass, bool Reverse, Also Serves, bool Keep, bool Careful>
+void add_sums(const Source<T>& student, const Source<T>& teacher, const Classes& classes, T k, const SumsTo& to,
+              const Exps<T>& exps, const Ahead& ahead) {
+  const Vec<T> student_start = broadcast(T(start(to.stats.student_origin)));
+  const Vec<T> teacher_start = broadcast(T(start(to.stats.teacher_origin)));
+  GroupSums<T, Reverse> sums, squares;
+  ChainedSum<T> softmax;
+  each_vector<T>(classes, [&, student, teacher, times = to.squarings](int i, auto lanes, int chain) KDK_INLINE_LAMBDA {
     ahead.fetch(i / kLanes<T>);
     const Vec<T> xs = exponents(student.template seen_at<ByClass>(i, lanes), student_start, k);
     const Vec<T> xt = exponents(teacher.template seen_at<ByClass>(i, lanes), teacher_start, k);
     const Vec<T> es = exp2(xs, lanes), et = exp2(xt, lanes), gap = xt - xs;
     constexpr bool may_be_zero = Careful || std::is_same_v<decltype(lanes), Lanes>;
     sums.template add<may_be_zero>(chain, es, et, gap);
-    if constexpr (Square) squares.template add<may_be_zero>(chain, es * es, et * et, gap);
+    if constexpr (Serves == Also::squares) squares.template add<may_be_zero>(chain, es * es, et * et, gap);
+    if constexpr (Serves == Also::softmax) softmax.chain[chain] += squared<T>(es, times);
     if constexpr (Keep) {
       store(exps.student + i, es);
       store(exps.teacher + i, et);
@@ -297,44 +337,48 @@ void add_sums(const Source<T>& student, const Source<T>& teacher, const Classes&
     }
   }, [&]() KDK_INLINE_LAMBDA {
     sums.flush();
-    if constexpr (Square) squares.flush();
+    if constexpr (Serves == Also::squares) squares.flush();
+    if constexpr (Serves == Also::softmax) softmax.flush();
   });
-  sums.add_to(stats, 1);
-  if constexpr (Square) squares.add_to(*square_stats, 2);
+  sums.add_to(to.stats, 1);
+  if constexpr (Serves == Also::squares) squares.add_to(*to.squares, 2);
+  if constexpr (Serves == Also::softmax) to.softmax->sum += softmax.total();
 }
 
 // Whether nothing overflowed and no infinity met a zero: exponents far above their origin are as good as any others.
+inline bool plausible(double sum) { return sum < 0x1p80; }
 inline bool plausible(const GroupStats<double>& stats) {
-  constexpr double limit = 0x1p80;
-  return stats.student_sum + stats.teacher_sum + std::abs(stats.teacher_gap) + std::abs(stats.student_gap) < limit;
+  return plausible(stats.student_sum + stats.teacher_sum + std::abs(stats.teacher_gap) + std::abs(stats.student_gap));
 }
 
 template <class T>
-using AddSums = void (*)(const Source<T>&, const Source<T>&, const Classes&, T, GroupStats<double>&,
-                         GroupStats<double>*, const Exps<T>&, const Ahead&);
+using AddSums = void (*)(const Source<T>&, const Source<T>&, const Classes&, T, const SumsTo&, const Exps<T>&,
+                         const Ahead&);
 
-// Which sums are wanted: of which directions, and of the squares.
+// Which sums are wanted: forward KL's always, reverse KL's if asked for.
 struct WantedSums {
-  bool forward, reverse, square;
+  bool reverse;
+  Also also;
 };
 
-template <class T, bool ByClass, bool Square, bool Keep, bool Careful>
-AddSums<T> choose_add_sums(const WantedSums& wanted) {
-  if (wanted.forward && wanted.reverse) return add_sums<T, ByClass, true, true, Square, Keep, Careful>;
-  return wanted.reverse ? add_sums<T, ByClass, false, true, Square, Keep, Careful>
-                        : add_sums<T, ByClass, true, false, Square, Keep, Careful>;
+template <class T, bool ByClass, bool Reverse, Also Serves>
+AddSums<T> choose_add_sums(bool keep, bool careful) {
+  if (keep && careful) return add_sums<T, ByClass, Reverse, Serves, true, true>;
+  if (keep) return add_sums<T, ByClass, Reverse, Serves, true, false>;
+  return careful ? add_sums<T, ByClass, Reverse, Serves, false, true>
+                 : add_sums<T, ByClass, Reverse, Serves, false, false>;
 }
-template <class T, bool ByClass, bool Square>
-AddSums<T> choose_add_sums(const WantedSums& wanted, bool keep, bool careful) {
-  if (keep && careful) return choose_add_sums<T, ByClass, Square, true, true>(wanted);
-  if (keep) return choose_add_sums<T, ByClass, Square, true, false>(wanted);
-  return careful ? choose_add_sums<T, ByClass, Square, false, true>(wanted)
-                 : choose_add_sums<T, ByClass, Square, false, false>(wanted);
+template <class T, bool ByClass, bool Reverse>
+AddSums<T> choose_add_sums(Also also, bool keep, bool careful) {
+  if (also == Also::squares) return choose_add_sums<T, ByClass, Reverse, Also::squares>(keep, careful);
+  if constexpr (!ByClass)  // the cross entropy sees raw logits
+    if (also == Also::softmax) return choose_add_sums<T, false, Reverse, Also::softmax>(keep, careful);
+  return choose_add_sums<T, ByClass, Reverse, Also::nothing>(keep, careful);
 }
 template <class T, bool ByClass>
 AddSums<T> choose_add_sums(const WantedSums& wanted, bool keep, bool careful) {
-  return wanted.square ? choose_add_sums<T, ByClass, true>(wanted, keep, careful)
-                       : choose_add_sums<T, ByClass, false>(wanted, keep, careful);
+  return wanted.reverse ? choose_add_sums<T, ByClass, true>(wanted.also, keep, careful)
+                        : choose_add_sums<T, ByClass, false>(wanted.also, keep, careful);
 }
 
 // Adds a tile to the student's softmax at T = 1. It counts from a logit, so that a sure class has an exponential of 1.
@@ -515,74 +559,81 @@ inline __attribute__((always_inline)) void write_vectors(const Classes& classes,
   });
 }
 
-// A gradient from exponentials; `by_squares` are the coefficients of their squares.
-template <class T, bool Tilt, bool Square>
-inline Vec<T> gradient_at(Vec<T> es, Vec<T> et, Vec<T> gap, const GroupCoefficients<T>& by,
-                          const GroupCoefficients<T>& by_squares) {
-  const auto of = [gap](Vec<T> s, Vec<T> t, const GroupCoefficients<T>& c) KDK_INLINE_LAMBDA {
-    if constexpr (!Tilt) return s * c.student - t * c.teacher;
-    return (s == 0 ? Vec<T>{} : s * (c.student + c.tilt * gap)) - t * c.teacher;
+// What a gradient's exponentials are multiplied by: those of the term and of what else it serves.
+template <class T>
+struct GradientBy {
+  GroupCoefficients<T> by{};
+  GroupCoefficients<T> squares{};
+  T softmax = 0;
+  int squarings = 0;
+};
+
+template <class T, bool Tilt, Also Serves>
+inline Vec<T> gradient_at(Vec<T> es, Vec<T> et, Vec<T> gap, const GradientBy<T>& c) {
+  const auto of = [gap](Vec<T> s, Vec<T> t, const GroupCoefficients<T>& by) KDK_INLINE_LAMBDA {
+    if constexpr (!Tilt) return s * by.student - t * by.teacher;
+    return (s == 0 ? Vec<T>{} : s * (by.student + by.tilt * gap)) - t * by.teacher;
   };
-  const Vec<T> gradient = of(es, et, by);
-  if constexpr (Square) return gradient + of(es * es, et * et, by_squares);
+  const Vec<T> gradient = of(es, et, c.by);
+  if constexpr (Serves == Also::squares) return gradient + of(es * es, et * et, c.squares);
+  if constexpr (Serves == Also::softmax) return gradient + squared<T>(es, c.squarings) * c.softmax;
   return gradient;
 }
 
 // Writes (or adds) a tile's gradient from its kept exponentials.
-template <class T, bool Add, bool Tilt, bool Square>
-void gradient_of_exps(const Exps<T>& exps, int count, const GroupCoefficients<T>& by,
-                      const GroupCoefficients<T>& by_squares, T* out) {
+template <class T, bool Add, bool Tilt, Also Serves>
+void gradient_of_exps(const Exps<T>& exps, int count, const GradientBy<T>& by, T* out) {
   write_vectors<T, Add>({count}, out, [=](int i, auto) KDK_INLINE_LAMBDA {
     const Vec<T> gap = Tilt ? load(exps.gap + i) : Vec<T>{};
-    return gradient_at<T, Tilt, Square>(load(exps.student + i), load(exps.teacher + i), gap, by, by_squares);
+    return gradient_at<T, Tilt, Serves>(load(exps.student + i), load(exps.teacher + i), gap, by);
   });
 }
 
-// The same from the logits.
-template <class T, bool ByClass, bool Add, bool Tilt, bool Square>
+// The same from the logits, whose exponents count from the given origins.
+template <class T, bool ByClass, bool Add, bool Tilt, Also Serves>
 void gradient_of_logits(const Source<T>& student, const Source<T>& teacher, const Classes& classes, T k,
-                        const GroupGradient<T>& group, const GroupCoefficients<T>& by_squares, T* out) {
-  const Vec<T> student_start = broadcast(start(group.student_origin));
-  const Vec<T> teacher_start = broadcast(start(group.teacher_origin));
-  write_vectors<T, Add>(classes, out, [&, student, teacher, by = group.by, by_squares](int i, auto lanes)
-                                          KDK_INLINE_LAMBDA {
+                        T student_origin, T teacher_origin, const GradientBy<T>& by, T* out) {
+  const Vec<T> student_start = broadcast(start(student_origin)), teacher_start = broadcast(start(teacher_origin));
+  write_vectors<T, Add>(classes, out, [&, student, teacher, by](int i, auto lanes) KDK_INLINE_LAMBDA {
     const Vec<T> xs = exponents(student.template seen_at<ByClass>(i, lanes), student_start, k);
     const Vec<T> xt = exponents(teacher.template seen_at<ByClass>(i, lanes), teacher_start, k);
-    return gradient_at<T, Tilt, Square>(exp2(xs, lanes), exp2(xt, lanes), xt - xs, by, by_squares);
+    return gradient_at<T, Tilt, Serves>(exp2(xs, lanes), exp2(xt, lanes), xt - xs, by);
   });
 }
 
-// How a gradient is computed: on top of what is there or not, with gaps or not, with squares or not.
+// How a gradient is computed: on top of what is there or not, with gaps or not. Only the first term serves others.
 struct WantedGradient {
-  bool add, tilt, square;
+  bool add, tilt;
+  Also also;
 };
 
-// Calls use(add, tilt, square) with the choice as constants. Squares are of the only term there is to write.
+// Calls use(add, tilt, also) with the choice as constants.
 template <class Use>
 inline auto with_constants(const WantedGradient& wanted, const Use& use) {
   constexpr std::true_type yes;
   constexpr std::false_type no;
-  if (wanted.square) return wanted.tilt ? use(no, yes, yes) : use(no, no, yes);
-  if (wanted.add) return wanted.tilt ? use(yes, yes, no) : use(yes, no, no);
-  return wanted.tilt ? use(no, yes, no) : use(no, no, no);
+  const auto by_tilt = [&](auto add, auto also) { return wanted.tilt ? use(add, yes, also) : use(add, no, also); };
+  if (wanted.also == Also::squares) return by_tilt(no, std::integral_constant<Also, Also::squares>());
+  if (wanted.also == Also::softmax) return by_tilt(no, std::integral_constant<Also, Also::softmax>());
+  constexpr std::integral_constant<Also, Also::nothing> nothing;
+  return wanted.add ? by_tilt(yes, nothing) : by_tilt(no, nothing);
 }
 
 template <class T>
-using GradientOfExps = void (*)(const Exps<T>&, int, const GroupCoefficients<T>&, const GroupCoefficients<T>&, T*);
+using GradientOfExps = void (*)(const Exps<T>&, int, const GradientBy<T>&, T*);
 template <class T>
-using GradientOfLogits = void (*)(const Source<T>&, const Source<T>&, const Classes&, T, const GroupGradient<T>&,
-                                  const GroupCoefficients<T>&, T*);
+using GradientOfLogits = void (*)(const Source<T>&, const Source<T>&, const Classes&, T, T, T, const GradientBy<T>&, T*);
 
 template <class T>
 GradientOfExps<T> choose_gradient_of_exps(const WantedGradient& wanted) {
-  return with_constants(wanted, [](auto add, auto tilt, auto square) -> GradientOfExps<T> {
-    return gradient_of_exps<T, add(), tilt(), square()>;
+  return with_constants(wanted, [](auto add, auto tilt, auto also) -> GradientOfExps<T> {
+    return gradient_of_exps<T, add(), tilt(), also()>;
   });
 }
 template <class T, bool ByClass>
 GradientOfLogits<T> choose_gradient_of_logits(const WantedGradient& wanted) {
-  return with_constants(wanted, [](auto add, auto tilt, auto square) -> GradientOfLogits<T> {
-    return gradient_of_logits<T, ByClass, add(), tilt(), square()>;
+  return with_constants(wanted, [](auto add, auto tilt, auto also) -> GradientOfLogits<T> {
+    return gradient_of_logits<T, ByClass, add(), tilt(), also()>;
   });
 }
 
