@@ -72,6 +72,9 @@ struct Block {
     vectors = 0;
   }
 
+  // Whether the terms see the logits as they are.
+  __device__ bool plain() const { return call.objective.standardize == Standardize::none; }
+
   __device__ Sample<T>& sample() const { return samples[own]; }
   __device__ const Matrix& matrix(int side) const {
     return side == kStudent ? call.student : side == kTeacher ? call.teacher : call.gradient;
@@ -127,6 +130,25 @@ struct Block {
     value = over_lanes(value, [](double a, double b) { return a + b; });
     if (writes_result()) partial(own, own_result())[column] = value;
   }
+  // The same for four columns at once. Each step halves what a lane adds up: the first its columns, the others the
+  // lanes.
+  __device__ void put_four(int column, const double* values) const {
+    if constexpr (kRows) {
+      const int lane = member % 32;
+      const auto exchanged = [](double low, double high, bool takes_high, int distance) {
+        return (takes_high ? high : low) + __shfl_xor_sync(kAllLanes, takes_high ? low : high, distance);
+      };
+      const bool odd = lane % 2, upper = lane / 2 % 2;
+      double value =
+          exchanged(exchanged(values[0], values[1], odd, 1), exchanged(values[2], values[3], odd, 1), upper, 2);
+      for (int distance = 4; distance < min(team, 32); distance *= 2)
+        value += __shfl_xor_sync(kAllLanes, value, distance);
+      if (lane < 4) partial(own, own_result())[column + lane] = value;
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) partial(own, own_result())[column + i] = values[i];
+    }
+  }
   __device__ double total(int of_sample, int column) const {
     double sum = 0;
     for (int i = 0; i < partial_results(); ++i) sum += partial(of_sample, i)[column];
@@ -137,7 +159,7 @@ struct Block {
   __device__ void maximum(T* values) const {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) values[i] = over_lanes(values[i], [](T a, T b) { return larger(a, b); });
-    if (partial_results() == 1) return;
+    if (partial_results() == 1) return __syncwarp();
     if (writes_result())
       for (int i = 0; i < kCount; ++i) partial(own, own_result())[i] = values[i];
     __syncthreads();

@@ -38,9 +38,19 @@ struct Regions {
   int samples, entries, partials, groups, results, exchange, student, teacher, total;
 };
 
+// What the sweeps need to know of a term.
+struct Sweep {
+  double exponent;
+  bool forward, reverse, tilted;
+};
+
 // Everything a launch reads and writes. What was not asked for is null.
 struct Call {
   Objective objective;
+  Sweep sweep[kMaxTerms] = {};
+  int entries_of_term[kMaxTerms + 1] =
+      {};                // where a term's leading classes begin among the entries, and how many there are
+  double far_below = 0;  // difference of logits that leaves nothing of an exponential
   Tiling tiling;
   Regions regions;
   Matrix student, teacher, gradient;
@@ -75,18 +85,25 @@ struct Call {
   int64_t stretch = 0;
 
   KDK_HOST_DEVICE int64_t inner() const { return dims > 0 ? sample_size[dims - 1] : 1; }
-  // Whether the target is worked on by itself, before the leading classes.
-  KDK_HOST_DEVICE bool target_is_entry() const {
-    bool wanted = objective.has_ce();
-    for (int t = 0; t < objective.terms; ++t) wanted = wanted || objective.term[t].kind == PartitionKind::target;
-    return wanted;
-  }
-  // Where a term's leading classes are among the entries.
-  KDK_HOST_DEVICE int first_entry(int term) const {
-    int first = target_is_entry() ? 1 : 0;
-    for (int t = 0; t < term; ++t)
-      if (objective.term[t].by_rank()) first += objective.term[t].k;
-    return first;
+  // Where a term's leading classes are among the entries; the target may be before them.
+  KDK_HOST_DEVICE int first_entry(int term) const { return entries_of_term[term]; }
+  // Whether the target is worked on by itself.
+  KDK_HOST_DEVICE bool target_is_entry() const { return entries_of_term[0] > 0; }
+  KDK_HOST_DEVICE bool tilted() const { return sweep[0].tilted || sweep[1].tilted; }
+
+  void set(const Objective& given) {
+    objective = given;
+    bool target = objective.has_ce();
+    for (int t = 0; t < objective.terms; ++t) target = target || objective.term[t].kind == PartitionKind::target;
+    entries_of_term[0] = target ? 1 : 0;
+    double warmest = 1;
+    for (int t = 0; t < objective.terms; ++t) {
+      const Term& term = objective.term[t];
+      sweep[t] = {term.exponent(), term.wants_forward() || !term.wants_reverse(), term.wants_reverse(), term.tilted()};
+      entries_of_term[t + 1] = entries_of_term[t] + (term.by_rank() ? term.k : 0);
+      warmest = term.temperature > warmest ? term.temperature : warmest;
+    }
+    far_below = 256 * warmest * kLn2;
   }
 };
 
@@ -100,7 +117,7 @@ struct Affine {
 template <class T>
 struct GroupShare {
   T student_origin, teacher_origin;
-  T student, tilt, teacher;  // coefficients: see evaluate.h
+  T student, tilt, teacher;  // coefficients: see evaluate.h, the teacher's with its sign
 };
 
 // What a block knows of one of its samples.

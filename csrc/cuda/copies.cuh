@@ -6,11 +6,11 @@
 
 namespace kdk::cuda {
 
+__device__ __forceinline__ void copy_16_bytes(unsigned shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
+}
 __device__ __forceinline__ void copy_16_bytes(void* shared, const void* global) {
-  asm volatile(
-      "cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(shared))),
-      "l"(global)
-      : "memory");
+  copy_16_bytes(static_cast<unsigned>(__cvta_generic_to_shared(shared)), global);
 }
 
 __device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
@@ -28,6 +28,7 @@ __device__ __forceinline__ bool row_in_vectors(const Block<X, Layout::rows>& blo
 template <class X, class Visit>
 __device__ __forceinline__ void over_edges(const Block<X, Layout::rows>& block, int whole, Visit visit) {
   const int lead = block.sample().lead, end = lead + block.count;
+  if (lead == 0 && whole == block.vectors) return;
   for (int i = block.member; i < 2 * block.kWidth; i += block.team) {
     const bool tail = i >= block.kWidth;
     const int slot = tail ? whole * block.kWidth + i - block.kWidth : i;
@@ -62,8 +63,12 @@ __device__ void copy_in(const Block<X, kLayout>& block, int side, const Place& p
       const X* from = static_cast<const X*>(matrix.data) + first - sample.lead;  // where slot 0 would be
       X* to = block.tile[side];
       const int whole = (sample.lead + block.count) / block.kWidth;
-      for (int v = block.member + (sample.lead > 0); v < whole; v += block.team)
-        copy_16_bytes(to + v * block.kWidth, from + v * block.kWidth);
+      const int begin = block.member + (sample.lead > 0);
+      auto shared = static_cast<unsigned>(__cvta_generic_to_shared(to + begin * block.kWidth));
+      const auto *global = reinterpret_cast<const Vector*>(from) + begin,
+                 *end = reinterpret_cast<const Vector*>(from) + whole;
+      const unsigned step = block.team * sizeof(Vector);
+      for (; global < end; global += block.team, shared += step) copy_16_bytes(shared, global);
       over_edges(block, whole, [&](int i, bool inside) { to[i] = inside ? from[i] : none; });
       return;
     }
@@ -123,10 +128,10 @@ __device__ void copy_out(const Block<X, kLayout>& block, const Place& place, boo
       X* to = static_cast<X*>(matrix.data) + first - sample.lead;
       const X* from = block.tile[kStudent];
       const int whole = (sample.lead + block.count) / block.kWidth;
-      for (int v = block.member + (sample.lead > 0); v < whole; v += block.team) {
-        const Vector vector = zero ? Vector{} : reinterpret_cast<const Vector*>(from)[v];
-        reinterpret_cast<Vector*>(to)[v] = vector;
-      }
+      const int begin = block.member + (sample.lead > 0);
+      const auto* shared = reinterpret_cast<const Vector*>(from) + begin;
+      auto *global = reinterpret_cast<Vector*>(to) + begin, *end = reinterpret_cast<Vector*>(to) + whole;
+      for (; global < end; global += block.team, shared += block.team) *global = zero ? Vector{} : *shared;
       over_edges(block, whole, [&](int i, bool inside) {
         if (inside) to[i] = zero ? nothing : from[i];
       });

@@ -247,14 +247,13 @@ __device__ GroupStats<double> entry_statistics(const Entry<T>* entries, int coun
 
 // The gradient of an entry in the logit that the terms see.
 template <class T>
-__device__ T entry_gradient(const Objective& objective, const Sample<T>& sample, const Entry<T>& entry) {
+__device__ T entry_gradient(const Call& call, const Sample<T>& sample, const Entry<T>& entry) {
   T sum = 0;
 #pragma unroll
   for (int t = 0; t < kMaxTerms; ++t) {
-    if (t >= objective.terms) break;
-    const Term& term = objective.term[t];
-    sum += slope_at(sample.share[t][entry.group[t]], static_cast<T>(term.exponent()), term.tilted(), entry.student,
-                    entry.teacher);
+    if (t >= call.objective.terms) break;
+    sum += slope_at(sample.share[t][entry.group[t]], static_cast<T>(call.sweep[t].exponent), call.sweep[t].tilted,
+                    entry.student, entry.teacher);
   }
   return sum;
 }
@@ -267,7 +266,7 @@ __device__ double entry_products(const Block<X, kLayout>& block) {
   for (int e = block.member; e < block.call.tiling.entries; e += block.team) {
     const Entry<T>& entry = block.entries[e];
     if (entry.counts && entry.student != minus_infinity<T>())
-      total += entry_gradient(block.call.objective, block.sample(), entry) * entry.student;
+      total += entry_gradient(block.call, block.sample(), entry) * entry.student;
   }
   return total;
 }
@@ -281,7 +280,7 @@ __device__ void entry_gradients(const Block<X, kLayout>& block) {
   for (int e = block.member; e < call.tiling.entries; e += block.team) {
     const Entry<T>& entry = block.entries[e];
     if (!entry.counts) continue;
-    T slope = chained(block, entry.of_class, entry.student, entry_gradient(call.objective, sample, entry));
+    T slope = chained(block, entry.of_class, entry.student, entry_gradient(call, sample, entry));
     if (call.objective.has_ce()) {
       slope += softmax_gradient(sample, entry.raw);
       if (entry.of_class == sample.target) slope -= sample.entropy_factor;
