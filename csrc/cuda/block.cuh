@@ -41,10 +41,12 @@ struct Block {
   int thread, team, own, member;  // `own`: the thread's sample in the block; `member`: which one of the team it is
   int piece;                      // which one of the sample the block holds
   int begin, count;               // its classes
+  int lead;                       // the own sample's slots before its first class
   int vectors;                    // that they take
   int stride;                     // between a sample's slots
   Sample<T>* samples;
   Entry<T>* entries;           // of the own sample
+  Candidate<T>* candidates;    // too
   double* partials;            // of all samples
   GroupStats<double>* groups;  // room for those of one term, of all samples
   Exchange* exchange;
@@ -62,6 +64,7 @@ struct Block {
     count = static_cast<int>(min(call.classes - begin, static_cast<int64_t>(tiling.piece)));
     samples = reinterpret_cast<Sample<T>*>(shared_memory + at.samples);
     entries = reinterpret_cast<Entry<T>*>(shared_memory + at.entries) + own * tiling.entries;
+    candidates = reinterpret_cast<Candidate<T>*>(shared_memory + at.candidates) + own * tiling.candidates;
     partials = reinterpret_cast<double*>(shared_memory + at.partials);
     groups = reinterpret_cast<GroupStats<double>*>(shared_memory + at.groups);
     exchange = reinterpret_cast<Exchange*>(shared_memory + at.exchange);
@@ -69,7 +72,7 @@ struct Block {
     stride = kRows ? 1 : tiling.samples;
     tile[kStudent] = reinterpret_cast<X*>(shared_memory + at.student) + own * pitch;
     tile[kTeacher] = reinterpret_cast<X*>(shared_memory + at.teacher) + own * pitch;
-    vectors = 0;
+    lead = vectors = 0;
   }
 
   // Whether the terms see the logits as they are.
@@ -100,9 +103,9 @@ struct Block {
   }
 
   // The slot of a class of the piece, counted from the piece's first.
-  __device__ int slot_of(int of_piece) const { return sample().lead + of_piece; }
+  __device__ int slot_of(int of_piece) const { return lead + of_piece; }
   // The class, counted in the same way, of a vector's first element; past either end for pads.
-  __device__ int class_of(int vector) const { return vector * kWidth - sample().lead; }
+  __device__ int class_of(int vector) const { return vector * kWidth - lead; }
 
   // Sums and maxima over the team. Partial results are in `partials`, `kPartials` a warp (rows) or thread (pixels).
   __device__ int partial_results() const { return partial_count(kLayout, team); }

@@ -15,11 +15,12 @@ enum class Layout : int { rows = 0, pixels = 1 };
 
 // How the samples and classes of a call are shared out between blocks and threads.
 struct Tiling {
-  int samples = 1;  // of a block
-  int team = 1;     // threads of a block that share a sample
-  int piece = 1;    // classes of a sample that one block holds
-  int pieces = 1;   // blocks that share a sample; the last one's piece may be shorter
-  int entries = 0;  // classes of a piece that are worked on one by one
+  int samples = 1;     // of a block
+  int team = 1;        // threads of a block that share a sample
+  int piece = 1;       // classes of a sample that one block holds
+  int pieces = 1;      // blocks that share a sample; the last one's piece may be shorter
+  int entries = 0;     // classes of a piece that are worked on one by one
+  int candidates = 0;  // room for classes of a piece that may be among the best
 
   KDK_HOST_DEVICE int threads() const { return samples * team; }
 };
@@ -35,7 +36,7 @@ struct Exchange {
 
 // Where things are in shared memory, in bytes.
 struct Regions {
-  int samples, entries, partials, groups, results, exchange, student, teacher, total;
+  int samples, entries, candidates, partials, groups, results, exchange, student, teacher, total;
 };
 
 // What the sweeps need to know of a term.
@@ -129,7 +130,8 @@ struct Sample {
   int target;
   int lead;  // slots before its first class
   bool valid;
-  T largest[3];  // of the student's and teacher's logits as the terms see them, and of the student's raw ones
+  int candidates;  // that were found
+  T largest[3];    // of the student's and teacher's logits as the terms see them, and of the student's raw ones
   Affine<T> student, teacher;
   T slope;                           // of the chain rule through standardised samples
   T factor;                          // of the gradient, where samples are standardised
@@ -147,6 +149,13 @@ struct Entry {
   int rank;
   int16_t group[kMaxTerms];
   int counts;  // 0 where an earlier entry is the same class; no bool, so that nothing is padded
+};
+
+// A class as the ranking sees it: by its logit (`value`), the lower index first among equals. NaN is never chosen.
+template <class T>
+struct Candidate {
+  T value;
+  int of_class;
 };
 
 // Partial sums of a warp (rows) or a thread (pixels): of the softmax, and four of each term.
@@ -184,6 +193,7 @@ KDK_HOST_DEVICE Regions regions_of(Layout layout, const Tiling& tiling, int elem
   };
   at.samples = place(tiling.samples * static_cast<int>(sizeof(Sample<T>)));
   at.entries = place(tiling.samples * tiling.entries * static_cast<int>(sizeof(Entry<T>)));
+  at.candidates = place(tiling.samples * tiling.candidates * static_cast<int>(sizeof(Candidate<T>)));
   at.partials =
       place(tiling.samples * partial_count(layout, tiling.team) * kPartials * static_cast<int>(sizeof(double)));
   at.groups = place(tiling.samples * kMaxGroups * static_cast<int>(sizeof(GroupStats<double>)));

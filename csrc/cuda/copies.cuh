@@ -21,13 +21,13 @@ __device__ __forceinline__ bool row_in_vectors(const Block<X, Layout::rows>& blo
   const Matrix& matrix = block.matrix(side);
   const auto address = reinterpret_cast<uintptr_t>(static_cast<const X*>(matrix.data) + first);
   return matrix.dtype == dtype_of<X> && matrix.class_stride == 1 &&
-         address / sizeof(X) % block.kWidth == static_cast<unsigned>(block.sample().lead);
+         address / sizeof(X) % block.kWidth == static_cast<unsigned>(block.lead);
 }
 
 // Visits the slots of a row's first and last vector where these are not whole: visit(slot, whether it is a class).
 template <class X, class Visit>
 __device__ __forceinline__ void over_edges(const Block<X, Layout::rows>& block, int whole, Visit visit) {
-  const int lead = block.sample().lead, end = lead + block.count;
+  const int lead = block.lead, end = lead + block.count;
   if (lead == 0 && whole == block.vectors) return;
   for (int i = block.member; i < 2 * block.kWidth; i += block.team) {
     const bool tail = i >= block.kWidth;
@@ -60,10 +60,10 @@ __device__ void copy_in(const Block<X, kLayout>& block, int side, const Place& p
   const int64_t first = sample.offset[side] + block.begin * matrix.class_stride;
   if constexpr (kLayout == Layout::rows) {
     if (sample.valid && row_in_vectors(block, side, first)) {
-      const X* from = static_cast<const X*>(matrix.data) + first - sample.lead;  // where slot 0 would be
+      const X* from = static_cast<const X*>(matrix.data) + first - block.lead;  // where slot 0 would be
       X* to = block.tile[side];
-      const int whole = (sample.lead + block.count) / block.kWidth;
-      const int begin = block.member + (sample.lead > 0);
+      const int whole = (block.lead + block.count) / block.kWidth;
+      const int begin = block.member + (block.lead > 0);
       auto shared = static_cast<unsigned>(__cvta_generic_to_shared(to + begin * block.kWidth));
       const auto *global = reinterpret_cast<const Vector*>(from) + begin,
                  *end = reinterpret_cast<const Vector*>(from) + whole;
@@ -88,7 +88,7 @@ __device__ void copy_in(const Block<X, kLayout>& block, int side, const Place& p
   }
 #pragma unroll 4
   for (int i = block.member; i < slots; i += block.team) {
-    const int c = i - sample.lead;
+    const int c = i - block.lead;
     const bool inside = sample.valid && static_cast<unsigned>(c) < static_cast<unsigned>(block.count);
     block.slot(side, i) =
         inside ? narrow<X>(load_as<T>(matrix.data, matrix.dtype, first + c * matrix.class_stride)) : none;
@@ -125,10 +125,10 @@ __device__ void copy_out(const Block<X, kLayout>& block, const Place& place, boo
   bool done = false;
   if constexpr (kLayout == Layout::rows) {
     if (sample.number >= 0 && row_in_vectors(block, kGradient, first)) {
-      X* to = static_cast<X*>(matrix.data) + first - sample.lead;
+      X* to = static_cast<X*>(matrix.data) + first - block.lead;
       const X* from = block.tile[kStudent];
-      const int whole = (sample.lead + block.count) / block.kWidth;
-      const int begin = block.member + (sample.lead > 0);
+      const int whole = (block.lead + block.count) / block.kWidth;
+      const int begin = block.member + (block.lead > 0);
       const auto* shared = reinterpret_cast<const Vector*>(from) + begin;
       auto *global = reinterpret_cast<Vector*>(to) + begin, *end = reinterpret_cast<Vector*>(to) + whole;
       for (; global < end; global += block.team, shared += block.team) *global = zero ? Vector{} : *shared;

@@ -34,6 +34,14 @@ int power_of_two_from(int number) {
 // Classes that are worked on one by one, of one sample.
 int entry_count(const Call& call) { return call.first_entry(call.objective.terms); }
 
+// Room for the classes that a first look at a sample finds good enough to lead: most often a few more than will.
+int candidate_count(const Call& call) {
+  int leads = 0;
+  for (int t = 0; t < call.objective.terms; ++t)
+    if (call.objective.term[t].by_rank()) leads = std::max(leads, call.objective.term[t].k);
+  return leads == 0 ? 0 : leads + std::min(leads, 24) + 8;
+}
+
 Regions regions_of(DType type, Layout layout, const Tiling& tiling) {
   return type == DType::f64 ? regions_of<double>(layout, tiling, 8)
                             : regions_of<float>(layout, tiling, element_bytes(type));
@@ -66,6 +74,7 @@ Tiling block_tiling(const Call& call, const Device& device, int piece, int piece
   tiling.piece = piece;
   tiling.pieces = pieces;
   tiling.entries = entry_count(call);
+  tiling.candidates = candidate_count(call);
   if (layout_of(call) == Layout::pixels) {
     tiling.samples = kPixels;
     tiling.team = std::min(power_of_two_up_to(std::max(piece / kPixelElements, 1)), kMostClassWarps);
@@ -183,7 +192,7 @@ Launch configure_merge(const char* step, Call& call) {
   // Of the tiles and entries nothing is in shared memory.
   Tiling tiling = call.tiling;
   tiling.samples = 1;
-  tiling.piece = tiling.entries = 0;
+  tiling.piece = tiling.entries = tiling.candidates = 0;
   call.regions = regions_of(type, Layout::rows, tiling);
   Launch launch;
   launch.kernel = std::string("kdk_") + step + "_rows_" + name_of(type);

@@ -52,7 +52,6 @@ __device__ __forceinline__ void part_statistics(const Call& call) {
   }
   if (call.tiling.entries > 0) {
     find_entries(block);
-    __syncthreads();
     read_logits(block);
     __syncthreads();
     mask_entries(block);

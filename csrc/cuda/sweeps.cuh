@@ -67,7 +67,7 @@ __device__ void lower_masks(const Block<X, kLayout>& block, const Real<X>* large
     const int slot = block.slot_of(block.entries[e].of_class - block.begin);
     for (int side = kStudent; side <= kTeacher; ++side) block.slot(side, slot) = masks[side];
   }
-  const int lead = block.sample().lead, pads = block.vectors * block.kWidth - block.count;
+  const int lead = block.lead, pads = block.vectors * block.kWidth - block.count;
   for (int i = block.member; i < pads; i += block.team)
     for (int side = kStudent; side <= kTeacher; ++side) block.slot(side, i < lead ? i : block.count + i) = masks[side];
 }
