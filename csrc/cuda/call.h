@@ -39,7 +39,7 @@ struct Regions {
   int samples, entries, candidates, partials, groups, results, exchange, student, teacher, total;
 };
 
-// What the sweeps need to know of a term.
+// What a sweep over the classes needs to know: of a term, or of two that differ in their weights alone.
 struct Sweep {
   double exponent;
   bool forward, reverse, tilted;
@@ -49,6 +49,7 @@ struct Sweep {
 struct Call {
   Objective objective;
   Sweep sweep[kMaxTerms] = {};
+  int sweeps = 0;
   int entries_of_term[kMaxTerms + 1] =
       {};                // where a term's leading classes begin among the entries, and how many there are
   double far_below = 0;  // difference of logits that leaves nothing of an exponential
@@ -90,6 +91,7 @@ struct Call {
   KDK_HOST_DEVICE int first_entry(int term) const { return entries_of_term[term]; }
   // Whether the target is worked on by itself.
   KDK_HOST_DEVICE bool target_is_entry() const { return entries_of_term[0] > 0; }
+  KDK_HOST_DEVICE int sweep_of(int term) const { return term < sweeps ? term : 0; }
   KDK_HOST_DEVICE bool tilted() const { return sweep[0].tilted || sweep[1].tilted; }
 
   void set(const Objective& given) {
@@ -99,8 +101,14 @@ struct Call {
     entries_of_term[0] = target ? 1 : 0;
     double warmest = 1;
     for (int t = 0; t < objective.terms; ++t) {
-      const Term& term = objective.term[t];
-      sweep[t] = {term.exponent(), term.wants_forward() || !term.wants_reverse(), term.wants_reverse(), term.tilted()};
+      const Term &term = objective.term[t], &first = objective.term[0];
+      const bool alike = t > 0 && term.kind == first.kind && term.k == first.k && term.largest == first.largest &&
+                         term.temperature == first.temperature;
+      Sweep& of_term = sweep[alike ? 0 : sweeps++];
+      of_term.exponent = term.exponent();
+      of_term.forward |= term.wants_forward() || !term.wants_reverse();
+      of_term.reverse |= term.wants_reverse();
+      of_term.tilted |= term.tilted();
       entries_of_term[t + 1] = entries_of_term[t] + (term.by_rank() ? term.k : 0);
       warmest = term.temperature > warmest ? term.temperature : warmest;
     }

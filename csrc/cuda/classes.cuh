@@ -76,7 +76,7 @@ __device__ void gradient_and_product(const Block<X, kLayout>& block) {
     block.load(kTeacher, v, t);
     standardize(block, kStudent, v, s);
     standardize(block, kTeacher, v, t);
-    vector_gradient<kMaxTerms, true, X, block.kWidth>(numbers, block.call.objective.terms, s, t, out);
+    vector_gradient<kMaxTerms, true, X, block.kWidth>(numbers, block.call.sweeps, s, t, out);
 #pragma unroll
     for (int w = 0; w < block.kWidth; ++w) {
       const bool masked = s[w] == minus_infinity<X>();  // nothing comes from masked classes

@@ -62,13 +62,12 @@ __device__ void copy_in(const Block<X, kLayout>& block, int side, const Place& p
     if (sample.valid && row_in_vectors(block, side, first)) {
       const X* from = static_cast<const X*>(matrix.data) + first - block.lead;  // where slot 0 would be
       X* to = block.tile[side];
-      const int whole = (block.lead + block.count) / block.kWidth;
-      const int begin = block.member + (block.lead > 0);
-      auto shared = static_cast<unsigned>(__cvta_generic_to_shared(to + begin * block.kWidth));
-      const auto *global = reinterpret_cast<const Vector*>(from) + begin,
-                 *end = reinterpret_cast<const Vector*>(from) + whole;
-      const unsigned step = block.team * sizeof(Vector);
-      for (; global < end; global += block.team, shared += step) copy_16_bytes(shared, global);
+      const int whole = (block.lead + block.count) / block.kWidth, begin = block.member + (block.lead > 0);
+      const auto* global = reinterpret_cast<const Vector*>(from) + begin;
+      const unsigned slots_at = static_cast<unsigned>(__cvta_generic_to_shared(to));
+      const unsigned end = slots_at + whole * sizeof(Vector), step = block.team * sizeof(Vector);
+      for (unsigned at = slots_at + begin * sizeof(Vector); at < end; at += step, global += block.team)
+        copy_16_bytes(at, global);
       over_edges(block, whole, [&](int i, bool inside) { to[i] = inside ? from[i] : none; });
       return;
     }
@@ -127,11 +126,10 @@ __device__ void copy_out(const Block<X, kLayout>& block, const Place& place, boo
     if (sample.number >= 0 && row_in_vectors(block, kGradient, first)) {
       X* to = static_cast<X*>(matrix.data) + first - block.lead;
       const X* from = block.tile[kStudent];
-      const int whole = (block.lead + block.count) / block.kWidth;
-      const int begin = block.member + (block.lead > 0);
-      const auto* shared = reinterpret_cast<const Vector*>(from) + begin;
-      auto *global = reinterpret_cast<Vector*>(to) + begin, *end = reinterpret_cast<Vector*>(to) + whole;
-      for (; global < end; global += block.team, shared += block.team) *global = zero ? Vector{} : *shared;
+      const int whole = (block.lead + block.count) / block.kWidth, begin = block.member + (block.lead > 0);
+      auto* global = reinterpret_cast<Vector*>(to) + begin;
+      for (int v = begin; v < whole; v += block.team, global += block.team)
+        *global = zero ? Vector{} : reinterpret_cast<const Vector*>(from)[v];
       over_edges(block, whole, [&](int i, bool inside) {
         if (inside) to[i] = zero ? nothing : from[i];
       });

@@ -340,8 +340,9 @@ __device__ T entry_gradient(const Call& call, const Sample<T>& sample, const Ent
 #pragma unroll
   for (int t = 0; t < kMaxTerms; ++t) {
     if (t >= call.objective.terms) break;
-    sum += slope_at(sample.share[t][entry.group[t]], static_cast<T>(call.sweep[t].exponent), call.sweep[t].tilted,
-                    entry.student, entry.teacher);
+    const Sweep& sweep = call.sweep[call.sweep_of(t)];
+    sum += slope_at(sample.share[t][entry.group[t]], static_cast<T>(sweep.exponent), sweep.tilted, entry.student,
+                    entry.teacher);
   }
   return sum;
 }

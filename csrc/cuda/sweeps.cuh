@@ -180,7 +180,7 @@ template <class X, Layout kLayout>
 __device__ void statistics(const Block<X, kLayout>& block) {
   const Objective& objective = block.call.objective;
   if (objective.has_ce()) add_up_softmax(block);
-  for (int t = 0; t < objective.terms; ++t) {
+  for (int t = 0; t < block.call.sweeps; ++t) {
     const Sweep& sweep = block.call.sweep[t];
     const auto exponent = static_cast<Real<X>>(sweep.exponent);
     if (sweep.forward && sweep.reverse) add_up<true, true>(block, exponent, 1 + 4 * t);
@@ -209,21 +209,28 @@ struct GradientNumbers {
 #pragma unroll
     for (int t = 0; t < kMaxTerms; ++t) {
       if (t >= call.objective.terms) break;
-      exponent[t] = static_cast<T>(call.sweep[t].exponent);
-      tilted[t] = call.sweep[t].tilted;
-      rest[t] = sample.share[t][call.objective.term[t].groups() - 1];
+      const GroupShare<T>& share = sample.share[t][call.objective.term[t].groups() - 1];
+      if (t < call.sweeps) {
+        exponent[t] = static_cast<T>(call.sweep[t].exponent);
+        tilted[t] = call.sweep[t].tilted;
+        rest[t] = share;
+      } else {
+        rest[0].student += share.student;
+        rest[0].tilt += share.tilt;
+        rest[0].teacher += share.teacher;
+      }
     }
   }
 };
 
-// The gradient of a vector of classes in the logits that the terms see: of at most `kTerms` terms, none of them tilted
-// unless `kTilted`.
-template <int kTerms, bool kTilted, class T, int kWidth>
-__device__ __forceinline__ void vector_gradient(const GradientNumbers<T>& numbers, int terms, const T* s, const T* t,
+// The gradient of a vector of classes in the logits that the terms see: of at most `kSweeps` sweeps, none of them
+// tilted unless `kTilted`.
+template <int kSweeps, bool kTilted, class T, int kWidth>
+__device__ __forceinline__ void vector_gradient(const GradientNumbers<T>& numbers, int sweeps, const T* s, const T* t,
                                                 T* out) {
 #pragma unroll
-  for (int i = 0; i < kTerms; ++i) {
-    if (i > 0 && i >= terms) break;
+  for (int i = 0; i < kSweeps; ++i) {
+    if (i > 0 && i >= sweeps) break;
     const auto add = [&](bool tilted) {
 #pragma unroll
       for (int w = 0; w < kWidth; ++w) {
@@ -266,7 +273,7 @@ __device__ __forceinline__ T softmax_gradient(const Sample<T>& sample, T logit) 
 template <class X, Layout kLayout>
 __device__ double product_sum(const Block<X, kLayout>& block) {
   using T = Real<X>;
-  const int terms = block.call.objective.terms;
+  const int sweeps = block.call.sweeps;
   const GradientNumbers<T> numbers(block.call, block.sample());
   double total = 0;
   for (int v = block.member; v < block.vectors; v += block.team) {
@@ -275,7 +282,7 @@ __device__ double product_sum(const Block<X, kLayout>& block) {
     block.load(kTeacher, v, t);
     standardize(block, kStudent, v, s);
     standardize(block, kTeacher, v, t);
-    vector_gradient<kMaxTerms, true, T, block.kWidth>(numbers, terms, s, t, out);
+    vector_gradient<kMaxTerms, true, T, block.kWidth>(numbers, sweeps, s, t, out);
 #pragma unroll
     for (int w = 0; w < block.kWidth; ++w) sum += s[w] == minus_infinity<T>() ? T(0) : out[w] * s[w];
     total += sum;
@@ -283,14 +290,14 @@ __device__ double product_sum(const Block<X, kLayout>& block) {
   return total;
 }
 
-// The gradient, in the student's place, of at most `kTerms` terms: of logits as they are if `kPlain`, and without tilt
-// unless `kTilted`.
-template <bool kPlain, int kTerms, bool kTilted, class X, Layout kLayout>
+// The gradient, in the student's place, of at most `kSweeps` sweeps: of logits as they are if `kPlain`, and without
+// tilt unless `kTilted`.
+template <bool kPlain, int kSweeps, bool kTilted, class X, Layout kLayout>
 __device__ __forceinline__ void sweep_gradient(const Block<X, kLayout>& block) {
   using T = Real<X>;
   const Call& call = block.call;
   const Sample<T>& sample = block.sample();
-  const int terms = call.objective.terms;
+  const int sweeps = call.sweeps;
   const bool entropy = call.objective.has_ce();
   const GradientNumbers<T> numbers(call, sample);
 #pragma unroll 1
@@ -299,14 +306,14 @@ __device__ __forceinline__ void sweep_gradient(const Block<X, kLayout>& block) {
     block.load(kStudent, v, raw);
     block.load(kTeacher, v, t);
     if constexpr (kPlain) {
-      vector_gradient<kTerms, kTilted, T, block.kWidth>(numbers, terms, raw, t, out);
+      vector_gradient<kSweeps, kTilted, T, block.kWidth>(numbers, sweeps, raw, t, out);
     } else {
       T s[block.kWidth];
 #pragma unroll
       for (int w = 0; w < block.kWidth; ++w) s[w] = raw[w];
       standardize(block, kStudent, v, s);
       standardize(block, kTeacher, v, t);
-      vector_gradient<kTerms, kTilted, T, block.kWidth>(numbers, terms, s, t, out);
+      vector_gradient<kSweeps, kTilted, T, block.kWidth>(numbers, sweeps, s, t, out);
 #pragma unroll
       for (int w = 0; w < block.kWidth; ++w) out[w] = chained(block, class_near(block, v, w), s[w], out[w]);
     }
@@ -322,7 +329,7 @@ __device__ __forceinline__ void sweep_gradient(const Block<X, kLayout>& block) {
 template <class X, Layout kLayout>
 __device__ void gradient(const Block<X, kLayout>& block) {
   if (!block.plain()) sweep_gradient<false, kMaxTerms, true>(block);
-  else if (block.call.tilted() || block.call.objective.terms > 1) sweep_gradient<true, kMaxTerms, true>(block);
+  else if (block.call.tilted() || block.call.sweeps > 1) sweep_gradient<true, kMaxTerms, true>(block);
   else sweep_gradient<true, 1, false>(block);
 }
 
