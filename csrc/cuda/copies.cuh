@@ -48,6 +48,19 @@ __device__ __forceinline__ bool pixels_in_vectors(const Block<X, Layout::pixels>
          matrix.class_stride * static_cast<int64_t>(sizeof(X)) % 16 == 0;
 }
 
+// Visits the thread's share of the vectors of a block's pixels: visit(first slot, its place in the matrix).
+template <class X, class Visit>
+__device__ __forceinline__ void over_pixel_vectors(const Block<X, Layout::pixels>& block, const Matrix& matrix,
+                                                   Visit visit) {
+  constexpr int kElements = 16 / sizeof(X);
+  const int samples = block.call.tiling.samples, of_class = samples / kElements;
+  const int first = block.thread / of_class, step = block.call.tiling.threads() / of_class;  // classes
+  int slot = block.thread * kElements;
+  int64_t at = (block.begin + first) * matrix.class_stride + block.thread % of_class * kElements;
+  for (int c = first; c < block.count; c += step, slot += step * samples, at += step * matrix.class_stride)
+    visit(slot, at);
+}
+
 // Starts to read a side's logits. Slots without a logit that counts get -inf.
 template <class X, Layout kLayout>
 __device__ void copy_in(const Block<X, kLayout>& block, int side, const Place& place) {
@@ -73,14 +86,9 @@ __device__ void copy_in(const Block<X, kLayout>& block, int side, const Place& p
     }
   } else {
     if (pixels_in_vectors(block, side, place)) {
-      constexpr int kElements = 16 / sizeof(X);
-      const int in_class = call.tiling.samples / kElements;
       const X* from = static_cast<const X*>(matrix.data) + block.samples[0].offset[side];
       X* to = block.tile[side] - block.own;
-      for (int i = block.thread; i < block.count * in_class; i += call.tiling.threads()) {
-        const int c = i / in_class, at = i % in_class * kElements;
-        copy_16_bytes(to + c * call.tiling.samples + at, from + (block.begin + c) * matrix.class_stride + at);
-      }
+      over_pixel_vectors(block, matrix, [&](int slot, int64_t at) { copy_16_bytes(to + slot, from + at); });
       for (int i = block.count + block.member; i < slots; i += block.team) block.slot(side, i) = none;
       return;
     }
@@ -137,15 +145,11 @@ __device__ void copy_out(const Block<X, kLayout>& block, const Place& place, boo
     }
   } else {
     if (pixels_in_vectors(block, kGradient, place)) {
-      constexpr int kElements = 16 / sizeof(X);
-      const int in_class = call.tiling.samples / kElements;
       X* to = static_cast<X*>(matrix.data) + block.samples[0].offset[kGradient];
       const X* from = block.tile[kStudent] - block.own;
-      for (int i = block.thread; i < block.count * in_class; i += call.tiling.threads()) {
-        const int c = i / in_class, at = i % in_class * kElements;
-        const Vector vector = zero ? Vector{} : *reinterpret_cast<const Vector*>(from + c * call.tiling.samples + at);
-        *reinterpret_cast<Vector*>(to + (block.begin + c) * matrix.class_stride + at) = vector;
-      }
+      over_pixel_vectors(block, matrix, [&](int slot, int64_t at) {
+        *reinterpret_cast<Vector*>(to + at) = zero ? Vector{} : *reinterpret_cast<const Vector*>(from + slot);
+      });
       done = true;
     }
   }
