@@ -160,9 +160,12 @@ def _library() -> ctypes.CDLL:
 
 
 class Recorder(Simulator):
-    """Runs nothing: ``log`` has the launches that would be."""
+    """Runs nothing: ``log`` has the launches that would be, and new memory that they were to write holds zeros."""
 
     def _launch(self, name, blocks, threads, cluster, shared, parameters, size, buffers) -> None:
+        for tensor in (_tensor_at(buffer) for buffer in buffers if buffer.fresh):
+            if tensor is not None:
+                tensor.zero_()
         self.log.append(Launch(name, blocks, cluster, threads, shared, None))
 
 

@@ -23,6 +23,7 @@ from kdkernels import ops
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 #: What is compiled for the simulator; one GPU runs what is built for it.
 ARCHITECTURES = (80, 90) if DEVICE.type == "cpu" else (0,)
+FIRST, LAST = ARCHITECTURES[0], ARCHITECTURES[-1]
 
 needs_simulator = pytest.mark.skipif(DEVICE.type != "cpu", reason="counts what the simulator does; here is a GPU")
 

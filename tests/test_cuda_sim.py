@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cuda_targets import ARCHITECTURES, check, device, missing, needs_simulator, run
+from cuda_targets import ARCHITECTURES, FIRST, LAST, check, device, missing, needs_simulator, run
 from helpers import Path, make_inputs, must_have_native, name_of, needed_target
 from losses import LOSSES, STANDARDIZED
 from ptxsim import device_bytes
 
 ALL = LOSSES | STANDARDIZED
 FUSED, RECOMPUTE = Path("cuda", "fused"), Path("cuda", "recompute")
-FIRST, LAST = ARCHITECTURES[0], ARCHITECTURES[-1]
+
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
 
