@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cuda_targets import ARCHITECTURES, check, device, missing, needs_simulator, run
+from cuda_targets import ARCHITECTURES, FIRST, LAST, check, device, missing, needs_simulator, run
 from helpers import Path, make_inputs, must_have_native, name_of, needed_target
 from losses import LOSSES, STANDARDIZED
 from ptxsim import device_bytes
 
 ALL = LOSSES | STANDARDIZED
 FUSED, RECOMPUTE = Path("cuda", "fused"), Path("cuda", "recompute")
-FIRST, LAST = ARCHITECTURES[0], ARCHITECTURES[-1]
+
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
 
@@ -237,9 +237,10 @@ def test_ties_of_the_top_k(layout: str) -> None:
 
 
 def test_targets_out_of_range() -> None:
-    """No access out of bounds; the sample's loss is NaN and the others' are untouched."""
-    student, teacher, target = make_inputs((6, 90))
-    target[2], target[4] = 90, -1
+    """No access out of bounds; the sample's loss is NaN and others are untouched: rows of whole vectors are added up
+    in the same order wherever they are."""
+    student, teacher, target = make_inputs((6, 92))
+    target[2], target[4] = 92, -1
     got, _ = run(ALL["dkd"], student, teacher, FUSED, LAST, torch.ones(6), target=target, reduction="none")
     right = torch.tensor([0, 1, 3, 5])
     assert got.loss.isnan().tolist() == [False, False, True, False, True, False]
