@@ -10,7 +10,6 @@ constexpr int64_t kSplitSamples = 16;     // fewer samples than this may be spli
 constexpr int kBatch = kLanes<double>;    // rows that take step 2 together, at most
 constexpr int kBatchClasses = 4 * kTile;  // their classes, at most
 constexpr int64_t kGrainClasses = 16384;  // least work that is worth a thread
-constexpr int64_t kFewClasses = 64;       // whose sums are taken in double precision: few roundings do not average out
 constexpr int64_t kStripBytes = 1 << 20;  // of a strip's logits and gradients, so that they stay in L2
 constexpr int64_t kLeastStrip = 512;      // classes; with fewer, rows would be read in too small pieces
 
@@ -23,7 +22,6 @@ struct Scratch {
   alignas(64) T teacher[kTile];
   alignas(64) T gradient[kTile];
   alignas(64) T raw[kTile];
-  alignas(64) double few[2][kFewClasses];
   Buffer<T> leads, kept, kept_leads;
   std::vector<int64_t> members;
   Ranking<T> found, merged;
@@ -145,10 +143,6 @@ class Worker {
       for (const bool careful : {false, true})
         for (const bool keep : {false, true}) {
           const WantedSums leads{term.wants_reverse(), Also::nothing}, rest{sweeps_.reverse(t), sweeps_.served(t)};
-          if (careful && !keep) {
-            few_rest_[t] = choose_add_sums<double, false>(rest, keep, careful);
-            few_leads_[t] = choose_add_sums<double, false>(leads, keep, careful);
-          }
           add_leads_[t][careful][keep] = choose_add_sums<T, false>(leads, keep, careful);
           add_rest_[t][careful][keep] = problem.moments ? choose_add_sums<T, true>(rest, keep, careful)
                                                         : choose_add_sums<T, false>(rest, keep, careful);
@@ -175,13 +169,9 @@ class Worker {
     }
   }
 
-  // Whether sums over so many classes are in double precision though T is not.
-  static bool few(int64_t classes) { return sizeof(T) < sizeof(double) && classes <= kFewClasses; }
-
   // Whether exponentials are kept: they must fit in cache, and rows that may be split over threads never keep them,
   // so that the arithmetic is a matter of the shape alone.
   static bool keeps(const Problem& p) {
-    if (few(p.classes)) return false;
     if ((!p.gradient.data && !p.sums_out) || !p.values || may_split(p)) return false;
     return sums_in_forward(p) || (!p.moments && p.classes * kept_arrays(p.objective) <= 2 * kKeptClasses);
   }
@@ -406,10 +396,6 @@ class Worker {
         if (sweeps_.squares()) to.squares = &stats.rest[sweeps_.follower];
         if (sweeps_.served(t) == Also::softmax) to.softmax = &stats.ce;
         to.squarings = sweeps_.squarings;
-        if (few(p_.classes)) {
-          add_few(t, few_rest_[t], tile, classes, to);
-          continue;
-        }
         careful[t] = careful[t] || !add_hopefully(t, add_rest_[t], tile, classes, exps, next, to);
         if (careful[t]) add_carefully(t, add_rest_[t], tile, classes, exps, next, to);
         if (kept_[t].student)
@@ -443,18 +429,6 @@ class Worker {
                      const Ahead& next, const SumsTo& to) const {
     count_from_maxima(t, tile, classes, to);
     add[true][exps.student != nullptr](tile.student, tile.teacher, classes, exponent_[t], to, exps, next);
-  }
-
-  // Adds a tile of few classes. The exponents, too, are those of the double precision of `exponent_`.
-  void add_few(int t, AddSums<double> add, const Tile<T>& tile, const Classes& classes, const SumsTo& to) {
-    const auto widened = [&](const Source<T>& source, double* out) {
-      for (int i = 0; i < tile.count; ++i)
-        out[i] = source.affine.high ? source.affine(i, source.logits[i]) : source.logits[i];
-      return Source<double>{out};
-    };
-    count_from_maxima(t, tile, classes, to);
-    add(widened(tile.student, scratch_.few[0]), widened(tile.teacher, scratch_.few[1]), classes, exponent_[t], to, {},
-        {});
   }
 
   // Moves the origins up to the maxima of some classes of a tile.
@@ -784,7 +758,7 @@ class Worker {
 
   // Room for the exponentials of a leading group, if any are kept.
   Exps<T> kept_leads(const Row<T>& row, int t, int g) {
-    if (!kept_row_ || few(o_.term[t].group_end(g) - o_.term[t].group_begin(g))) return {};
+    if (!kept_row_) return {};
     const int size = padded<T>(o_.term[t].leads()), groups = kMaxTerms * (kMaxGroups - 1);
     const int slot = 3 * kept_leads_size_, index = row.lane * groups + (kMaxGroups - 1) * t + g;
     T* next = scratch_.kept_leads.data(kBatch * groups * slot) + index * slot;
@@ -816,10 +790,6 @@ class Worker {
       return leads;
     }
     const Classes all{leads.count};
-    if (few(leads.count)) {
-      add_few(t, few_leads_[t], leads, all, {stats});
-      return leads;
-    }
     const Exps<T> exps = kept_leads(row, t, g);
     if (!add_hopefully(t, add_leads_[t], leads, all, exps, ahead(row, 0), {stats}))
       add_carefully(t, add_leads_[t], leads, all, exps, ahead(row, 0), {stats});
@@ -933,7 +903,6 @@ class Worker {
   Scratch<T>& scratch_;
   T exponent_[kMaxTerms];
   AddSumsOfTerm add_rest_[kMaxTerms], add_leads_[kMaxTerms];
-  AddSums<double> few_rest_[kMaxTerms], few_leads_[kMaxTerms];
   GradientOfTerm rest_gradient_[kMaxTerms], lead_gradient_[kMaxTerms];
   Exps<T> kept_[kMaxTerms];  // of the batch's first row
   int64_t kept_row_ = 0;     // from row to row

@@ -87,7 +87,8 @@ struct Classes {
   int hidden_count = 0;
 };
 
-constexpr int kRun = 32;  // vectors between flushes
+constexpr int kRun = 32;             // vectors between flushes
+constexpr int kMaskedClasses = 128;  // from so many on masks cost less than gaps in the loop
 
 // Calls body(i, lanes, chain) for each vector of classes; two chains of dependent operations keep the pipelines full.
 // Calls flush() now and then, at the end too, so that chains of roundings can be kept short.
@@ -97,7 +98,7 @@ inline __attribute__((always_inline)) void each_vector(const Classes& classes, c
   constexpr AllLanes all;
   const int *hidden = classes.hidden, *hidden_end = hidden + classes.hidden_count;
   int i = 0;
-  if (kHasLaneMasks && classes.hidden_count > 0) {  // masks cost next to nothing
+  if (kHasLaneMasks && classes.hidden_count > 0 && classes.count >= kMaskedClasses) {
     SeenLanes seen[kTile / W];
     const int pairs = classes.count / (2 * W);
     std::fill_n(seen, 2 * pairs, SeenLanes{static_cast<Lanes>((uint64_t{1} << W) - 1)});
@@ -230,13 +231,12 @@ struct ChainedSum {
   Vec<double> low{}, high{};
 
   void flush() {
-    for (const Vec<T>& sum : chain) {
-      if constexpr (sizeof(T) == 8) {
-        low += sum;
-      } else {
-        low += doubles_of(sum, 0);
-        high += doubles_of(sum, 1);
-      }
+    const Vec<T> sum = chain[0] + chain[1];
+    if constexpr (sizeof(T) == 8) {
+      low += sum;
+    } else {
+      low += doubles_of(sum, 0);
+      high += doubles_of(sum, 1);
     }
     chain[0] = chain[1] = Vec<T>{};
   }
