@@ -10,6 +10,7 @@ constexpr int64_t kSplitSamples = 16;     // fewer samples than this may be spli
 constexpr int kBatch = kLanes<double>;    // rows that take step 2 together, at most
 constexpr int kBatchClasses = 4 * kTile;  // their classes, at most
 constexpr int64_t kGrainClasses = 16384;  // least work that is worth a thread
+constexpr int64_t kFewClasses = 64;       // whose loss takes double precision: the roundings of few do not average out
 constexpr int64_t kStripBytes = 1 << 20;  // of a strip's logits and gradients, so that they stay in L2
 constexpr int64_t kLeastStrip = 512;      // classes; with fewer, rows would be read in too small pieces
 
@@ -22,6 +23,7 @@ struct Scratch {
   alignas(64) T teacher[kTile];
   alignas(64) T gradient[kTile];
   alignas(64) T raw[kTile];
+  alignas(64) double few[2][kFewClasses];
   Buffer<T> leads, kept, kept_leads;
   std::vector<int64_t> members;
   Ranking<T> found, merged;
@@ -140,6 +142,7 @@ class Worker {
     for (int t = 0; t < o_.terms; ++t) {
       exponent_[t] = static_cast<T>(o_.term[t].exponent());
       const Term& term = o_.term[t];
+      add_few_[t] = choose_add_sums<double, false>({term.wants_reverse(), Also::nothing}, false, true);
       for (const bool careful : {false, true})
         for (const bool keep : {false, true}) {
           const WantedSums leads{term.wants_reverse(), Also::nothing}, rest{sweeps_.reverse(t), sweeps_.served(t)};
@@ -246,7 +249,10 @@ class Worker {
         }
       }
     for (int i = 0; i < count; ++i) collect(rows[i], total[i], stats);
-    finish(rows, count, stats);
+    BatchStats of_few;
+    const bool few = sizeof(T) < sizeof(double) && p_.classes <= kFewClasses;
+    for (int i = 0; i < count && few; ++i) collect_few(rows[i], of_few);
+    finish(rows, count, stats, few ? of_few : stats);
     if (p_.gradient.data && !p_.moments)
       for (int i = 0; i < count; ++i) gradient(rows[i], 0, p_.classes);
     if (sums_in_forward(p_)) add_class_sums(rows, count, 0, p_.classes);
@@ -466,8 +472,33 @@ class Worker {
     batch.ce.sum[row.lane] = total.ce.sum;
   }
 
-  // Step 2 of a batch: losses, their parts and the gradients' coefficients.
-  void finish(Row<T>* rows, int count, const BatchStats& stats) {
+  // The same from exponentials in double precision, for the loss: a gradient has to go with the exponentials it takes.
+  void collect_few(const Row<T>& row, BatchStats& batch) {
+    const auto widened = [](const Source<T>& source, int count, double* out) {
+      for (int i = 0; i < count; ++i)
+        out[i] = source.affine.high ? source.affine(i, source.logits[i]) : source.logits[i];
+      return Source<double>{out};
+    };
+    for (int t = 0; t < o_.terms; ++t) {
+      const int rest = o_.term[t].groups() - 1;
+      for (int g = 0; g <= rest; ++g) {
+        const Tile<T> tile = g < rest ? gather(row, t, g) : load_tile(row, 0, p_.classes);
+        const Classes classes = g < rest ? Classes{tile.count} : rest_classes(row, t, tile);
+        GroupStats<double> stats;
+        if (tile.count - classes.hidden_count == 1) {
+          stats = g < rest ? single(t, *tile.student.logits, *tile.teacher.logits) : only_rest(row, t);
+        } else {
+          count_from_maxima(t, tile, classes, {stats});
+          add_few_[t](widened(tile.student, tile.count, scratch_.few[0]),
+                      widened(tile.teacher, tile.count, scratch_.few[1]), classes, exponent_[t], {stats}, {}, {});
+        }
+        set_lane(batch.group[t][g], row.lane, stats);
+      }
+    }
+  }
+
+  // Step 2 of a batch: losses, their parts and, from statistics that may be others, the gradients' coefficients.
+  void finish(Row<T>* rows, int count, const BatchStats& stats, const BatchStats& of_losses) {
     const Doubles log_ce_sum = o_.has_ce() ? log(stats.ce.sum) : Doubles{};
     for (int i = 0; i < count; ++i) {
       Row<T>& row = rows[i];
@@ -489,12 +520,14 @@ class Worker {
       int64_t sizes[kMaxGroups];
       for (int g = 0; g < rest; ++g) sizes[g] = term.group_end(g) - term.group_begin(g);
       sizes[rest] = p_.classes - (rest ? term.leads() : 0);
-      TermResult<Doubles> result;
+      TermResult<Doubles> result, of_others;
       evaluate(term, stats.group[t], sizes, unit(t), result);
+      if (&of_losses != &stats) evaluate(term, of_losses.group[t], sizes, unit(t), of_others);
+      const TermResult<Doubles>& losses = &of_losses != &stats ? of_others : result;
       for (int i = 0; i < count; ++i) {
         Row<T>& row = rows[i];
-        *values(row) += result.loss[i];
-        for (int j = 0; j < term.parts() && p_.parts; ++j) values(row)[first_part + j] = result.parts[j][i];
+        *values(row) += losses.loss[i];
+        for (int j = 0; j < term.parts() && p_.parts; ++j) values(row)[first_part + j] = losses.parts[j][i];
         for (int g = 0; g <= rest; ++g) {
           const GroupCoefficients<Doubles>& by = result.group[g];
           row.group[t][g] = {T(stats.group[t][g].student_origin[i]), T(stats.group[t][g].teacher_origin[i]),
@@ -903,6 +936,7 @@ class Worker {
   Scratch<T>& scratch_;
   T exponent_[kMaxTerms];
   AddSumsOfTerm add_rest_[kMaxTerms], add_leads_[kMaxTerms];
+  AddSums<double> add_few_[kMaxTerms];
   GradientOfTerm rest_gradient_[kMaxTerms], lead_gradient_[kMaxTerms];
   Exps<T> kept_[kMaxTerms];  // of the batch's first row
   int64_t kept_row_ = 0;     // from row to row
@@ -967,7 +1001,7 @@ void forward_split(const Problem& problem, const Parallel& parallel) {
     for (int64_t c = 0; c < chunks; ++c) main.merge_into(total, stats[r * chunks + c]);
     BatchStats batch;
     main.collect(rows[r], total, batch);
-    main.finish(&rows[r], 1, batch);
+    main.finish(&rows[r], 1, batch, batch);
   }
   if (p.gradient.data)
     each_chunk([&](Worker<T>& worker, int64_t r, int64_t c) {
