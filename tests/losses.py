@@ -145,7 +145,7 @@ _CASES = (
         ),
         ("mass_1", "top_1", "rest_1", "mass_2", "top_2", "rest_2"),
     ),
-    # The cross entropy's exponentials are powers of the divergence's, or are not: one loss of each kind.
+    # Its temperature is a power of two, so that the divergence's exponentials serve the cross entropy, leaders' too.
     Case(
         "gdkd_ce",
         objective.adjust(objective.gdkd(), ce_weight=1.0),
@@ -153,7 +153,7 @@ _CASES = (
         ("ce", *_GDKD),
         needs_target=True,
     ),
-    # The cooler term's exponentials are squares of the other's, in both directions and with masses.
+    # The cooler term comes first and takes squares of the other's exponentials; the cross entropy has its own.
     _by_objective(
         "dkd_two_temperatures",
         Objective(

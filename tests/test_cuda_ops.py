@@ -13,7 +13,7 @@ import pytest
 import torch
 from cuda_simulator import recorded
 from cuda_targets import DEVICE, LAST, device, missing, moved
-from helpers import Path, assert_same, expected, make_inputs, measured, must_have_native, needed_target
+from helpers import OUTPUTS, Path, assert_same, expected, make_inputs, measured, must_have_native, needed_target
 from losses import LOSSES, STANDARDIZED, Case
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -63,19 +63,12 @@ def opcheck(op: object, arguments: tuple[Any, ...], requires_grad: bool = False)
 
 # The check differentiates through the op, which only ever runs inside an autograd function.
 UNDIFFERENTIATED = pytest.mark.filterwarnings("ignore:.*an autograd kernel was not registered:UserWarning")
-FLAGS = {
-    "all": {},
-    "loss": {"gradient": False, "save": False, "parts": False},
-    "fused": {"save": False, "parts": False},
-    "recompute": {"gradient": False, "parts": False},
-    "rows": {"reduction": "none"},
-}
 
 
 @UNDIFFERENTIATED
 @pytest.mark.usefixtures("launches")
 @pytest.mark.parametrize("requires_grad", [True, False], ids=["grad", "no_grad"])
-@pytest.mark.parametrize("flags", FLAGS.values(), ids=FLAGS.keys())
+@pytest.mark.parametrize("flags", OUTPUTS.values(), ids=OUTPUTS.keys())
 @pytest.mark.parametrize("name", ["dkd", "gdkd3", "pr_gdkd", "ls_dkd"])
 def test_forward_op(name: str, flags: dict[str, Any], requires_grad: bool) -> None:
     student, teacher, target = (moved(tensor, DEVICE) for tensor in make_inputs((3, 23)))

@@ -50,9 +50,8 @@ struct Call {
   Objective objective;
   Sweep sweep[kMaxTerms] = {};
   int sweeps = 0;
-  int entries_of_term[kMaxTerms + 1] =
-      {};                // where a term's leading classes begin among the entries, and how many there are
-  double far_below = 0;  // difference of logits that leaves nothing of an exponential
+  int entries_of_term[kMaxTerms + 1] = {};  // where each one's leading classes begin among the entries; their number
+  double far_below = 0;                     // difference of logits that leaves nothing of an exponential
   Tiling tiling;
   Regions regions;
   Matrix student, teacher, gradient;
@@ -101,9 +100,8 @@ struct Call {
     entries_of_term[0] = target ? 1 : 0;
     double warmest = 1;
     for (int t = 0; t < objective.terms; ++t) {
-      const Term &term = objective.term[t], &first = objective.term[0];
-      const bool alike = t > 0 && term.kind == first.kind && term.k == first.k && term.largest == first.largest &&
-                         term.temperature == first.temperature;
+      const Term& term = objective.term[t];
+      const bool alike = t > 0 && objective.same_groups() && term.temperature == objective.term[0].temperature;
       Sweep& of_term = sweep[alike ? 0 : sweeps++];
       of_term.exponent = term.exponent();
       of_term.forward |= term.wants_forward() || !term.wants_reverse();
