@@ -16,26 +16,6 @@ constexpr int64_t kLeastStrip = 512;      // classes; with fewer, rows would be 
 
 // Rows ---------------------------------------------------------------------------------------------------------------
 
-// Memory that a thread keeps from call to call.
-template <class T>
-struct Scratch {
-  alignas(64) T student[kTile];
-  alignas(64) T teacher[kTile];
-  alignas(64) T gradient[kTile];
-  alignas(64) T raw[kTile];
-  alignas(64) double few[2][kFewClasses];
-  Buffer<T> leads, kept, kept_leads;
-  std::vector<int64_t> members;
-  Ranking<T> found, merged;
-  std::vector<std::pair<T, int64_t>> lead_gradients;
-  std::vector<int> unsorted, hidden;
-
-  static Scratch& of_this_thread() {
-    static thread_local Scratch scratch;
-    return scratch;
-  }
-};
-
 // Partial statistics of the rest groups over some classes of a row.
 struct PartialStats {
   GroupStats<double> rest[kMaxTerms];
@@ -56,6 +36,28 @@ inline void set_lane(GroupStats<Doubles>& batch, int lane, const GroupStats<doub
   batch.teacher_gap[lane] = stats.teacher_gap;
   batch.student_gap[lane] = stats.student_gap;
 }
+
+// Memory that a thread keeps from call to call.
+template <class T>
+struct Scratch {
+  alignas(64) T student[kTile];
+  alignas(64) T teacher[kTile];
+  alignas(64) T gradient[kTile];
+  alignas(64) T raw[kTile];
+  alignas(64) double few[2][kFewClasses];
+  Buffer<T> kept;
+  Buffer<double> leads, kept_leads;
+  std::vector<int64_t> members;
+  Ranking<T> found, merged;
+  std::vector<std::pair<T, int64_t>> lead_gradients;
+  std::vector<int> unsorted, hidden;
+  BatchStats stats, stats_of_few;  // lanes without a row hold whatever was there
+
+  static Scratch& of_this_thread() {
+    static thread_local Scratch scratch;
+    return scratch;
+  }
+};
 
 // Which terms compute exponentials. Of two with the same groups, at temperatures that are equal or one twice the other,
 // the hotter one leads: its exponentials, or their squares, are also those of the other, which follows. The cross entropy
@@ -127,9 +129,10 @@ struct Tile {
 template <class T>
 class Worker {
   using AddSumsOfTerm = std::array<std::array<AddSums<T>, 2>, 2>;  // by whether careful, whether to keep
+  template <class R>
   struct GradientOfTerm {
-    GradientOfExps<T> exps;
-    GradientOfLogits<T> logits;
+    GradientOfExps<R> exps;
+    GradientOfLogits<R> logits;
   };
 
  public:
@@ -142,20 +145,19 @@ class Worker {
     for (int t = 0; t < o_.terms; ++t) {
       exponent_[t] = static_cast<T>(o_.term[t].exponent());
       const Term& term = o_.term[t];
-      add_few_[t] = choose_add_sums<double, false>({term.wants_reverse(), Also::nothing}, false, true);
-      for (const bool careful : {false, true})
-        for (const bool keep : {false, true}) {
-          const WantedSums leads{term.wants_reverse(), Also::nothing}, rest{sweeps_.reverse(t), sweeps_.served(t)};
-          add_leads_[t][careful][keep] = choose_add_sums<T, false>(leads, keep, careful);
+      for (const bool keep : {false, true}) {
+        add_few_[t][keep] = choose_add_sums<double, false>({term.wants_reverse(), Also::nothing}, keep, true);
+        const WantedSums rest{sweeps_.reverse(t), sweeps_.served(t)};
+        for (const bool careful : {false, true})
           add_rest_[t][careful][keep] = problem.moments ? choose_add_sums<T, true>(rest, keep, careful)
                                                         : choose_add_sums<T, false>(rest, keep, careful);
-        }
+      }
       const WantedGradient leads{false, term.tilted(), Also::nothing};
       const WantedGradient rest{t > 0 && sweeps_.has(0), sweeps_.tilted(t), sweeps_.served(t)};
-      lead_gradient_[t] = {choose_gradient_of_exps<T>(leads), choose_gradient_of_logits<T, false>(leads)};
+      lead_gradient_[t] = {choose_gradient_of_exps<double>(leads), choose_gradient_of_logits<double, false>(leads)};
       rest_gradient_[t] = {choose_gradient_of_exps<T>(rest), problem.moments ? choose_gradient_of_logits<T, true>(rest)
                                                                              : choose_gradient_of_logits<T, false>(rest)};
-      if (term.groups() > 1) kept_leads_size_ = std::max(kept_leads_size_, padded<T>(term.leads()));
+      if (term.groups() > 1) kept_leads_size_ = std::max(kept_leads_size_, padded<double>(term.leads()));
     }
     if (keeps(problem)) {
       const int64_t size = padded<T>(p_.classes);
@@ -221,7 +223,6 @@ class Worker {
   // Steps 1 to 3 of a batch of rows.
   void forward(int64_t begin, int64_t end) {
     Row<T> rows[kBatch];
-    BatchStats stats;
     int count = 0;
     for (int64_t n = begin; n < end; ++n) {
       Row<T>& row = rows[count];
@@ -248,11 +249,12 @@ class Worker {
           merge_into(total[i], part);
         }
       }
+    BatchStats &stats = scratch_.stats, &of_losses = scratch_.stats_of_few;
     for (int i = 0; i < count; ++i) collect(rows[i], total[i], stats);
-    BatchStats of_few;
     const bool few = sizeof(T) < sizeof(double) && p_.classes <= kFewClasses;
-    for (int i = 0; i < count && few; ++i) collect_few(rows[i], of_few);
-    finish(rows, count, stats, few ? of_few : stats);
+    if (few) of_losses = stats;
+    for (int i = 0; i < count && few; ++i) collect_few(rows[i], of_losses);
+    finish(rows, count, stats, few ? of_losses : stats);
     if (p_.gradient.data && !p_.moments)
       for (int i = 0; i < count; ++i) gradient(rows[i], 0, p_.classes);
     if (sums_in_forward(p_)) add_class_sums(rows, count, 0, p_.classes);
@@ -438,10 +440,11 @@ class Worker {
   }
 
   // Moves the origins up to the maxima of some classes of a tile.
-  void count_from_maxima(int t, const Tile<T>& tile, const Classes& classes, const SumsTo& to) const {
+  template <class R>
+  void count_from_maxima(int t, const Tile<R>& tile, const Classes& classes, const SumsTo& to) const {
     GroupStats<double>& stats = to.stats;
-    const double student = origin_at(tile_max(tile.student, classes), exponent_[t]);
-    const double teacher = origin_at(tile_max(tile.teacher, classes), exponent_[t]);
+    const double student = origin_at(static_cast<T>(tile_max(tile.student, classes)), exponent_[t]);
+    const double teacher = origin_at(static_cast<T>(tile_max(tile.teacher, classes)), exponent_[t]);
     rebase(stats, std::max(stats.student_origin, student), std::max(stats.teacher_origin, teacher), unit(t));
     if (to.squares)
       rebase(*to.squares, origin_of_squares(stats.student_origin), origin_of_squares(stats.teacher_origin),
@@ -461,7 +464,7 @@ class Worker {
       const int64_t rest_size = p_.classes - (rest ? o_.term[t].leads() : 0);
       for (int g = 0; g < rest; ++g) {
         GroupStats<double> stats;
-        const Tile<T> leads = add_leads(row, t, g, stats);
+        const Tile<double> leads = add_leads(row, t, g, stats);
         if (sweeps_.served(t) == Also::softmax) add_softmax(leads.student.logits, {leads.count}, total.ce);
         set_lane(batch.group[t][g], row.lane, stats);
       }
@@ -472,7 +475,7 @@ class Worker {
     batch.ce.sum[row.lane] = total.ce.sum;
   }
 
-  // The same from exponentials in double precision, for the loss: a gradient has to go with the exponentials it takes.
+  // The same of few classes, all in double precision, for the loss: a gradient has to go with the exponentials it takes.
   void collect_few(const Row<T>& row, BatchStats& batch) {
     const auto widened = [](const Source<T>& source, int count, double* out) {
       for (int i = 0; i < count; ++i)
@@ -481,19 +484,13 @@ class Worker {
     };
     for (int t = 0; t < o_.terms; ++t) {
       const int rest = o_.term[t].groups() - 1;
-      for (int g = 0; g <= rest; ++g) {
-        const Tile<T> tile = g < rest ? gather(row, t, g) : load_tile(row, 0, p_.classes);
-        const Classes classes = g < rest ? Classes{tile.count} : rest_classes(row, t, tile);
-        GroupStats<double> stats;
-        if (tile.count - classes.hidden_count == 1) {
-          stats = g < rest ? single(t, *tile.student.logits, *tile.teacher.logits) : only_rest(row, t);
-        } else {
-          count_from_maxima(t, tile, classes, {stats});
-          add_few_[t](widened(tile.student, tile.count, scratch_.few[0]),
-                      widened(tile.teacher, tile.count, scratch_.few[1]), classes, exponent_[t], {stats}, {}, {});
-        }
-        set_lane(batch.group[t][g], row.lane, stats);
-      }
+      const Tile<T> tile = load_tile(row, 0, p_.classes);
+      const Classes classes = rest_classes(row, t, tile);
+      if (tile.count - classes.hidden_count == 1) continue;  // exact already
+      GroupStats<double> stats;
+      add_few(t, {0, tile.count, widened(tile.student, tile.count, scratch_.few[0]),
+                  widened(tile.teacher, tile.count, scratch_.few[1])}, classes, {}, stats);
+      set_lane(batch.group[t][rest], row.lane, stats);
     }
   }
 
@@ -767,13 +764,14 @@ class Worker {
     return next;
   }
 
-  // The logits of a leading group; after them there is room for a third array of the same size.
-  Tile<T> gather(const Row<T>& row, int t, int g) {
+  // The logits of a leading group, in double precision: the roundings of few classes do not average out. After them there
+  // is room for a third array of the same size.
+  Tile<double> gather(const Row<T>& row, int t, int g) {
     const Term& term = o_.term[t];
     const int64_t* members = row.members[t] + term.group_begin(g);
-    const int count = term.group_end(g) - term.group_begin(g), size = padded<T>(count);
-    T* sides = scratch_.leads.data(3 * size);
-    const auto collect = [&](const Matrix& matrix, const void* logits, T* to) {
+    const int count = term.group_end(g) - term.group_begin(g), size = padded<double>(count);
+    double* sides = scratch_.leads.data(3 * size);
+    const auto collect = [&](const Matrix& matrix, const void* logits, double* to) {
       with_dtype(matrix.dtype, [&](auto element) {
         const auto* from = static_cast<const decltype(element)*>(logits);
         for (int i = 0; i < count; ++i) to[i] = static_cast<T>(widen(from[members[i] * matrix.class_stride]));
@@ -783,18 +781,19 @@ class Worker {
     collect(p_.teacher, row.teacher, sides + size);
     for (int side = 0; side < 2 && o_.standardize != Standardize::none; ++side)
       for (int i = 0; i < count; ++i) {
-        T& logit = sides[side * size + i];
-        logit = o_.standardize == Standardize::by_class ? by_class_[side](members[i], logit) : row.affine[side](logit);
+        double& logit = sides[side * size + i];
+        const T raw = static_cast<T>(logit);
+        logit = o_.standardize == Standardize::by_class ? by_class_[side](members[i], raw) : row.affine[side](raw);
       }
     return {0, count, {sides}, {sides + size}};
   }
 
   // Room for the exponentials of a leading group, if any are kept.
-  Exps<T> kept_leads(const Row<T>& row, int t, int g) {
+  Exps<double> kept_leads(const Row<T>& row, int t, int g) {
     if (!kept_row_) return {};
-    const int size = padded<T>(o_.term[t].leads()), groups = kMaxTerms * (kMaxGroups - 1);
+    const int size = padded<double>(o_.term[t].leads()), groups = kMaxTerms * (kMaxGroups - 1);
     const int slot = 3 * kept_leads_size_, index = row.lane * groups + (kMaxGroups - 1) * t + g;
-    T* next = scratch_.kept_leads.data(kBatch * groups * slot) + index * slot;
+    double* next = scratch_.kept_leads.data(kBatch * groups * slot) + index * slot;
     return {next, next + size, o_.term[t].wants_reverse() ? next + 2 * size : nullptr};
   }
 
@@ -816,17 +815,21 @@ class Worker {
   }
 
   // Step 1 for a leading group, which it returns.
-  Tile<T> add_leads(const Row<T>& row, int t, int g, GroupStats<double>& stats) {
-    const Tile<T> leads = gather(row, t, g);
+  Tile<double> add_leads(const Row<T>& row, int t, int g, GroupStats<double>& stats) {
+    const Tile<double> leads = gather(row, t, g);
     if (leads.count == 1) {
-      stats = single(t, *leads.student.logits, *leads.teacher.logits);
-      return leads;
+      stats = single(t, static_cast<T>(*leads.student.logits), static_cast<T>(*leads.teacher.logits));
+    } else {
+      add_few(t, leads, {leads.count}, kept_leads(row, t, g), stats);
     }
-    const Classes all{leads.count};
-    const Exps<T> exps = kept_leads(row, t, g);
-    if (!add_hopefully(t, add_leads_[t], leads, all, exps, ahead(row, 0), {stats}))
-      add_carefully(t, add_leads_[t], leads, all, exps, ahead(row, 0), {stats});
     return leads;
+  }
+
+  // Step 1 for few classes.
+  void add_few(int t, const Tile<double>& tile, const Classes& classes, const Exps<double>& exps,
+               GroupStats<double>& stats) const {
+    count_from_maxima(t, tile, classes, {stats});
+    add_few_[t][exps.student != nullptr](tile.student, tile.teacher, classes, exponent_[t], {stats}, exps, {});
   }
 
   // What the leading classes' gradients get on top of the rest's sweep.
@@ -847,19 +850,20 @@ class Worker {
           list.emplace_back(gradient, *members);
           continue;
         }
-        const int size = padded<T>(count);
-        T* out = scratch_.leads.data(3 * size) + 2 * size;
-        const Exps<T> exps = kept_leads(row, t, g);
-        const Tile<T> leads = !exps.student || in_softmax ? gather(row, t, g) : Tile<T>{};
+        const int size = padded<double>(count);
+        double* out = scratch_.leads.data(3 * size) + 2 * size;
+        const Exps<double> exps = kept_leads(row, t, g);
+        const Tile<double> leads = !exps.student || in_softmax ? gather(row, t, g) : Tile<double>{};
+        const GradientBy<double> by{{group.by.student, group.by.tilt, group.by.teacher}};
         if (exps.student) {
-          lead_gradient_[t].exps(exps, count, {group.by}, out);
+          lead_gradient_[t].exps(exps, count, by, out);
         } else {
           lead_gradient_[t].logits(leads.student, leads.teacher, {count}, exponent_[t], group.student_origin,
-                                   group.teacher_origin, {group.by}, out);
+                                   group.teacher_origin, by, out);
         }
         if (in_softmax)
-          add_softmax_gradient(leads.student.logits, count, row.ce_origin, softmax_factor(row, row.ce_origin), out);
-        for (int i = 0; i < count; ++i) list.emplace_back(out[i], members[i]);
+          add_softmax_gradient<double>(leads.student.logits, count, row.ce_origin, softmax_factor(row, row.ce_origin), out);
+        for (int i = 0; i < count; ++i) list.emplace_back(static_cast<T>(out[i]), members[i]);
       }
     }
   }
@@ -935,9 +939,10 @@ class Worker {
   const ClassStandardization<T>& by_class_;
   Scratch<T>& scratch_;
   T exponent_[kMaxTerms];
-  AddSumsOfTerm add_rest_[kMaxTerms], add_leads_[kMaxTerms];
-  AddSums<double> add_few_[kMaxTerms];
-  GradientOfTerm rest_gradient_[kMaxTerms], lead_gradient_[kMaxTerms];
+  AddSumsOfTerm add_rest_[kMaxTerms];
+  std::array<AddSums<double>, 2> add_few_[kMaxTerms];  // by whether to keep
+  GradientOfTerm<T> rest_gradient_[kMaxTerms];
+  GradientOfTerm<double> lead_gradient_[kMaxTerms];
   Exps<T> kept_[kMaxTerms];  // of the batch's first row
   int64_t kept_row_ = 0;     // from row to row
   int kept_leads_size_ = 0;  // of one array of a leading group

@@ -87,39 +87,41 @@ struct Classes {
   int hidden_count = 0;
 };
 
-constexpr int kRun = 32;             // vectors between flushes
+#define KDK_INLINE_LAMBDA __attribute__((always_inline))
+
+constexpr int kRun = 2 * kLanes<float>;  // vectors between flushes: with fewer lanes, longer chains would round more
 constexpr int kMaskedClasses = 128;  // from so many on masks cost less than gaps in the loop
 
 // Calls body(i, lanes, chain) for each vector of classes; two chains of dependent operations keep the pipelines full.
-// Calls flush() now and then, at the end too, so that chains of roundings can be kept short.
+// Calls flush() after every run of vectors and at the end, so that chains of roundings can be kept short.
 template <class T, class Body, class Flush>
 inline __attribute__((always_inline)) void each_vector(const Classes& classes, const Body& body, const Flush& flush) {
   constexpr int W = kLanes<T>;
   constexpr AllLanes all;
   const int *hidden = classes.hidden, *hidden_end = hidden + classes.hidden_count;
-  int i = 0;
+  int i = 0, run_end = kRun * W;
+  const auto pairs_until = [&](int end, const auto& lanes_at) KDK_INLINE_LAMBDA {
+    while (i + 2 * W <= end) {
+      for (const int until = std::min(end, run_end); i + 2 * W <= until; i += 2 * W) {
+        body(i, lanes_at(i), 0);
+        body(i + W, lanes_at(i + W), 1);
+      }
+      if (i + 2 * W <= end) {
+        flush();
+        run_end = i + kRun * W;
+      }
+    }
+  };
   if (kHasLaneMasks && classes.hidden_count > 0 && classes.count >= kMaskedClasses) {
     SeenLanes seen[kTile / W];
-    const int pairs = classes.count / (2 * W);
-    std::fill_n(seen, 2 * pairs, SeenLanes{static_cast<Lanes>((uint64_t{1} << W) - 1)});
-    for (; hidden < hidden_end && *hidden < 2 * pairs * W; ++hidden) seen[*hidden / W].bits &= ~(Lanes{1} << *hidden % W);
-    while (i < 2 * pairs * W) {
-      for (const int end = std::min(2 * pairs * W, i + kRun * W); i < end; i += 2 * W) {
-        body(i, seen[i / W], 0);
-        body(i + W, seen[i / W + 1], 1);
-      }
-      flush();
-    }
+    const int end = classes.count / (2 * W) * 2 * W;
+    std::fill_n(seen, end / W, SeenLanes{static_cast<Lanes>((uint64_t{1} << W) - 1)});
+    for (; hidden < hidden_end && *hidden < end; ++hidden) seen[*hidden / W].bits &= ~(Lanes{1} << *hidden % W);
+    pairs_until(end, [&](int at) KDK_INLINE_LAMBDA { return seen[at / W]; });
   }
   while (i < classes.count) {  // whole vectors as far as nothing is hidden, then one with what is there
     const int whole = (hidden < hidden_end ? *hidden : classes.count) / W * W;
-    while (i + 2 * W <= whole) {
-      for (const int end = std::min(whole, i + kRun * W); i + 2 * W <= end; i += 2 * W) {
-        body(i, all, 0);
-        body(i + W, all, 1);
-      }
-      flush();
-    }
+    pairs_until(whole, [&](int) KDK_INLINE_LAMBDA { return all; });
     if (i < whole) {
       body(i, all, 0);
       i += W;
@@ -136,8 +138,6 @@ template <class T, class Body>
 inline __attribute__((always_inline)) void each_vector(const Classes& classes, const Body& body) {
   each_vector<T>(classes, body, [] {});
 }
-
-#define KDK_INLINE_LAMBDA __attribute__((always_inline))
 
 // A standardised logit is (logit - high) * factor + offset, with the mean split in two, high and a small rest in the
 // offset: logit - high is exact where the mean is large against the deviation.
@@ -228,19 +228,18 @@ struct Ahead {
 template <class T>
 struct ChainedSum {
   Vec<T> chain[2]{};
-  Vec<double> low{}, high{};
+  Vec<double> wide{};
 
   void flush() {
-    const Vec<T> sum = chain[0] + chain[1];
     if constexpr (sizeof(T) == 8) {
-      low += sum;
+      wide += chain[0] + chain[1];
     } else {
-      low += doubles_of(sum, 0);
-      high += doubles_of(sum, 1);
+      wide += doubles_of(chain[0], 0) + doubles_of(chain[0], 1);
+      wide += doubles_of(chain[1], 0) + doubles_of(chain[1], 1);
     }
     chain[0] = chain[1] = Vec<T>{};
   }
-  double total() const { return horizontal_sum(low + high); }
+  double total() const { return horizontal_sum(wide); }
 };
 
 // The sums of one group at one temperature.
