@@ -377,7 +377,11 @@ class Worker {
       each_not_below(ranked, count, bound, [&](int i) { found.push_back(key_of(ranked[i], begin + i)); });
       keep_best(found, k);
     }
-    best.insert(best.end(), found.begin(), found.end());
+    if (best.empty()) {
+      best.swap(found);
+    } else {
+      best.insert(best.end(), found.begin(), found.end());
+    }
   }
 
   // Settles which classes lead, from the best of all chunks.
