@@ -10,7 +10,9 @@
 
 namespace kdk {
 
-constexpr uint64_t kLargeBuffer = 32 << 20;  // bytes from which on it pays to ask
+// Bytes from which on it pays to ask.
+constexpr uint64_t kHugeBuffer = 4 << 20;
+constexpr uint64_t kZeroedBuffer = 32 << 20;  // smaller ones are used again: their pages are there
 
 // A hint for memory that was allocated but not touched yet; nothing happens where the system does not take it.
 inline void prefer_huge_pages(void* data, uint64_t bytes) {
@@ -18,7 +20,7 @@ inline void prefer_huge_pages(void* data, uint64_t bytes) {
   constexpr uint64_t kHugePage = 2 << 20;
   const uint64_t begin = (reinterpret_cast<uint64_t>(data) + kHugePage - 1) / kHugePage * kHugePage;
   const uint64_t end = (reinterpret_cast<uint64_t>(data) + bytes) / kHugePage * kHugePage;
-  if (end > begin && bytes >= kLargeBuffer) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+  if (end > begin && bytes >= kHugeBuffer) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #else
   (void)data, (void)bytes;
 #endif
@@ -34,7 +36,7 @@ inline bool zero_on_demand(void* data, uint64_t bytes) {
   const auto address = reinterpret_cast<uint64_t>(data);
   char* const begin = first + ((address + kPage - 1) / kPage * kPage - address);
   char* const end = first + ((address + bytes) / kPage * kPage - address);
-  if (bytes < kLargeBuffer || madvise(begin, end - begin, MADV_DONTNEED) != 0) return false;
+  if (bytes < kZeroedBuffer || madvise(begin, end - begin, MADV_DONTNEED) != 0) return false;
   std::memset(first, 0, begin - first);
   std::memset(end, 0, last - end);
   return true;
