@@ -124,9 +124,8 @@ Tensor class_moments_cpu(const Tensor& student, const Tensor& teacher, const std
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_cpu(
     const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& target,
     const std::optional<Tensor>& sample_weight, const std::optional<Tensor>& denominator,
-    const std::optional<Tensor>& moments, const std::vector<double>& objective, double scale,
-    int64_t reduction_index, int64_t class_dim, int64_t num_classes, int64_t ignore_index, bool gradient, bool save,
-    bool parts) {
+    const std::optional<Tensor>& moments, const std::vector<double>& objective, double scale, int64_t reduction_index,
+    int64_t class_dim, int64_t num_classes, int64_t ignore_index, bool gradient, bool save, bool parts) {
   const auto reduction = static_cast<Reduction>(reduction_index);
   Problem problem = compared(student, teacher, num_classes, class_dim);
   problem.objective = decoded(objective);

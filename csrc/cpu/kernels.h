@@ -28,9 +28,9 @@ struct SampleWeights {
 struct Problem {
   Objective objective;
   Matrix student, teacher, gradient;
-  int64_t classes = 0;           // that are compared
+  int64_t classes = 0;            // that are compared
   bool gradient_is_zero = false;  // before anything is written
-  int64_t gradient_classes = 0;  // that the gradient has: those beyond `classes` get 0
+  int64_t gradient_classes = 0;   // that the gradient has: those beyond `classes` get 0
   int64_t samples = 0;
   int dims = 0;  // of the samples, merged where the strides allow
   int64_t sample_size[kMaxDims] = {};
@@ -62,8 +62,7 @@ inline bool by_pixels(const Problem& p) {
 inline int64_t value_count(const Problem& p) { return 1 + (p.parts ? p.objective.parts() : 0); }
 
 // parallel_for(begin, end, grain, body) calls body(from, to) on threads of the caller's choice.
-using ParallelFor =
-    std::function<void(int64_t, int64_t, int64_t, const std::function<void(int64_t, int64_t)>&)>;
+using ParallelFor = std::function<void(int64_t, int64_t, int64_t, const std::function<void(int64_t, int64_t)>&)>;
 
 struct Parallel {
   ParallelFor run;

@@ -5,11 +5,11 @@
 //
 // Nothing but a pixel's weight is saved for backward: on the way through a tile, statistics are cheaper than memory.
 
-constexpr int kMostPixels = 64;      // of a tile: whole cache lines of every plane
-constexpr int kLeastPixels = 16;     // where classes are many: still a whole line of floats
-constexpr int kChunkLogits = 16384;  // of a tile and a chunk of classes, one side: all arrays of them stay in L2
+constexpr int kMostPixels = 64;            // of a tile: whole cache lines of every plane
+constexpr int kLeastPixels = 16;           // where classes are many: still a whole line of floats
+constexpr int kChunkLogits = 16384;        // of a tile and a chunk of classes, one side: all arrays of them stay in L2
 constexpr int64_t kStreamBytes = 8 << 20;  // gradients from here on would push everything else out of the caches
-constexpr int kFlushClasses = 4;     // classes that are added up in T before the sum goes on in double precision
+constexpr int kFlushClasses = 4;           // classes that are added up in T before the sum goes on in double precision
 
 // Runs of at most `pixels` samples that follow one another in memory.
 struct PixelRuns {
@@ -137,7 +137,9 @@ struct PixelGroups {
   bool largest;
 
   PixelGroups(const PixelLeaders<T>& leaders, bool by_largest, int i)
-      : first(load(leaders.first + i)), bound(load(leaders.bound + i)), last(load(leaders.last + i)),
+      : first(load(leaders.first + i)),
+        bound(load(leaders.bound + i)),
+        last(load(leaders.last + i)),
         largest(by_largest) {}
 
   // Each pixel's group of class j, as a number of T.
@@ -229,8 +231,14 @@ class PixelWorker {
   static constexpr int W = kLanes<T>;
 
   PixelWorker(const Problem& problem, const ClassStandardization<T>& classes, PixelSums<T>* sums = nullptr)
-      : p_(problem), o_(problem.objective), by_class_(classes), scratch_(PixelScratch<T>::of_this_thread()),
-        sums_(sums), forward_(p_.values || p_.totals), tile_(tile_pixels(problem)), pitch_(tile_ + 16),
+      : p_(problem),
+        o_(problem.objective),
+        by_class_(classes),
+        scratch_(PixelScratch<T>::of_this_thread()),
+        sums_(sums),
+        forward_(p_.values || p_.totals),
+        tile_(tile_pixels(problem)),
+        pitch_(tile_ + 16),
         chunk_(std::min<int64_t>(kChunkLogits / tile_, p_.classes)) {
     streams_ = p_.gradient.data && p_.gradient.sample_stride[p_.dims - 1] == 1 &&
                p_.samples * p_.gradient_classes * dtype_size(p_.gradient.dtype) >= kStreamBytes;
@@ -508,7 +516,7 @@ class PixelWorker {
         const Vec<T> s = load(logits_[0] + j * pitch_ + i), u = load(logits_[1] + j * pitch_ + i);
         const Vec<T> group = groups.of(static_cast<T>(begin_ + j), u);
         for (int g = 0; g < G; ++g) {
-          const auto add = [&](Vec<T>& top, Vec<T> v) KDK_INLINE_LAMBDA {
+          const auto add = [&](Vec<T>& top, Vec<T> v) INLINED {
             if (single[g]) {
               top = group == T(g) ? v : top;  // NaN too
             } else {
@@ -571,7 +579,7 @@ class PixelWorker {
         // A class without probability adds nothing, however infinite its gap.
         const Vec<T> forward = et == 0 ? nothing : et * gap, reverse = es == 0 ? nothing : es * gap;
         for (int g = first_summed; g < G; ++g) {
-          const auto add = [&](WideSum<T>& sum, Vec<T> value) KDK_INLINE_LAMBDA {
+          const auto add = [&](WideSum<T>& sum, Vec<T> value) INLINED {
             sum.add(G == 1 || group == T(g) ? value : nothing);
           };
           add(student_sum[g], es);
@@ -637,9 +645,7 @@ class PixelWorker {
     for (int i = 0; i < count_; i += D) {
       const Doubles weight = load(scratch_.weight + i);
       // Coefficients of pixels that do not count are 0, whatever their logits.
-      const auto keep = [&](T* to, Doubles value) {
-        store_narrowed(to + i, weight == 0 ? Doubles{} : value * weight);
-      };
+      const auto keep = [&](T* to, Doubles value) { store_narrowed(to + i, weight == 0 ? Doubles{} : value * weight); };
       Doubles loss{}, ce{};
       if (o_.has_ce()) {
         const Doubles origin = load(scratch_.ce_origin + i), sum = load(scratch_.ce_sum + i);
@@ -829,7 +835,7 @@ class PixelWorker {
   PixelSums<T>* sums_;
   bool streams_ = false;  // the gradient past the caches
   const bool forward_;    // or backward, from what was saved
-  const int tile_;       // pixels of a tile, some of which may be missing
+  const int tile_;        // pixels of a tile, some of which may be missing
   const int pitch_;      // from plane to plane in scratch: no power of two, or the planes would share their place in L1
   const int64_t chunk_;  // classes of a chunk
   // Of the chunk at hand, plane by plane: logits of both sides, raw ones, exponentials of each term, the gradient.

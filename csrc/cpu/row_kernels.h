@@ -60,8 +60,8 @@ struct Scratch {
 };
 
 // Which terms compute exponentials. Of two with the same groups, at temperatures that are equal or one twice the other,
-// the hotter one leads: its exponentials, or their squares, are also those of the other, which follows. The cross entropy
-// takes the first term's if they are a power of its own.
+// the hotter one leads: its exponentials, or their squares, are also those of the other, which follows. The cross
+// entropy takes the first term's if they are a power of its own.
 struct Sweeps {
   const Objective& o;
   int follower = -1;  // if any
@@ -155,8 +155,9 @@ class Worker {
       const WantedGradient leads{false, term.tilted(), Also::nothing};
       const WantedGradient rest{t > 0 && sweeps_.has(0), sweeps_.tilted(t), sweeps_.served(t)};
       lead_gradient_[t] = {choose_gradient_of_exps<double>(leads), choose_gradient_of_logits<double, false>(leads)};
-      rest_gradient_[t] = {choose_gradient_of_exps<T>(rest), problem.moments ? choose_gradient_of_logits<T, true>(rest)
-                                                                             : choose_gradient_of_logits<T, false>(rest)};
+      rest_gradient_[t] = {choose_gradient_of_exps<T>(rest), problem.moments
+                                                                 ? choose_gradient_of_logits<T, true>(rest)
+                                                                 : choose_gradient_of_logits<T, false>(rest)};
       if (term.groups() > 1) kept_leads_size_ = std::max(kept_leads_size_, padded<double>(term.leads()));
     }
     if (keeps(problem)) {
@@ -302,8 +303,8 @@ class Worker {
     }
   }
 
-  // Finishes the gradients of some classes of rows from `first` on that add_class_sums left behind; the last rows, which
-  // are still in cache, come first.
+  // Finishes the gradients of some classes of rows from `first` on that add_class_sums left behind; the last rows,
+  // which are still in cache, come first.
   void chain_classes(int64_t first, int64_t last, int64_t begin, int64_t end) {
     Row<T> rows[kBatch];
     const T* logits[kBatch];
@@ -479,7 +480,8 @@ class Worker {
     batch.ce.sum[row.lane] = total.ce.sum;
   }
 
-  // The same of few classes, all in double precision, for the loss: a gradient has to go with the exponentials it takes.
+  // The same of few classes, all in double precision, for the loss: a gradient has to go with the exponentials it
+  // takes.
   void collect_few(const Row<T>& row, BatchStats& batch) {
     const auto widened = [](const Source<T>& source, int count, double* out) {
       for (int i = 0; i < count; ++i)
@@ -491,9 +493,10 @@ class Worker {
       const Tile<T> tile = load_tile(row, 0, p_.classes);
       const Classes classes = rest_classes(row, t, tile);
       if (tile.count - classes.hidden_count == 1) continue;  // exact already
+      const Tile<double> wide{0, tile.count, widened(tile.student, tile.count, scratch_.few[0]),
+                              widened(tile.teacher, tile.count, scratch_.few[1])};
       GroupStats<double> stats;
-      add_few(t, {0, tile.count, widened(tile.student, tile.count, scratch_.few[0]),
-                  widened(tile.teacher, tile.count, scratch_.few[1])}, classes, {}, stats);
+      add_few(t, wide, classes, {}, stats);
       set_lane(batch.group[t][rest], row.lane, stats);
     }
   }
@@ -531,7 +534,8 @@ class Worker {
         for (int j = 0; j < term.parts() && p_.parts; ++j) values(row)[first_part + j] = losses.parts[j][i];
         for (int g = 0; g <= rest; ++g) {
           const GroupCoefficients<Doubles>& by = result.group[g];
-          row.group[t][g] = {T(stats.group[t][g].student_origin[i]), T(stats.group[t][g].teacher_origin[i]),
+          row.group[t][g] = {T(stats.group[t][g].student_origin[i]),
+                             T(stats.group[t][g].teacher_origin[i]),
                              {T(by.student[i]), T(by.tilt[i]), T(by.teacher[i])}};
         }
       }
@@ -625,7 +629,7 @@ class Worker {
     for (int64_t begin = 0; begin < p_.classes; begin += kTile) {
       const Tile<T> tile = term_gradient(row, begin, p_.classes, scratch_.gradient);
       Vec<T> sum[2]{};
-      each_vector<T>({tile.count}, [&](int i, auto lanes, int chain) KDK_INLINE_LAMBDA {
+      each_vector<T>({tile.count}, [&](int i, auto lanes, int chain) INLINED {
         const Vec<T> h = tile.student.template at<false>(i, lanes);
         sum[chain] += h == -INFINITY ? Vec<T>{} : h * load(scratch_.gradient + i);
       });
@@ -638,7 +642,7 @@ class Worker {
   // the mean of their gradient is 0.
   void apply_chain(const Row<T>& row, T slope, const Tile<T>& tile, T* gradient) const {
     const Vec<T> slopes = broadcast(slope), factors = broadcast(row.affine[0].factor);
-    write_vectors<T, false>({tile.count}, gradient, [&](int i, auto lanes) KDK_INLINE_LAMBDA {
+    write_vectors<T, false>({tile.count}, gradient, [&](int i, auto lanes) INLINED {
       return chain<T>(load(gradient + i, lanes), tile.student.template at<false>(i, lanes), Vec<T>{}, slopes, factors);
     });
   }
@@ -768,8 +772,8 @@ class Worker {
     return next;
   }
 
-  // The logits of a leading group, in double precision: the roundings of few classes do not average out. After them there
-  // is room for a third array of the same size.
+  // The logits of a leading group, in double precision: the roundings of few classes do not average out. After them
+  // there is room for a third array of the same size.
   Tile<double> gather(const Row<T>& row, int t, int g) {
     const Term& term = o_.term[t];
     const int64_t* members = row.members[t] + term.group_begin(g);
@@ -866,7 +870,8 @@ class Worker {
                                    group.teacher_origin, by, out);
         }
         if (in_softmax)
-          add_softmax_gradient<double>(leads.student.logits, count, row.ce_origin, softmax_factor(row, row.ce_origin), out);
+          add_softmax_gradient<double>(leads.student.logits, count, row.ce_origin, softmax_factor(row, row.ce_origin),
+                                       out);
         for (int i = 0; i < count; ++i) list.emplace_back(static_cast<T>(out[i]), members[i]);
       }
     }

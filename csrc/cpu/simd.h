@@ -165,9 +165,7 @@ inline T horizontal_max(Vec<T> v) {
 inline double horizontal_sum(Vec<double> v) {
   return fold<double, kLanes<double>>(v, [](auto a, auto b) { return a + b; });
 }
-inline double horizontal_sum(Vec<float> v) {
-  return horizontal_sum(doubles_of(v, 0) + doubles_of(v, 1));
-}
+inline double horizontal_sum(Vec<float> v) { return horizontal_sum(doubles_of(v, 0) + doubles_of(v, 1)); }
 
 // 2^f for f in [-1/2, 1/2]: minimax in the relative error, 2e-9 (float) and 4e-18 (double) before rounding. A float's
 // degree 5 would do for 8e-8, which shows in the losses of single samples.

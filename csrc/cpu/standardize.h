@@ -5,8 +5,9 @@
 // Standardises the classes of a tile into `to`, which has room for whole vectors and may be where they are.
 template <class T, class AffineMap>
 void standardize(const T* logits, int count, const AffineMap& affine, T* to) {
-  each_vector<T>({count}, [&](int i, auto lanes, int) KDK_INLINE_LAMBDA {
-    store(to + i, affine.at(i, load(logits + i, lanes)));
+  each_vector<T>({count}, [&](int i, auto lanes, int) INLINED {
+    const Vec<T> raw = load(logits + i, lanes);
+    store(to + i, affine.at(i, raw));
   });
 }
 
@@ -75,17 +76,17 @@ class ClassStandardization {
   // is known of the classes is loaded once for all samples: loads are what this waits for.
   void apply_chain(const T* const* logits, int samples, int64_t begin, int count, T* const* gradients) const {
     const ClassAffines<T> affine = side_[0].from(begin);
-    each_vector<T>({count}, [&, affine, levels = level_ + begin, slopes = slope_ + begin](
-                                int i, auto lanes, int) KDK_INLINE_LAMBDA {
-      const ClassAffines<T> own = affine.from(i);
-      const Vec<T> high = load(own.high), factor = load(own.factor), offset = load(own.offset);
-      const Vec<T> level = load(levels + i), slope = load(slopes + i);
-      for (int r = 0; r < samples; ++r) {
-        const Vec<T> h = (load(logits[r] + i, lanes) - high) * factor + offset;
-        const Vec<T> v = chain<T>(load(gradients[r] + i, lanes), h, level, slope, factor);
-        write_vector<T, false>(gradients[r] + i, v, lanes, count - i);
-      }
-    });
+    each_vector<T>({count},
+                   [&, affine, levels = level_ + begin, slopes = slope_ + begin](int i, auto lanes, int) INLINED {
+                     const ClassAffines<T> own = affine.from(i);
+                     const Vec<T> high = load(own.high), factor = load(own.factor), offset = load(own.offset);
+                     const Vec<T> level = load(levels + i), slope = load(slopes + i);
+                     for (int r = 0; r < samples; ++r) {
+                       const Vec<T> h = (load(logits[r] + i, lanes) - high) * factor + offset;
+                       const Vec<T> v = chain<T>(load(gradients[r] + i, lanes), h, level, slope, factor);
+                       write_vector<T, false>(gradients[r] + i, v, lanes, count - i);
+                     }
+                   });
   }
 
  private:
@@ -108,7 +109,7 @@ template <class T>
 Moments<double> moments_of(const T* logits, int count) {
   const auto centred_sums = [&](T centre, double& missing, double& sum, double& square) {
     Vec<T> gone[2]{}, s[2]{}, q[2]{};
-    each_vector<T>({count}, [&](int i, auto lanes, int chain) KDK_INLINE_LAMBDA {
+    each_vector<T>({count}, [&](int i, auto lanes, int chain) INLINED {
       const Vec<T> v = load(logits + i, lanes);
       const Vec<T> d = v == -INFINITY ? Vec<T>{} : v - centre;
       gone[chain] += v == -INFINITY ? broadcast(T(1)) : Vec<T>{};
@@ -147,11 +148,11 @@ class GradientSums {
 
   // Adds some samples, whose logits are standardised by `affine`.
   void add(const T* const* logits, const T* const* gradients, int samples, const ClassAffines<T>& affine) {
-    each_vector<T>({count_}, [&, affine](int i, auto lanes, int) KDK_INLINE_LAMBDA {
+    each_vector<T>({count_}, [&, affine](int i, auto lanes, int) INLINED {
       const ClassAffines<T> own = affine.from(i);
       const Vec<T> high = load(own.high), factor = load(own.factor), offset = load(own.offset);
       Vec<T> sum{}, product{};
-      const auto add_all = [&](auto masked) KDK_INLINE_LAMBDA {
+      const auto add_all = [&](auto masked) INLINED {
         sum = product = Vec<T>{};
         for (int r = 0; r < samples; ++r) {
           const Vec<T> h = (load(logits[r] + i, lanes) - high) * factor + offset, g = load(gradients[r] + i, lanes);
@@ -220,7 +221,7 @@ struct Deviations {
 
   // Adds some samples; the `first` of a block also give what their classes' deviations are taken from.
   void add(const T* const* rows, int samples, int count, bool first) {
-    each_vector<T>({count}, [&](int i, auto lanes, int) KDK_INLINE_LAMBDA {
+    each_vector<T>({count}, [&](int i, auto lanes, int) INLINED {
       if (first) store(centre + i, centre_of(rows, samples, i, lanes));
       const Vec<T> c = load(centre + i);
       Vec<T> s{}, q{};

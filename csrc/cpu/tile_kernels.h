@@ -87,10 +87,10 @@ struct Classes {
   int hidden_count = 0;
 };
 
-#define KDK_INLINE_LAMBDA __attribute__((always_inline))
+#define INLINED __attribute__((always_inline))  // of lambdas
 
 constexpr int kRun = 2 * kLanes<float>;  // vectors between flushes: with fewer lanes, longer chains would round more
-constexpr int kMaskedClasses = 128;  // from so many on masks cost less than gaps in the loop
+constexpr int kMaskedClasses = 128;      // from so many on masks cost less than gaps in the loop
 
 // Calls body(i, lanes, chain) for each vector of classes; two chains of dependent operations keep the pipelines full.
 // Calls flush() after every run of vectors and at the end, so that chains of roundings can be kept short.
@@ -100,7 +100,7 @@ inline __attribute__((always_inline)) void each_vector(const Classes& classes, c
   constexpr AllLanes all;
   const int *hidden = classes.hidden, *hidden_end = hidden + classes.hidden_count;
   int i = 0, run_end = kRun * W;
-  const auto pairs_until = [&](int end, const auto& lanes_at) KDK_INLINE_LAMBDA {
+  const auto pairs_until = [&](int end, const auto& lanes_at) INLINED {
     while (i + 2 * W <= end) {
       for (const int until = std::min(end, run_end); i + 2 * W <= until; i += 2 * W) {
         body(i, lanes_at(i), 0);
@@ -117,11 +117,11 @@ inline __attribute__((always_inline)) void each_vector(const Classes& classes, c
     const int end = classes.count / (2 * W) * 2 * W;
     std::fill_n(seen, end / W, SeenLanes{static_cast<Lanes>((uint64_t{1} << W) - 1)});
     for (; hidden < hidden_end && *hidden < end; ++hidden) seen[*hidden / W].bits &= ~(Lanes{1} << *hidden % W);
-    pairs_until(end, [&](int at) KDK_INLINE_LAMBDA { return seen[at / W]; });
+    pairs_until(end, [&](int at) INLINED { return seen[at / W]; });
   }
   while (i < classes.count) {  // whole vectors as far as nothing is hidden, then one with what is there
     const int whole = (hidden < hidden_end ? *hidden : classes.count) / W * W;
-    pairs_until(whole, [&](int) KDK_INLINE_LAMBDA { return all; });
+    pairs_until(whole, [&](int) INLINED { return all; });
     if (i < whole) {
       body(i, all, 0);
       i += W;
@@ -191,7 +191,7 @@ struct Source {
 template <class T, bool ByClass>
 T max_of(const Source<T>& source, const Classes& classes) {
   Vec<T> m[2] = {broadcast(T(-INFINITY)), broadcast(T(-INFINITY))};
-  each_vector<T>(classes, [&](int i, auto lanes, int chain) KDK_INLINE_LAMBDA {
+  each_vector<T>(classes, [&](int i, auto lanes, int chain) INLINED {
     m[chain] = max(source.template at<ByClass>(i, lanes), m[chain]);
   });
   return horizontal_max<T>(max(m[0], m[1]));
@@ -250,7 +250,7 @@ struct GroupSums {
   // A class without probability adds nothing, however infinite its gap: where there may be such.
   template <bool MayBeZero>
   __attribute__((always_inline)) void add(int chain, Vec<T> es, Vec<T> et, Vec<T> gap) {
-    const auto add_gap = [&](Vec<T>& sum, Vec<T> e) KDK_INLINE_LAMBDA {
+    const auto add_gap = [&](Vec<T>& sum, Vec<T> e) INLINED {
       sum = MayBeZero ? (e == 0 ? sum : sum + e * gap) : sum + e * gap;
     };
     student_sum.chain[chain] += es;
@@ -273,8 +273,8 @@ struct GroupSums {
   }
 };
 
-// What the exponentials of a term also serve: nothing, a term at half the temperature, for which they are squared, or the
-// student's softmax at T = 1.
+// What the exponentials of a term also serve: nothing, a term at half the temperature, for which they are squared, or
+// the student's softmax at T = 1.
 enum class Also { nothing, squares, softmax };
 
 // The power of a temperature of 1, 2 or 4, by that many squarings: the exponential at T = 1.
@@ -320,25 +320,28 @@ void add_sums(const Source<T>& student, const Source<T>& teacher, const Classes&
   const Vec<T> teacher_start = broadcast(T(start(to.stats.teacher_origin)));
   GroupSums<T, Reverse> sums, squares;
   ChainedSum<T> softmax;
-  each_vector<T>(classes, [&, student, teacher, times = to.squarings](int i, auto lanes, int chain) KDK_INLINE_LAMBDA {
-    ahead.fetch(i / kLanes<T>);
-    const Vec<T> xs = exponents(student.template seen_at<ByClass>(i, lanes), student_start, k);
-    const Vec<T> xt = exponents(teacher.template seen_at<ByClass>(i, lanes), teacher_start, k);
-    const Vec<T> es = exp2(xs, lanes), et = exp2(xt, lanes), gap = xt - xs;
-    constexpr bool may_be_zero = Careful || std::is_same_v<decltype(lanes), Lanes>;
-    sums.template add<may_be_zero>(chain, es, et, gap);
-    if constexpr (Serves == Also::squares) squares.template add<may_be_zero>(chain, es * es, et * et, gap);
-    if constexpr (Serves == Also::softmax) softmax.chain[chain] += squared<T>(es, times);
-    if constexpr (Keep) {
-      store(exps.student + i, es);
-      store(exps.teacher + i, et);
-      if constexpr (Reverse) store(exps.gap + i, gap);
-    }
-  }, [&]() KDK_INLINE_LAMBDA {
-    sums.flush();
-    if constexpr (Serves == Also::squares) squares.flush();
-    if constexpr (Serves == Also::softmax) softmax.flush();
-  });
+  each_vector<T>(
+      classes,
+      [&, student, teacher, times = to.squarings](int i, auto lanes, int chain) INLINED {
+        ahead.fetch(i / kLanes<T>);
+        const Vec<T> xs = exponents(student.template seen_at<ByClass>(i, lanes), student_start, k);
+        const Vec<T> xt = exponents(teacher.template seen_at<ByClass>(i, lanes), teacher_start, k);
+        const Vec<T> es = exp2(xs, lanes), et = exp2(xt, lanes), gap = xt - xs;
+        constexpr bool may_be_zero = Careful || std::is_same_v<decltype(lanes), Lanes>;
+        sums.template add<may_be_zero>(chain, es, et, gap);
+        if constexpr (Serves == Also::squares) squares.template add<may_be_zero>(chain, es * es, et * et, gap);
+        if constexpr (Serves == Also::softmax) softmax.chain[chain] += squared<T>(es, times);
+        if constexpr (Keep) {
+          store(exps.student + i, es);
+          store(exps.teacher + i, et);
+          if constexpr (Reverse) store(exps.gap + i, gap);
+        }
+      },
+      [&]() INLINED {
+        sums.flush();
+        if constexpr (Serves == Also::squares) squares.flush();
+        if constexpr (Serves == Also::softmax) softmax.flush();
+      });
   sums.add_to(to.stats, 1);
   if constexpr (Serves == Also::squares) squares.add_to(*to.squares, 2);
   if constexpr (Serves == Also::softmax) to.softmax->sum += softmax.total();
@@ -390,10 +393,8 @@ void add_softmax(const T* student, const Classes& classes, SoftmaxStats<double>&
   ChainedSum<T> sum;
   each_vector<T>(
       classes,
-      [&](int i, auto lanes, int chain) KDK_INLINE_LAMBDA {
-        sum.chain[chain] += exp2((load(student + i, lanes) - from) * k);
-      },
-      [&]() KDK_INLINE_LAMBDA { sum.flush(); });
+      [&](int i, auto lanes, int chain) INLINED { sum.chain[chain] += exp2((load(student + i, lanes) - from) * k); },
+      [&]() INLINED { sum.flush(); });
   stats.sum += sum.total();
 }
 
@@ -553,7 +554,7 @@ inline void write_vector(T* out, Vec<T> v, Which, int there) {
 // Writes or adds value(i, lanes) for each vector of classes to out; hidden ones get what value makes of them.
 template <class T, bool Add, class Value>
 inline __attribute__((always_inline)) void write_vectors(const Classes& classes, T* out, const Value& value) {
-  each_vector<T>(classes, [&](int i, auto lanes, int) KDK_INLINE_LAMBDA {
+  each_vector<T>(classes, [&](int i, auto lanes, int) INLINED {
     write_vector<T, Add>(out + i, value(i, lanes), lanes, classes.count - i);
   });
 }
@@ -569,7 +570,7 @@ struct GradientBy {
 
 template <class T, bool Tilt, Also Serves>
 inline Vec<T> gradient_at(Vec<T> es, Vec<T> et, Vec<T> gap, const GradientBy<T>& c) {
-  const auto of = [gap](Vec<T> s, Vec<T> t, const GroupCoefficients<T>& by) KDK_INLINE_LAMBDA {
+  const auto of = [gap](Vec<T> s, Vec<T> t, const GroupCoefficients<T>& by) INLINED {
     if constexpr (!Tilt) return s * by.student - t * by.teacher;
     return (s == 0 ? Vec<T>{} : s * (by.student + by.tilt * gap)) - t * by.teacher;
   };
@@ -582,7 +583,7 @@ inline Vec<T> gradient_at(Vec<T> es, Vec<T> et, Vec<T> gap, const GradientBy<T>&
 // Writes (or adds) a tile's gradient from its kept exponentials.
 template <class T, bool Add, bool Tilt, Also Serves>
 void gradient_of_exps(const Exps<T>& exps, int count, const GradientBy<T>& by, T* out) {
-  write_vectors<T, Add>({count}, out, [=](int i, auto) KDK_INLINE_LAMBDA {
+  write_vectors<T, Add>({count}, out, [=](int i, auto) INLINED {
     const Vec<T> gap = Tilt ? load(exps.gap + i) : Vec<T>{};
     return gradient_at<T, Tilt, Serves>(load(exps.student + i), load(exps.teacher + i), gap, by);
   });
@@ -593,7 +594,7 @@ template <class T, bool ByClass, bool Add, bool Tilt, Also Serves>
 void gradient_of_logits(const Source<T>& student, const Source<T>& teacher, const Classes& classes, T k,
                         T student_origin, T teacher_origin, const GradientBy<T>& by, T* out) {
   const Vec<T> student_start = broadcast(start(student_origin)), teacher_start = broadcast(start(teacher_origin));
-  write_vectors<T, Add>(classes, out, [&, student, teacher, by](int i, auto lanes) KDK_INLINE_LAMBDA {
+  write_vectors<T, Add>(classes, out, [&, student, teacher, by](int i, auto lanes) INLINED {
     const Vec<T> xs = exponents(student.template seen_at<ByClass>(i, lanes), student_start, k);
     const Vec<T> xt = exponents(teacher.template seen_at<ByClass>(i, lanes), teacher_start, k);
     return gradient_at<T, Tilt, Serves>(exp2(xs, lanes), exp2(xt, lanes), xt - xs, by);
@@ -621,7 +622,8 @@ inline auto with_constants(const WantedGradient& wanted, const Use& use) {
 template <class T>
 using GradientOfExps = void (*)(const Exps<T>&, int, const GradientBy<T>&, T*);
 template <class T>
-using GradientOfLogits = void (*)(const Source<T>&, const Source<T>&, const Classes&, T, T, T, const GradientBy<T>&, T*);
+using GradientOfLogits = void (*)(const Source<T>&, const Source<T>&, const Classes&, T, T, T, const GradientBy<T>&,
+                                  T*);
 
 template <class T>
 GradientOfExps<T> choose_gradient_of_exps(const WantedGradient& wanted) {
@@ -640,7 +642,7 @@ GradientOfLogits<T> choose_gradient_of_logits(const WantedGradient& wanted) {
 template <class T>
 void add_softmax_gradient(const T* student, int count, T origin, T factor, T* out) {
   const Vec<T> from = broadcast(start(origin));
-  write_vectors<T, true>({count}, out, [&](int i, auto lanes) KDK_INLINE_LAMBDA {
+  write_vectors<T, true>({count}, out, [&](int i, auto lanes) INLINED {
     return exp2((load(student + i, lanes) - from) * T(kLog2E)) * factor;
   });
 }
