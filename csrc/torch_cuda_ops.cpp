@@ -4,6 +4,7 @@
 #include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
 
+#include <algorithm>
 #include <cstring>
 #include <memory>
 
@@ -98,11 +99,12 @@ Tensor zeros(const Tensor& like, const std::vector<int64_t>& sizes) {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-Launch small_launch(const char* kernel, int64_t blocks) {
+// Blocks of as many threads as there are numbers for each, within limits.
+Launch small_launch(const char* kernel, int64_t blocks, int64_t numbers = kSumThreads) {
   Launch launch;
   launch.kernel = kernel;
   launch.blocks = blocks;
-  launch.threads = kSumThreads;
+  launch.threads = round_up(static_cast<int>(std::clamp<int64_t>(numbers, 1, kSumThreads)), 32);
   return launch;
 }
 
@@ -169,7 +171,7 @@ struct Step {
     sum.values.to_float = out.scalar_type() == ScalarType::Float;
     sum.point("values", sum.values.values, table);
     sum.point("out", sum.values.out, out, true);
-    sum.launch(small_launch("kdk_row_sum", sum.values.columns), device);
+    sum.launch(small_launch("kdk_row_sum", sum.values.columns, sum.values.rows), device);
   }
 
   // The sum of the weights of the samples that count.
@@ -183,7 +185,7 @@ struct Step {
     held.push_back(new_tensor(student, {blocks, 1}, ScalarType::Double));
     const Tensor sums = held.back();
     sum.point("sums", sum.values.out, sums, true);
-    sum.launch(small_launch("kdk_weight_sum", blocks), device);
+    sum.launch(small_launch("kdk_weight_sum", blocks, call().samples), device);
     Tensor divisor = sums;
     if (blocks > 1) {
       held.push_back(new_tensor(student, {1}, ScalarType::Double));

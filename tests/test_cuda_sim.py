@@ -8,9 +8,11 @@ against the float64 reference. What the kernels may cost is counted at the end.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import pytest
 import torch
-from cuda_targets import ARCHITECTURES, FIRST, LAST, check, device, missing, needs_simulator, run
+from cuda_targets import ARCHITECTURES, FIRST, LAST, check, missing, needs_simulator, run
 from helpers import Path, make_inputs, must_have_native, name_of, needed_target
 from losses import LOSSES, STANDARDIZED
 from ptxsim import device_bytes
@@ -303,7 +305,7 @@ ON_CHIP, SPLIT, COALESCING = 1.01, 1.70, 0.97
 
 
 def cost(
-    name: str, shape: tuple[int, ...], dtype: torch.dtype, arch: int = LAST, multiprocessors: int | None = None
+    name: str, shape: tuple[int, ...], dtype: torch.dtype, arch: int = LAST, limits: Mapping[str, int] | None = None
 ) -> tuple[float, float, float]:
     """``(bytes / floor, coalescing, thread-instructions an element)`` of a training step."""
     case = ALL[name]
@@ -314,7 +316,7 @@ def cost(
         inputs.teacher,
         FUSED,
         arch,
-        multiprocessors=multiprocessors,
+        limits=limits,
         **needed_target(case, inputs.target),
     )
     assert sim is not None
@@ -367,10 +369,10 @@ def test_cost_of_split_rows(name: str, classes: int) -> None:
 
 @more
 @needs_simulator
-@pytest.mark.parametrize(("name", "most"), [("kd", 33), ("dkd", 36), ("gdkd", 50), ("bdd", 39)])
+@pytest.mark.parametrize(("name", "most"), [("kd", 31), ("dkd", 33), ("gdkd", 47), ("bdd", 37)])
 def test_instructions(name: str, most: float) -> None:
     """Of rows that are enough to fill a GPU, here of one multiprocessor: fewer are spread over more threads."""
-    assert cost(name, (32, 4096), BF16, multiprocessors=1)[2] <= most
+    assert cost(name, (32, 4096), BF16, limits={"multiprocessors": 1})[2] <= most
 
 
 @needs_simulator
@@ -393,21 +395,3 @@ def test_launches(name: str, options: dict[str, str], forward: list[str], backwa
     _, sim = run(case, inputs.student, inputs.teacher, FUSED, LAST, upstream, **options)
     assert sim is not None
     assert [launch.name.removeprefix("kdk_") for launch in sim.log] == forward + backward
-
-
-@needs_simulator
-@pytest.mark.parametrize("shape", [(64, 1000), (3, 1001), (2, 7, 5, 6)], ids=name_of)
-def test_scaling(shape: tuple[int, ...]) -> None:
-    """What backward launches with an upstream gradient: 1 touches no memory, and the host does not know it is."""
-    gradient = torch.randn(shape)
-    kept = gradient.clone()
-    scale = torch.ops.kdkernels_cuda.scale_.default
-    with device(LAST) as sim:
-        scale(gradient, torch.ones(()), 1)
-        assert torch.equal(gradient, kept)
-        scale(gradient, torch.full((), 3.0), 1)
-    assert sim is not None
-    one, other = (launch.stats for launch in sim.log)
-    assert one.buffers["student"].loaded == one.buffers["student"].stored == 0
-    assert other.buffers["student"].loaded == other.buffers["student"].stored == gradient.nbytes
-    assert torch.equal(gradient, 3 * kept)

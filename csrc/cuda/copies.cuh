@@ -26,8 +26,8 @@ __device__ __forceinline__ bool row_in_vectors(const Block<X, Layout::rows>& blo
 
 // Visits the slots of a row's first and last vector where these are not whole: visit(slot, whether it is a class).
 template <class X, class Visit>
-__device__ __forceinline__ void over_edges(const Block<X, Layout::rows>& block, int whole, Visit visit) {
-  const int lead = block.lead, end = lead + block.count;
+__device__ __forceinline__ void over_edges(const Block<X, Layout::rows>& block, Visit visit) {
+  const int lead = block.lead, end = lead + block.count, whole = block.whole;
   if (lead == 0 && whole == block.vectors) return;
   for (int i = block.member; i < 2 * block.kWidth; i += block.team) {
     const bool tail = i >= block.kWidth;
@@ -75,13 +75,15 @@ __device__ void copy_in(const Block<X, kLayout>& block, int side, const Place& p
     if (sample.valid && row_in_vectors(block, side, first)) {
       const X* from = static_cast<const X*>(matrix.data) + first - block.lead;  // where slot 0 would be
       X* to = block.tile[side];
-      const int whole = (block.lead + block.count) / block.kWidth, begin = block.member + (block.lead > 0);
+      const int begin = block.member + (block.lead > 0);
       const auto* global = reinterpret_cast<const Vector*>(from) + begin;
       const unsigned slots_at = static_cast<unsigned>(__cvta_generic_to_shared(to));
-      const unsigned end = slots_at + whole * sizeof(Vector), step = block.team * sizeof(Vector);
-      for (unsigned at = slots_at + begin * sizeof(Vector); at < end; at += step, global += block.team)
-        copy_16_bytes(at, global);
-      over_edges(block, whole, [&](int i, bool inside) { to[i] = inside ? from[i] : none; });
+      const unsigned end = slots_at + block.whole * sizeof(Vector), step = block.team * sizeof(Vector);
+      in_groups<4>(slots_at + begin * static_cast<unsigned>(sizeof(Vector)), end, step, [&](unsigned at, auto count) {
+#pragma unroll
+        for (int i = 0; i < count.value; ++i, at += step, global += block.team) copy_16_bytes(at, global);
+      });
+      over_edges(block, [&](int i, bool inside) { to[i] = inside ? from[i] : none; });
       return;
     }
   } else {
@@ -134,11 +136,14 @@ __device__ void copy_out(const Block<X, kLayout>& block, const Place& place, boo
     if (sample.number >= 0 && row_in_vectors(block, kGradient, first)) {
       X* to = static_cast<X*>(matrix.data) + first - block.lead;
       const X* from = block.tile[kStudent];
-      const int whole = (block.lead + block.count) / block.kWidth, begin = block.member + (block.lead > 0);
+      const int begin = block.member + (block.lead > 0);
       auto* global = reinterpret_cast<Vector*>(to) + begin;
-      for (int v = begin; v < whole; v += block.team, global += block.team)
-        *global = zero ? Vector{} : reinterpret_cast<const Vector*>(from)[v];
-      over_edges(block, whole, [&](int i, bool inside) {
+      in_groups<4>(begin, block.whole, block.team, [&](int v, auto count) {
+#pragma unroll
+        for (int i = 0; i < count.value; ++i, v += block.team, global += block.team)
+          *global = zero ? Vector{} : reinterpret_cast<const Vector*>(from)[v];
+      });
+      over_edges(block, [&](int i, bool inside) {
         if (inside) to[i] = zero ? nothing : from[i];
       });
       done = true;
