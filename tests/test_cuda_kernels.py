@@ -44,7 +44,7 @@ STEPS = {
     "split rows": Step("ls_gdkd", (3, 3100), arch=FIRST, limits=SMALL),
     "pixels": Step("everything", (2, 19, 5, 8)),
     "pixels in backward": Step("dkd", (2, 21, 5, 7), "recompute"),
-    "split pixels": Step("ls_gdkd", (1, 300, 4, 4), arch=FIRST, limits=SMALL),
+    "split pixels": Step("ls_gdkd", (1, 300, 2, 4), arch=FIRST, limits=SMALL),
     "rows by class": Step("pr_gdkd", (21, 100)),
     "pixels by class": Step("pr_dkd", (2, 19, 5, 8)),
 }

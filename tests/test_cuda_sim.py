@@ -376,12 +376,39 @@ def test_instructions(name: str, most: float) -> None:
 
 
 @needs_simulator
+def test_cost_of_class_standardisation() -> None:
+    """Both matrices four times: for the moments, the losses, the sums that the gradients go into, and the gradients.
+    Each needs all that came before of all samples or, of the sums, of whole samples at least."""
+    inputs = make_inputs((64, 100))
+    _, sim = run(ALL["pr_dkd"], inputs.student, inputs.teacher, FUSED, LAST, target=inputs.target)
+    assert sim is not None
+    read, written = {}, {}
+    for name, buffers in ((launch.name, launch.stats.buffers) for launch in sim.log):
+        if "student" in buffers:
+            read[name] = (buffers["student"].loaded + buffers["teacher"].loaded) / inputs.student.nbytes
+            written[name] = sum(buffer.stored for key, buffer in buffers.items() if key == "gradient")
+    steps = ["class_moments", "forward", "class_sums", "backward"]
+    assert read == {f"kdk_{step}_rows_f32": 2 for step in steps}
+    assert written == {f"kdk_{step}_rows_f32": inputs.student.nbytes * (step == "backward") for step in steps}
+
+
+@needs_simulator
 @pytest.mark.parametrize(
     ("name", "options", "forward", "backward"),
     [
         ("kd", {}, ["forward_rows_f32", "row_sum"], []),
         # Which samples count, and so what the mean divides by, is known on the device only.
         ("dkd", {}, ["weight_sum", "forward_rows_f32", "row_sum"], []),
+        # Moments, which other processes may have a share in; losses; sums that their gradients go into; gradients.
+        (
+            "pr_dkd",
+            {"reduction": "sum"},
+            [
+                *("class_moments_rows_f32", "merge_moments", "affines", "forward_rows_f32", "row_sum"),
+                *("class_sums_rows_f32", "add_stretches"),
+            ],
+            ["affines", "backward_rows_f32"],
+        ),
         ("dkd", {"reduction": "sum"}, ["forward_rows_f32", "row_sum"], []),
         ("gdkd", {"reduction": "none"}, ["forward_rows_f32"], ["scale_rows_f32"]),
     ],

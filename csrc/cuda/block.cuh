@@ -38,6 +38,15 @@ __device__ __forceinline__ void in_groups(At first, At end, Step step, Visit vis
   if constexpr (kMost > 1) in_groups<kMost / 2>(first, end, step, visit);
 }
 
+// The same, one at a time to see: visit(which).
+template <int kMost, class At, class Step, class Visit>
+__device__ __forceinline__ void in_turn(At first, At end, Step step, Visit visit) {
+  in_groups<kMost>(first, end, step, [&](At at, auto count) {
+#pragma unroll
+    for (int i = 0; i < count.value; ++i, at += step) visit(at);
+  });
+}
+
 // A thread's view of its block: it belongs to the team of one sample. Elements of a sample's piece are taken in vectors
 // of kWidth; a team's thread takes every so many vectors.
 template <class X, Layout kLayout>
@@ -111,16 +120,18 @@ struct Block {
     if constexpr (kRows) {
       widen<X>(reinterpret_cast<const Vector*>(tile[side])[vector], values);
     } else {
+      const X* at = &slot(side, vector * kWidth);
 #pragma unroll
-      for (int w = 0; w < kWidth; ++w) values[w] = widen(slot(side, vector * kWidth + w));
+      for (int w = 0; w < kWidth; ++w, at += stride) values[w] = widen(*at);
     }
   }
   __device__ void store(int side, int vector, const T* values) const {
     if constexpr (kRows) {
       reinterpret_cast<Vector*>(tile[side])[vector] = narrow_all<X>(values);
     } else {
+      X* at = &slot(side, vector * kWidth);
 #pragma unroll
-      for (int w = 0; w < kWidth; ++w) slot(side, vector * kWidth + w) = narrow<X>(values[w]);
+      for (int w = 0; w < kWidth; ++w, at += stride) *at = narrow<X>(values[w]);
     }
   }
 
@@ -128,12 +139,6 @@ struct Block {
   __device__ int slot_of(int of_piece) const { return lead + of_piece; }
   // The class, counted in the same way, of a vector's first element; past either end for pads.
   __device__ int class_of(int vector) const { return vector * kWidth - lead; }
-
-  // Visits the thread's vectors: see in_groups().
-  template <int kMost, class Visit>
-  __device__ void over_vectors(Visit visit) const {
-    in_groups<kMost>(member, vectors, team, visit);
-  }
 
   // Sums and maxima over the team. Partial results are in `partials`, `kPartials` a warp (rows) or thread (pixels).
   __device__ int partial_results() const { return partial_count(kLayout, team); }

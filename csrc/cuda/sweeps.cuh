@@ -26,16 +26,13 @@ __device__ __forceinline__ void lane_maxima(const Block<X, kLayout>& block, Real
     using Pair = std::conditional_t<std::is_same_v<X, __half>, __half2, __nv_bfloat162>;
     const X none = narrow<X>(minus_infinity<T>());
     Pair pairs[2] = {{none, none}, {none, none}};
-    block.template over_vectors<4>([&](int v, auto count) {
+    in_turn<4>(block.member, block.vectors, block.team, [&](int v) {
 #pragma unroll
-      for (int i = 0; i < count.value; ++i, v += block.team) {
+      for (int side = kStudent; side <= kTeacher; ++side) {
+        const Vector vector = reinterpret_cast<const Vector*>(block.tile[side])[v];
+        const unsigned words[4] = {vector.x, vector.y, vector.z, vector.w};
 #pragma unroll
-        for (int side = kStudent; side <= kTeacher; ++side) {
-          const Vector vector = reinterpret_cast<const Vector*>(block.tile[side])[v];
-          const unsigned words[4] = {vector.x, vector.y, vector.z, vector.w};
-#pragma unroll
-          for (int j = 0; j < 4; ++j) pairs[side] = __hmax2(pairs[side], reinterpret_cast<const Pair&>(words[j]));
-        }
+        for (int i = 0; i < 4; ++i) pairs[side] = __hmax2(pairs[side], reinterpret_cast<const Pair&>(words[i]));
       }
     });
     const Pair low{pairs[kStudent].x, pairs[kTeacher].x}, high{pairs[kStudent].y, pairs[kTeacher].y};
@@ -44,7 +41,7 @@ __device__ __forceinline__ void lane_maxima(const Block<X, kLayout>& block, Real
     largest[kTeacher] = widen(sides.y);
   } else {
     largest[kStudent] = largest[kTeacher] = minus_infinity<T>();
-    for (int v = block.member; v < block.vectors; v += block.team) {
+    in_turn<4>(block.member, block.vectors, block.team, [&](int v) {
 #pragma unroll
       for (int side = kStudent; side <= kTeacher; ++side) {
         T values[block.kWidth];
@@ -52,7 +49,7 @@ __device__ __forceinline__ void lane_maxima(const Block<X, kLayout>& block, Real
 #pragma unroll
         for (int w = 0; w < block.kWidth; ++w) largest[side] = larger(largest[side], values[w]);
       }
-    }
+    });
 #pragma unroll
     for (int side = kStudent; side <= kTeacher; ++side) largest[side] = block.over_lanes(largest[side], Larger{});
   }
@@ -120,7 +117,7 @@ __device__ __forceinline__ void add_up_own(const Block<X, kLayout>& block, Real<
   const T teacher_origin = origin_of(block.sample().largest[kTeacher], exponent);
 #pragma unroll
   for (int i = 0; i < 4; ++i) total[i] = 0;
-  block.template over_vectors<kVectors>([&](int v, auto count) {
+  in_groups<kVectors>(block.member, block.vectors, block.team, [&](int v, auto count) {
     T sum[2][4];
 #pragma unroll
     for (int i = 0; i < count.value; ++i, v += block.team) {
@@ -308,7 +305,7 @@ __device__ __forceinline__ void sweep_gradient(const Block<X, kLayout>& block) {
   const int sweeps = call.sweeps;
   const bool entropy = call.objective.has_ce();
   const GradientNumbers<T> numbers(call, sample);
-  const auto write = [&](int v) {
+  in_turn<kPlain ? 2 : 1>(block.member, block.vectors, block.team, [&](int v) {
     T raw[block.kWidth], t[block.kWidth], out[block.kWidth];
     block.load(kStudent, v, raw);
     block.load(kTeacher, v, t);
@@ -329,10 +326,6 @@ __device__ __forceinline__ void sweep_gradient(const Block<X, kLayout>& block) {
       for (int w = 0; w < block.kWidth; ++w) out[w] += softmax_gradient(sample, raw[w]);
     }
     block.store(kStudent, v, out);
-  };
-  block.template over_vectors<kPlain ? 2 : 1>([&](int v, auto count) {
-#pragma unroll
-    for (int i = 0; i < count.value; ++i, v += block.team) write(v);
   });
 }
 

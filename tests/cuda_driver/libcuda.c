@@ -1,5 +1,5 @@
-// Stands in for the CUDA driver: writes down what is asked of it, a line a call, and does nothing. The function that the
-// environment variable FAILS names returns an error. See test_cuda_driver.py.
+// Stands in for the CUDA driver: writes down what is asked of it, a line a call, and does nothing. The function that
+// the environment variable FAILS names returns an error. See test_cuda_driver.py.
 #include <cuda.h>
 #include <stdio.h>
 #include <stdlib.h>
