@@ -29,7 +29,7 @@ def backend_is_there() -> None:
         (pytest.fail if must_have_native() else pytest.skip)(reason)
 
 
-#: Kernels in many more types and shapes. The others need one file of kernels for one architecture.
+#: More of the same, in other types and shapes.
 more = pytest.mark.cuda
 two_architectures = pytest.mark.skipif(len(ARCHITECTURES) == 1, reason="a GPU is one architecture")
 
@@ -332,7 +332,6 @@ def cost(
     return moved / floor, coalescing, instructions
 
 
-@more
 @needs_simulator
 @pytest.mark.parametrize(
     ("name", "shape", "dtype", "arch"),
@@ -358,7 +357,6 @@ def test_cost_on_chip(name: str, shape: tuple[int, ...], dtype: torch.dtype, arc
         assert coalescing >= COALESCING
 
 
-@more
 @needs_simulator
 @pytest.mark.parametrize(("name", "classes"), [("dkd", 128256), ("gdkd", 128256)])
 def test_cost_of_split_rows(name: str, classes: int) -> None:
@@ -367,7 +365,6 @@ def test_cost_of_split_rows(name: str, classes: int) -> None:
     assert coalescing >= COALESCING
 
 
-@more
 @needs_simulator
 @pytest.mark.parametrize(("name", "most"), [("kd", 31), ("dkd", 33), ("gdkd", 47), ("bdd", 37)])
 def test_instructions(name: str, most: float) -> None:
