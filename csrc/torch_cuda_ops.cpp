@@ -4,6 +4,7 @@
 #include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
 
+#include <algorithm>
 #include <cstring>
 #include <memory>
 
@@ -98,11 +99,12 @@ Tensor zeros(const Tensor& like, const std::vector<int64_t>& sizes) {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-Launch small_launch(const char* kernel, int64_t blocks) {
+// Blocks of as many threads as there are numbers for each, within limits.
+Launch small_launch(const char* kernel, int64_t blocks, int64_t numbers = kSumThreads) {
   Launch launch;
   launch.kernel = kernel;
   launch.blocks = blocks;
-  launch.threads = kSumThreads;
+  launch.threads = round_up(static_cast<int>(std::clamp<int64_t>(numbers, 1, kSumThreads)), 32);
   return launch;
 }
 
@@ -169,7 +171,7 @@ struct Step {
     sum.values.to_float = out.scalar_type() == ScalarType::Float;
     sum.point("values", sum.values.values, table);
     sum.point("out", sum.values.out, out, true);
-    sum.launch(small_launch("kdk_row_sum", sum.values.columns), device);
+    sum.launch(small_launch("kdk_row_sum", sum.values.columns, sum.values.rows), device);
   }
 
   // The sum of the weights of the samples that count.
@@ -183,7 +185,7 @@ struct Step {
     held.push_back(new_tensor(student, {blocks, 1}, ScalarType::Double));
     const Tensor sums = held.back();
     sum.point("sums", sum.values.out, sums, true);
-    sum.launch(small_launch("kdk_weight_sum", blocks), device);
+    sum.launch(small_launch("kdk_weight_sum", blocks, call().samples), device);
     Tensor divisor = sums;
     if (blocks > 1) {
       held.push_back(new_tensor(student, {1}, ScalarType::Double));
@@ -193,13 +195,13 @@ struct Step {
     parameters.point("divisor", call().divisor, divisor);
   }
 
-  // The table of what standardises each class.
-  void affines(const std::optional<Tensor>& moments, const std::optional<Tensor>& sums) {
+  // The table of what standardises each class, if something does.
+  std::optional<Tensor> affines(const std::optional<Tensor>& moments, const std::optional<Tensor>& sums) {
     const bool by_class = call().objective.standardize == Standardize::by_class;
     const int64_t classes = call().classes;
     STD_TORCH_CHECK(by_class == moments.has_value(),
                     "ValueError: moments must be given where, and only where, logits are standardised by class");
-    if (!moments) return;
+    if (!moments) return std::nullopt;
     STD_TORCH_CHECK(moments->numel() == 6 * classes, "ValueError: moments must have 2 x 3 x ", classes, " numbers");
     STD_TORCH_CHECK(!sums || sums->numel() == 2 * classes, "ValueError: sums must have 2 x ", classes, " numbers");
     const Tensor table = room("affines", call().affines, {8, classes}, dtype);
@@ -217,6 +219,7 @@ struct Step {
     of_class.values.to_float = dtype == ScalarType::Float;
     of_class.launch(small_launch("kdk_affines", ceil_div(classes, kSumThreads)), device);
     parameters.point("affines", call().affines, table);
+    return table;
   }
 
   // Statistics of pieces of the samples, their merge, and a sweep for the gradient: where samples do not fit on chip.
@@ -253,16 +256,16 @@ void Step::split() {
   if (call.gradient.data) launch("backward");
 }
 
-// Backward steps read the logits and what forward saved of each sample.
+// Backward steps read the logits and what forward saved of each sample. The gradient from above is 1 if none is given.
 struct BackwardStep : Step {
-  BackwardStep(const Tensor& grad_loss, const Tensor& student, const Tensor& teacher,
+  BackwardStep(const std::optional<Tensor>& grad_loss, const Tensor& student, const Tensor& teacher,
                const std::optional<Tensor>& target, const Tensor& saved, const Tensor& members,
                const std::vector<double>& objective, int64_t class_dim, int64_t num_classes, const Tensor* gradient)
       : Step(student, teacher, num_classes, class_dim, gradient) {
     call().set(decoded(objective));
     read("target", call().target, target, ScalarType::Long);
     read("grad_loss", call().upstream, grad_loss, ScalarType::Double);
-    call().upstream_each = grad_loss.dim() > 0;
+    call().upstream_each = grad_loss && grad_loss->dim() > 0;
     parameters.point("saved", call().saved, saved);
     if (members.numel() > 0) parameters.point("members", call().members, members);
   }
@@ -321,13 +324,17 @@ Tensor class_moments(const Tensor& student, const Tensor& teacher, const std::op
   return over_stretches(step, "class_moments", "kdk_merge_moments", {2, 3, num_classes});
 }
 
+Tensor sums_of_classes(BackwardStep& step) {
+  return over_stretches(step, "class_sums", "kdk_add_stretches", {2, step.call().classes});
+}
+
 Tensor class_sums(const Tensor& grad_loss, const Tensor& student, const Tensor& teacher,
                   const std::optional<Tensor>& target, const Tensor& saved, const Tensor& members,
                   const Tensor& moments, const std::vector<double>& objective, int64_t class_dim, int64_t num_classes) {
   BackwardStep step(grad_loss, student, teacher, target, saved, members, objective, class_dim, num_classes, nullptr);
   if (step.call().samples == 0) return zeros(student, {2, num_classes});
   step.affines(moments, std::nullopt);
-  return over_stretches(step, "class_sums", "kdk_add_stretches", {2, num_classes});
+  return sums_of_classes(step);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
@@ -363,6 +370,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
   if (samples == 0) {
     torch::stable::zero_(loss);
     if (parts) torch::stable::zero_(part_values);
+    if (gradient && by_class) grad = zeros(student, {2, num_classes});
   } else {
     const auto of_target = step.read("target", call.target, target, ScalarType::Long);
     const auto of_weight = step.read("weight", call.weight, sample_weight, ScalarType::Double);
@@ -376,7 +384,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
     } else if (reduction == Reduction::batchmean) {
       call.scale /= static_cast<double>(student.size(0));
     }
-    step.affines(moments, std::nullopt);
+    const std::optional<Tensor> affines = step.affines(moments, std::nullopt);
     if (save) {
       step.parameters.point("saved", call.saved, saved, true);
       if (members.numel() > 0) step.parameters.point("members", call.members, members, true);
@@ -397,11 +405,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
       step.sum_rows(block_losses, loss);
       if (parts) step.sum_rows(block_parts, part_values);
     }
-  }
-  if (gradient && by_class) {
-    Tensor one = new_tensor(student, {}, ScalarType::Double);
-    torch::stable::fill_(one, 1.0);
-    grad = class_sums(one, student, teacher, target, saved, members, *moments, objective, class_dim, num_classes);
+    if (gradient && by_class) {
+      BackwardStep sums(std::nullopt, student, teacher, target, saved, members, objective, class_dim, num_classes,
+                        nullptr);
+      sums.parameters.point("affines", sums.call().affines, *affines);
+      grad = sums_of_classes(sums);
+    }
   }
   return {loss, part_values, grad, saved, members};
 }

@@ -224,7 +224,13 @@ if unavailable is None:
     _heed_environment()
 
 
-@torch.compiler.assume_constant_result  # while a call is traced
+def _constant_while_traced(function: Any) -> Any:
+    """Does what torch.compiler.assume_constant_result() does, which first imports the compiler: another second."""
+    function._dynamo_marked_constant = True
+    return function
+
+
+@_constant_while_traced
 def cuda_simulated() -> bool:
     """Whether the CUDA kernels run in a simulator, on CPU tensors: in tests."""
     return cuda_unavailable is None and torch.ops.kdkernels_cuda.simulated.default()
@@ -242,7 +248,7 @@ def _why_not_capability(capability: int) -> str | None:
     return f"its kernels were compiled for compute capabilities {cuda_targets()}, and this GPU's is {capability}"
 
 
-@torch.compiler.assume_constant_result
+@_constant_while_traced
 def why_not_this_gpu() -> str | None:
     """Why the current GPU cannot run the CUDA kernels, or None."""
     if torch.version.cuda is None or not torch.cuda.is_available():

@@ -10,7 +10,7 @@ import ctypes
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -25,8 +25,26 @@ import kdkernels
 
 SOURCES = Path(__file__).parent.parent / "csrc"
 TYPES = ("f32", "f64", "f16", "bf16")
-#: Shared memory of a block, and of a multiprocessor, in bytes, and how many of these there are, by compute capability.
-DEVICES = {80: (166912, 167936, 108), 86: (101376, 102400, 84), 90: (232448, 233472, 132), 100: (232448, 233472, 148)}
+
+
+class Limits(NamedTuple):
+    """What launches depend on of a GPU: shared memory of a block, and of a multiprocessor, in bytes, and how many of
+    these there are."""
+
+    shared_bytes: int
+    shared_bytes_of_all: int
+    multiprocessors: int
+
+
+#: By compute capability.
+DEVICES = {
+    80: Limits(166912, 167936, 108),
+    86: Limits(101376, 102400, 84),
+    90: Limits(232448, 233472, 132),
+    100: Limits(232448, 233472, 148),
+}
+#: Devices with so little shared memory that rows of some thousand classes are shared out, as long ones otherwise are.
+SMALL = {"shared_bytes": 12288, "shared_bytes_of_all": 3 * (12288 + 1024)}
 
 
 class Launch(NamedTuple):
@@ -108,11 +126,11 @@ def module_of(name: str, arch: int) -> Module:
 
 
 class Simulator:
-    """Stands in the CUDA driver's place. ``log`` has an entry a launch."""
+    """Stands in the CUDA driver's place, on a GPU with the usual limits but for those given. ``log`` has an entry a
+    launch."""
 
-    def __init__(self, arch: int, multiprocessors: int | None = None, **options: Any) -> None:
-        shared, of_all, usual = DEVICES[arch]
-        self.device = shared, of_all, multiprocessors or usual
+    def __init__(self, arch: int, limits: Mapping[str, int] | None = None, **options: Any) -> None:
+        self.device = DEVICES[arch]._replace(**limits or {})
         self.arch, self.options = arch, options
         self.log: list[Launch] = []
         self.error: BaseException | None = None
@@ -143,7 +161,7 @@ class Simulator:
                 self.written[key] = np.zeros(storage.nbytes(), np.uint8)
             pointers.append((buffer.offset, tensor, buffer.name.decode()))
         struct = Struct(ctypes.string_at(parameters, size), pointers)
-        assert shared <= self.device[0]
+        assert shared <= self.device.shared_bytes
         stats = module.launch(
             name, blocks, threads, [struct], shared, cluster=cluster, written=self.written, **self.options
         )
@@ -180,11 +198,11 @@ def _in_place_of_the_driver(sim: Simulator) -> Iterator[Any]:
         raise sim.error
 
 
-def recorded(arch: int) -> Any:
+def recorded(arch: int, limits: Mapping[str, int] | None = None) -> Any:
     """Within this context ``backend="cuda"`` takes CPU tensors and nothing is run: gives a Recorder."""
-    return _in_place_of_the_driver(Recorder(arch))
+    return _in_place_of_the_driver(Recorder(arch, limits))
 
 
-def simulated(arch: int, **options: Any) -> Any:
+def simulated(arch: int, limits: Mapping[str, int] | None = None, **options: Any) -> Any:
     """Within this context ``backend="cuda"`` takes CPU tensors, and its launches run in the Simulator it gives."""
-    return _in_place_of_the_driver(Simulator(arch, **options))
+    return _in_place_of_the_driver(Simulator(arch, limits, **options))

@@ -5,7 +5,7 @@ On a machine with a GPU :func:`device` is the GPU, and the same tests run there.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -38,12 +38,12 @@ def missing() -> str | None:
 
 
 @contextmanager
-def device(arch: int, **options: Any) -> Iterator[Simulator | None]:
+def device(arch: int, limits: Mapping[str, int] | None = None) -> Iterator[Simulator | None]:
     """Where ``backend="cuda"`` runs on tensors of DEVICE: with all of the simulator's checks, or on a GPU (None)."""
     if DEVICE.type != "cpu":
         yield None
         return
-    with simulated(arch, check_races=True, check_uninit=True, **options) as sim:
+    with simulated(arch, limits, check_races=True, check_uninit=True) as sim:
         yield sim
     warnings = {message for launch in sim.log for message in launch.stats.warnings}
     assert not warnings, "\n".join(warnings)
@@ -64,12 +64,12 @@ def run(
     path: Path,
     arch: int,
     upstream: Tensor | None = None,
-    multiprocessors: int | None = None,
+    limits: Mapping[str, int] | None = None,
     **options: Any,
 ) -> tuple[Outcome, Simulator | None]:
     """Loss, gradient and parts as a user gets them, on the CPU again, and the simulator that computed them."""
     there = {name: moved(value, DEVICE) for name, value in options.items()}
-    with device(arch, multiprocessors=multiprocessors) as sim:
+    with device(arch, limits) as sim:
         got = measured(
             case.call, moved(student, DEVICE), moved(teacher, DEVICE), moved(upstream, DEVICE), **path.options, **there
         )
@@ -84,13 +84,14 @@ def check(
     path: Path,
     arch: int,
     upstream: Tensor | None = None,
+    limits: Mapping[str, int] | None = None,
     **options: Any,
 ) -> Simulator | None:
     """:func:`run`, held to the accuracy table against the float64 reference."""
     want = expected(case.objective, student, teacher, upstream, **options)
     if upstream is None and want.loss.dim():
         upstream = upstream_like(want.loss).to(arithmetic_dtype(student, teacher))
-    got, sim = run(case, student, teacher, path, arch, upstream, return_parts=True, **options)
+    got, sim = run(case, student, teacher, path, arch, upstream, limits, return_parts=True, **options)
     assert_same(got, want, student, teacher)
     assert tuple(got.parts) == case.parts
     return sim

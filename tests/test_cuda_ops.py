@@ -6,6 +6,8 @@ outputs are 0.
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -124,6 +126,13 @@ def ops_in(counter: CompileCounterWithBackend) -> set[str]:
     modules = [module for graph in counter.graphs for module in graph.modules()]
     nodes = [node for module in modules if isinstance(module, torch.fx.GraphModule) for node in module.graph.nodes]
     return {str(node.target) for node in nodes if "kdkernels" in str(node.target)}
+
+
+def test_importing_does_not_import_the_compiler() -> None:
+    """It takes a second, and who does not compile can do without."""
+    program = "import sys, kdkernels; print('torch._dynamo' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False"]
 
 
 @pytest.mark.usefixtures("dynamo")

@@ -42,7 +42,7 @@ PIXELS = [(2, c, 5, 7) for c in (2, 19, 150, 1000, 5000)] + [(1, 19, 64, 64)]
 @pytest.mark.parametrize("dtype", [BF16, F32, F64], ids=name_of)
 @pytest.mark.parametrize("name", ["dkd", "everything", "gdkd_k20", "ls_gdkd", "pr_dkd"])
 def test_every_launch_is_within_the_limits(name: str, dtype: torch.dtype, arch: int) -> None:
-    block = DEVICES[arch][0]
+    block = DEVICES[arch].shared_bytes
     for shape in ROWS + PIXELS:
         if shape[1] <= ALL[name].smallest:
             continue

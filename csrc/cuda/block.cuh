@@ -29,6 +29,24 @@ __device__ __forceinline__ const P* of_block(const P* shared, int rank) {
 #endif
 }
 
+// Visits `first`, `first` + `step`, ... before `end`: kMost of them at once while so many are left, then half as many,
+// so that there is little to check and to add up. visit(the first of them, how many as a constant)
+template <int kMost, class At, class Step, class Visit>
+__device__ __forceinline__ void in_groups(At first, At end, Step step, Visit visit) {
+#pragma unroll 1
+  for (; first + (kMost - 1) * step < end; first += kMost * step) visit(first, std::integral_constant<int, kMost>{});
+  if constexpr (kMost > 1) in_groups<kMost / 2>(first, end, step, visit);
+}
+
+// The same, one at a time to see: visit(which).
+template <int kMost, class At, class Step, class Visit>
+__device__ __forceinline__ void in_turn(At first, At end, Step step, Visit visit) {
+  in_groups<kMost>(first, end, step, [&](At at, auto count) {
+#pragma unroll
+    for (int i = 0; i < count.value; ++i, at += step) visit(at);
+  });
+}
+
 // A thread's view of its block: it belongs to the team of one sample. Elements of a sample's piece are taken in vectors
 // of kWidth; a team's thread takes every so many vectors.
 template <class X, Layout kLayout>
@@ -43,7 +61,8 @@ struct Block {
   int begin, count;               // its classes
   int lead;                       // the own sample's slots before its first class
   int vectors;                    // that they take
-  int stride;                     // between a sample's slots
+  int whole;                      // of these, all but a last one that has room left
+  int stride, pitch;              // between a sample's slots, and between the samples' first ones
   Sample<T>* samples;
   Entry<T>* entries;           // of the own sample
   Candidate<T>* candidates;    // too
@@ -68,11 +87,23 @@ struct Block {
     partials = reinterpret_cast<double*>(shared_memory + at.partials);
     groups = reinterpret_cast<GroupStats<double>*>(shared_memory + at.groups);
     exchange = reinterpret_cast<Exchange*>(shared_memory + at.exchange);
-    const int pitch = kRows ? slots(kLayout, tiling.piece, sizeof(X)) : 1;
+    pitch = kRows ? slots(kLayout, tiling.piece, sizeof(X)) : 1;
     stride = kRows ? 1 : tiling.samples;
     tile[kStudent] = reinterpret_cast<X*>(shared_memory + at.student) + own * pitch;
     tile[kTeacher] = reinterpret_cast<X*>(shared_memory + at.teacher) + own * pitch;
-    lead = vectors = 0;
+    lead = vectors = whole = 0;
+  }
+
+  // The block as the team of another of its samples sees it: that one's entries and slots.
+  __device__ Block of_sample(int sample) const {
+    Block other = *this;
+    const int after = sample - own;
+    other.own = sample;
+    other.lead = samples[sample].lead;
+    other.entries += after * call.tiling.entries;
+    other.tile[kStudent] += after * pitch;
+    other.tile[kTeacher] += after * pitch;
+    return other;
   }
 
   // Whether the terms see the logits as they are.
@@ -89,16 +120,18 @@ struct Block {
     if constexpr (kRows) {
       widen<X>(reinterpret_cast<const Vector*>(tile[side])[vector], values);
     } else {
+      const X* at = &slot(side, vector * kWidth);
 #pragma unroll
-      for (int w = 0; w < kWidth; ++w) values[w] = widen(slot(side, vector * kWidth + w));
+      for (int w = 0; w < kWidth; ++w, at += stride) values[w] = widen(*at);
     }
   }
   __device__ void store(int side, int vector, const T* values) const {
     if constexpr (kRows) {
       reinterpret_cast<Vector*>(tile[side])[vector] = narrow_all<X>(values);
     } else {
+      X* at = &slot(side, vector * kWidth);
 #pragma unroll
-      for (int w = 0; w < kWidth; ++w) slot(side, vector * kWidth + w) = narrow<X>(values[w]);
+      for (int w = 0; w < kWidth; ++w, at += stride) *at = narrow<X>(values[w]);
     }
   }
 
@@ -161,7 +194,12 @@ struct Block {
   template <int kCount>
   __device__ void maximum(T* values) const {
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) values[i] = over_lanes(values[i], [](T a, T b) { return larger(a, b); });
+    for (int i = 0; i < kCount; ++i) values[i] = over_lanes(values[i], Larger{});
+    maximum_of_warps<kCount>(values);
+  }
+  // The same of values that are alike in each of a team's warps.
+  template <int kCount>
+  __device__ void maximum_of_warps(T* values) const {
     if (partial_results() == 1) return __syncwarp();
     if (writes_result())
       for (int i = 0; i < kCount; ++i) partial(own, own_result())[i] = values[i];

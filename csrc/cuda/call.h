@@ -167,7 +167,10 @@ struct Candidate {
 // Partial sums of a warp (rows) or a thread (pixels): of the softmax, and four of each term.
 constexpr int kPartials = 1 + 4 * kMaxTerms;
 
-KDK_HOST_DEVICE int round_up(int number, int step) { return (number + step - 1) / step * step; }
+// Unsigned, so that powers of two divide by a shift.
+KDK_HOST_DEVICE int round_up(unsigned number, unsigned step) {
+  return static_cast<int>((number + step - 1) / step * step);
+}
 
 // Numbers of a TermResult (evaluate.h).
 constexpr int kResults = 1 + 1 + kMaxGroups + 3 * kMaxGroups;

@@ -14,8 +14,7 @@ __device__ void over_samples(const Block<X, kLayout>& block, Visit visit) {
     // Pixels of a class are next to one another: threads take them in turn, each from another memory bank.
     const int sample = block.kRows ? i : (i + block.thread) % samples;
     if (!block.samples[sample].valid) continue;
-    const int pitch = block.kRows ? slots(kLayout, block.call.tiling.piece, sizeof(X)) : 1;
-    const int at = (sample - block.own) * pitch + (block.samples[sample].lead + block.thread) * block.stride;
+    const int at = (sample - block.own) * block.pitch + (block.samples[sample].lead + block.thread) * block.stride;
     visit(block.tile[kStudent][at], block.tile[kTeacher][at]);
   }
 }

@@ -26,8 +26,8 @@ __device__ __forceinline__ bool row_in_vectors(const Block<X, Layout::rows>& blo
 
 // Visits the slots of a row's first and last vector where these are not whole: visit(slot, whether it is a class).
 template <class X, class Visit>
-__device__ __forceinline__ void over_edges(const Block<X, Layout::rows>& block, int whole, Visit visit) {
-  const int lead = block.lead, end = lead + block.count;
+__device__ __forceinline__ void over_edges(const Block<X, Layout::rows>& block, Visit visit) {
+  const int lead = block.lead, end = lead + block.count, whole = block.whole;
   if (lead == 0 && whole == block.vectors) return;
   for (int i = block.member; i < 2 * block.kWidth; i += block.team) {
     const bool tail = i >= block.kWidth;
@@ -48,17 +48,23 @@ __device__ __forceinline__ bool pixels_in_vectors(const Block<X, Layout::pixels>
          matrix.class_stride * static_cast<int64_t>(sizeof(X)) % 16 == 0;
 }
 
-// Visits the thread's share of the vectors of a block's pixels: visit(first slot, its place in the matrix).
+// Visits the thread's share of the vectors of a block's pixels: visit(where it is in the tile, and in the matrix).
 template <class X, class Visit>
-__device__ __forceinline__ void over_pixel_vectors(const Block<X, Layout::pixels>& block, const Matrix& matrix,
-                                                   Visit visit) {
+__device__ __forceinline__ void over_pixel_vectors(const Block<X, Layout::pixels>& block, X* tile, const Matrix& matrix,
+                                                   int64_t offset, Visit visit) {
   constexpr int kElements = 16 / sizeof(X);
   const int samples = block.call.tiling.samples, of_class = samples / kElements;
   const int first = block.thread / of_class, step = block.call.tiling.threads() / of_class;  // classes
-  int slot = block.thread * kElements;
-  int64_t at = (block.begin + first) * matrix.class_stride + block.thread % of_class * kElements;
-  for (int c = first; c < block.count; c += step, slot += step * samples, at += step * matrix.class_stride)
-    visit(slot, at);
+  X* slot = tile - block.own + block.thread * kElements;
+  X* at = static_cast<X*>(matrix.data) + offset + (block.begin + first) * matrix.class_stride +
+          block.thread % of_class * kElements;
+  const int slots_apart = step * samples;
+  const int64_t apart = step * matrix.class_stride;
+  in_turn<4>(first, block.count, step, [&](int) {
+    visit(reinterpret_cast<Vector*>(slot), reinterpret_cast<Vector*>(at));
+    slot += slots_apart;
+    at += apart;
+  });
 }
 
 // Starts to read a side's logits. Slots without a logit that counts get -inf.
@@ -75,20 +81,21 @@ __device__ void copy_in(const Block<X, kLayout>& block, int side, const Place& p
     if (sample.valid && row_in_vectors(block, side, first)) {
       const X* from = static_cast<const X*>(matrix.data) + first - block.lead;  // where slot 0 would be
       X* to = block.tile[side];
-      const int whole = (block.lead + block.count) / block.kWidth, begin = block.member + (block.lead > 0);
+      const int begin = block.member + (block.lead > 0);
       const auto* global = reinterpret_cast<const Vector*>(from) + begin;
       const unsigned slots_at = static_cast<unsigned>(__cvta_generic_to_shared(to));
-      const unsigned end = slots_at + whole * sizeof(Vector), step = block.team * sizeof(Vector);
-      for (unsigned at = slots_at + begin * sizeof(Vector); at < end; at += step, global += block.team)
+      const unsigned end = slots_at + block.whole * sizeof(Vector), step = block.team * sizeof(Vector);
+      in_turn<4>(slots_at + begin * static_cast<unsigned>(sizeof(Vector)), end, step, [&](unsigned at) {
         copy_16_bytes(at, global);
-      over_edges(block, whole, [&](int i, bool inside) { to[i] = inside ? from[i] : none; });
+        global += block.team;
+      });
+      over_edges(block, [&](int i, bool inside) { to[i] = inside ? from[i] : none; });
       return;
     }
   } else {
     if (pixels_in_vectors(block, side, place)) {
-      const X* from = static_cast<const X*>(matrix.data) + block.samples[0].offset[side];
-      X* to = block.tile[side] - block.own;
-      over_pixel_vectors(block, matrix, [&](int slot, int64_t at) { copy_16_bytes(to + slot, from + at); });
+      over_pixel_vectors(block, block.tile[side], matrix, block.samples[0].offset[side],
+                         [](Vector* slot, const Vector* at) { copy_16_bytes(slot, at); });
       for (int i = block.count + block.member; i < slots; i += block.team) block.slot(side, i) = none;
       return;
     }
@@ -134,22 +141,21 @@ __device__ void copy_out(const Block<X, kLayout>& block, const Place& place, boo
     if (sample.number >= 0 && row_in_vectors(block, kGradient, first)) {
       X* to = static_cast<X*>(matrix.data) + first - block.lead;
       const X* from = block.tile[kStudent];
-      const int whole = (block.lead + block.count) / block.kWidth, begin = block.member + (block.lead > 0);
+      const int begin = block.member + (block.lead > 0);
       auto* global = reinterpret_cast<Vector*>(to) + begin;
-      for (int v = begin; v < whole; v += block.team, global += block.team)
+      in_turn<4>(begin, block.whole, block.team, [&](int v) {
         *global = zero ? Vector{} : reinterpret_cast<const Vector*>(from)[v];
-      over_edges(block, whole, [&](int i, bool inside) {
+        global += block.team;
+      });
+      over_edges(block, [&](int i, bool inside) {
         if (inside) to[i] = zero ? nothing : from[i];
       });
       done = true;
     }
   } else {
     if (pixels_in_vectors(block, kGradient, place)) {
-      X* to = static_cast<X*>(matrix.data) + block.samples[0].offset[kGradient];
-      const X* from = block.tile[kStudent] - block.own;
-      over_pixel_vectors(block, matrix, [&](int slot, int64_t at) {
-        *reinterpret_cast<Vector*>(to + at) = zero ? Vector{} : *reinterpret_cast<const Vector*>(from + slot);
-      });
+      over_pixel_vectors(block, block.tile[kStudent], matrix, block.samples[0].offset[kGradient],
+                         [&](const Vector* slot, Vector* at) { *at = zero ? Vector{} : *slot; });
       done = true;
     }
   }

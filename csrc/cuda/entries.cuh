@@ -62,6 +62,15 @@ __device__ Candidate<Real<X>> best_of_team(const Block<X, kLayout>& block, Candi
   return own;
 }
 
+// Visits the entries of all of the block's samples, of whatever team the threads are: few take few warps.
+// visit(the block as the sample's team sees it, which entry)
+template <class X, Layout kLayout, class Visit>
+__device__ __forceinline__ void over_entries(const Block<X, kLayout>& block, Visit visit) {
+  const Tiling& tiling = block.call.tiling;
+  for (int i = block.thread; i < tiling.samples * tiling.entries; i += tiling.threads())
+    visit(block.of_sample(i % tiling.samples), i / tiling.samples);
+}
+
 // The term by rank that an entry is a candidate of; -1 for the target.
 __device__ __forceinline__ int term_of_entry(const Call& call, int e) {
   if (e < call.first_entry(0)) return -1;
@@ -101,7 +110,7 @@ __device__ Real<X> bound_of_best(const Block<X, kLayout>& block, int k) {
     bound = best[0];
 #pragma unroll
     for (int g = 1; g < kGroups; ++g) bound = larger(bound, best[g]);
-    bound = block.over_lanes(bound, [](T a, T b) { return larger(a, b); });
+    bound = block.over_lanes(bound, Larger{});
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) best[g] = best[g] == bound ? minus_infinity<T>() : best[g];
   }
@@ -166,12 +175,12 @@ __device__ void find_entries(const Block<X, kLayout>& block) {
   using T = Real<X>;
   const Call& call = block.call;
   const Sample<T>& sample = block.sample();
-  for (int e = block.member; e < call.tiling.entries; e += block.team) {
-    const bool inside = sample.valid && sample.target >= block.begin && sample.target < block.begin + block.count;
-    const int t = term_of_entry(call, e);
-    block.entries[e].of_class = t < 0 && inside ? sample.target : -1;
-    block.entries[e].rank = t < 0 ? 0 : e - call.first_entry(t);
-  }
+  over_entries(block, [&](const Block<X, kLayout>& of, int e) {
+    const int target = of.sample().target, t = term_of_entry(call, e);
+    const bool inside = of.sample().valid && target >= block.begin && target < block.begin + block.count;
+    of.entries[e].of_class = t < 0 && inside ? target : -1;
+    of.entries[e].rank = t < 0 ? 0 : e - call.first_entry(t);
+  });
   for (int t = 0; t < call.objective.terms; ++t) {
     const Term& term = call.objective.term[t];
     if (!term.by_rank()) continue;
@@ -197,35 +206,33 @@ __device__ void find_entries(const Block<X, kLayout>& block) {
 template <class X, Layout kLayout>
 __device__ void read_entries(const Block<X, kLayout>& block) {
   const Call& call = block.call;
-  const Sample<Real<X>>& sample = block.sample();
-  const auto inside = [&](int64_t of_class) {
-    return sample.valid && of_class >= block.begin && of_class < block.begin + block.count;
-  };
   const int first = call.first_entry(0), columns = call.tiling.entries - first;
-  for (int e = block.member; e < call.tiling.entries; e += block.team) {
-    const int64_t of_class = e < first      ? sample.target
-                             : sample.valid ? call.members[sample.number * columns + e - first]
-                                            : -1;
-    block.entries[e].of_class = inside(of_class) ? static_cast<int>(of_class) : -1;
+  over_entries(block, [&](const Block<X, kLayout>& of, int e) {
+    const Sample<Real<X>>& sample = of.sample();
+    const int64_t of_class = !sample.valid ? -1
+                             : e < first   ? sample.target
+                                           : call.members[sample.number * columns + e - first];
+    const bool inside = of_class >= block.begin && of_class < block.begin + block.count;
+    of.entries[e].of_class = inside ? static_cast<int>(of_class) : -1;
     int rank = e;
     for (int t = 0; t < call.objective.terms; ++t)
       if (e >= call.first_entry(t)) rank = e - call.first_entry(t);
-    block.entries[e].rank = rank;
-  }
+    of.entries[e].rank = rank;
+  });
 }
 
 // Reads the entries' logits; a barrier must come before and after.
 template <class X, Layout kLayout>
 __device__ void read_logits(const Block<X, kLayout>& block) {
-  for (int e = block.member; e < block.call.tiling.entries; e += block.team) {
-    Entry<Real<X>>& entry = block.entries[e];
+  over_entries(block, [](const Block<X, kLayout>& of, int e) {
+    Entry<Real<X>>& entry = of.entries[e];
     entry.raw = entry.student = entry.teacher = 0;
-    if (entry.of_class < 0) continue;
-    const int slot = block.slot_of(entry.of_class - block.begin);
-    entry.raw = widen(block.slot(kStudent, slot));
-    entry.student = standardized(block, kStudent, entry.of_class, entry.raw);
-    entry.teacher = standardized(block, kTeacher, entry.of_class, widen(block.slot(kTeacher, slot)));
-  }
+    if (entry.of_class < 0) return;
+    const int slot = of.slot_of(entry.of_class - of.begin);
+    entry.raw = widen(of.slot(kStudent, slot));
+    entry.student = standardized(of, kStudent, entry.of_class, entry.raw);
+    entry.teacher = standardized(of, kTeacher, entry.of_class, widen(of.slot(kTeacher, slot)));
+  });
 }
 
 // The rank of an entry among the candidates of all pieces: how many are better. `others(piece)` are a piece's entries.
@@ -291,13 +298,13 @@ __device__ void resolve(const Call& call, const Entry<T>* entries, int e, int ta
 // Resolves the entries and masks their logits; barriers must come before and after.
 template <class X, Layout kLayout>
 __device__ void mask_entries(const Block<X, kLayout>& block) {
-  for (int e = block.member; e < block.call.tiling.entries; e += block.team) {
-    Entry<Real<X>>& entry = block.entries[e];
-    resolve(block.call, block.entries, e, block.sample().target, entry);
-    if (!entry.counts) continue;
-    const int slot = block.slot_of(entry.of_class - block.begin);
-    block.slot(kStudent, slot) = block.slot(kTeacher, slot) = narrow<X>(minus_infinity<Real<X>>());
-  }
+  over_entries(block, [](const Block<X, kLayout>& of, int e) {
+    Entry<Real<X>>& entry = of.entries[e];
+    resolve(of.call, of.entries, e, of.sample().target, entry);
+    if (!entry.counts) return;
+    const int slot = of.slot_of(entry.of_class - of.begin);
+    of.slot(kStudent, slot) = of.slot(kTeacher, slot) = narrow<X>(minus_infinity<Real<X>>());
+  });
 }
 
 // Writes that an entry's class leads, where it does.
@@ -363,19 +370,18 @@ __device__ double entry_products(const Block<X, kLayout>& block) {
 // Puts the entries' gradient in the student's place; a barrier must come before and after.
 template <class X, Layout kLayout>
 __device__ void entry_gradients(const Block<X, kLayout>& block) {
-  using T = Real<X>;
-  const Call& call = block.call;
-  const Sample<T>& sample = block.sample();
-  for (int e = block.member; e < call.tiling.entries; e += block.team) {
-    const Entry<T>& entry = block.entries[e];
-    if (!entry.counts) continue;
-    T slope = chained(block, entry.of_class, entry.student, entry_gradient(call, sample, entry));
+  over_entries(block, [](const Block<X, kLayout>& of, int e) {
+    const Call& call = of.call;
+    const Sample<Real<X>>& sample = of.sample();
+    const Entry<Real<X>>& entry = of.entries[e];
+    if (!entry.counts) return;
+    Real<X> slope = chained(of, entry.of_class, entry.student, entry_gradient(call, sample, entry));
     if (call.objective.has_ce()) {
       slope += softmax_gradient(sample, entry.raw);
       if (entry.of_class == sample.target) slope -= sample.entropy_factor;
     }
-    block.slot(kStudent, block.slot_of(entry.of_class - block.begin)) = narrow<X>(slope);
-  }
+    of.slot(kStudent, of.slot_of(entry.of_class - of.begin)) = narrow<X>(slope);
+  });
 }
 
 }  // namespace kdk::cuda

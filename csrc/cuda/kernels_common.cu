@@ -12,14 +12,14 @@ __device__ double block_sum(double value) {
   if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = value;
   __syncthreads();
   double sum = 0;
-  for (int i = 0; i < kSumThreads / 32; ++i) sum += sums[i];
+  for (unsigned i = 0; i < blockDim.x / 32; ++i) sum += sums[i];
   return sum;
 }
 
 extern "C" __global__ void __launch_bounds__(kSumThreads) kdk_row_sum(const __grid_constant__ RowSum call) {
   const int64_t column = blockIdx.x;
   double sum = 0;
-  for (int64_t row = threadIdx.x; row < call.rows; row += kSumThreads) sum += call.values[row * call.columns + column];
+  for (int64_t row = threadIdx.x; row < call.rows; row += blockDim.x) sum += call.values[row * call.columns + column];
   sum = block_sum(sum);
   if (threadIdx.x != 0) return;
   if (call.to_float) static_cast<float*>(call.out)[column] = static_cast<float>(sum);
@@ -29,7 +29,7 @@ extern "C" __global__ void __launch_bounds__(kSumThreads) kdk_row_sum(const __gr
 extern "C" __global__ void __launch_bounds__(kSumThreads) kdk_weight_sum(const __grid_constant__ WeightSum call) {
   const int64_t begin = blockIdx.x * int64_t{kWeightsOfBlock}, end = min(begin + kWeightsOfBlock, call.samples);
   double sum = 0;
-  for (int64_t n = begin + threadIdx.x; n < end; n += kSumThreads) {
+  for (int64_t n = begin + threadIdx.x; n < end; n += blockDim.x) {
     const double weight = call.weight ? call.weight[n] : 1;
     sum += call.target && call.target[n] == call.ignore_index ? 0 : weight;
   }

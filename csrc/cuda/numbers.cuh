@@ -123,6 +123,13 @@ __device__ __forceinline__ T minus_infinity() {
 __device__ __forceinline__ float larger(float a, float b) { return fmaxf(a, b); }
 __device__ __forceinline__ double larger(double a, double b) { return fmax(a, b); }
 
+struct Larger {
+  template <class T>
+  __device__ T operator()(T a, T b) const {
+    return larger(a, b);
+  }
+};
+
 // Step 2 is in double precision. Its functions are for what it asks of them, sums and masses: that takes half the
 // instructions and registers that it takes to be right for every number.
 template <class R>

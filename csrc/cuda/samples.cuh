@@ -64,7 +64,9 @@ __device__ bool read_samples(Block<X, kLayout>& block, const Place& place, bool 
   }
   any = __syncthreads_or(any);
   block.lead = block.sample().lead;
-  block.vectors = (block.lead + block.count + block.kWidth - 1) / block.kWidth;
+  const unsigned end = block.lead + block.count;
+  block.vectors = static_cast<int>((end + block.kWidth - 1) / block.kWidth);
+  block.whole = static_cast<int>(end / block.kWidth);
   return any;
 }
 

@@ -24,12 +24,13 @@ __device__ __forceinline__ void scale(const Call& call) {
     begin = min(static_cast<int>((kWide - reinterpret_cast<uintptr_t>(data) / sizeof(X) % kWide) % kWide), block.count);
     end = begin + (block.count - begin) / kWide * kWide;
     for (int c = begin + block.member * kWide; c < end; c += block.team * kWide) {
-      Vector& vector = *reinterpret_cast<Vector*>(data + c);
+      auto* at = reinterpret_cast<Vector*>(data + c);
+      const Vector vector = *at;
       T values[kWide];
       widen<X>(vector, values);
 #pragma unroll
       for (int w = 0; w < kWide; ++w) values[w] *= factor;
-      vector = narrow_all<X>(values);
+      *at = narrow_all<X>(values);
     }
   }
   for (int c = block.member; c < block.count - (end - begin); c += block.team) {

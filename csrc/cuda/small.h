@@ -5,7 +5,7 @@
 
 namespace kdk::cuda {
 
-constexpr int kSumThreads = 256;
+constexpr int kSumThreads = 256;  // of a block, at most
 constexpr int kWeightsOfBlock = 4096;
 
 // The sums of the columns of `rows` x `columns` numbers, a block each.

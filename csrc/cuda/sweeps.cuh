@@ -17,16 +17,16 @@ __device__ __forceinline__ T origin_of(T largest, T exponent) {
   return start(largest * exponent);
 }
 
-// The largest logits of both sides that the thread looks at.
+// The largest logits of both sides that the warp, or the thread of pixels, looks at.
 template <class X, Layout kLayout>
-__device__ __forceinline__ void own_maxima(const Block<X, kLayout>& block, Real<X>* largest) {
+__device__ __forceinline__ void lane_maxima(const Block<X, kLayout>& block, Real<X>* largest) {
   using T = Real<X>;
   if constexpr (block.kRows && sizeof(X) == 2) {
     // Two at a time, as they are.
     using Pair = std::conditional_t<std::is_same_v<X, __half>, __half2, __nv_bfloat162>;
     const X none = narrow<X>(minus_infinity<T>());
     Pair pairs[2] = {{none, none}, {none, none}};
-    for (int v = block.member; v < block.vectors; v += block.team) {
+    in_turn<4>(block.member, block.vectors, block.team, [&](int v) {
 #pragma unroll
       for (int side = kStudent; side <= kTeacher; ++side) {
         const Vector vector = reinterpret_cast<const Vector*>(block.tile[side])[v];
@@ -34,13 +34,14 @@ __device__ __forceinline__ void own_maxima(const Block<X, kLayout>& block, Real<
 #pragma unroll
         for (int i = 0; i < 4; ++i) pairs[side] = __hmax2(pairs[side], reinterpret_cast<const Pair&>(words[i]));
       }
-    }
-#pragma unroll
-    for (int side = kStudent; side <= kTeacher; ++side)
-      largest[side] = larger(widen(pairs[side].x), widen(pairs[side].y));
+    });
+    const Pair low{pairs[kStudent].x, pairs[kTeacher].x}, high{pairs[kStudent].y, pairs[kTeacher].y};
+    const Pair sides = block.over_lanes(__hmax2(low, high), [](Pair a, Pair b) { return __hmax2(a, b); });
+    largest[kStudent] = widen(sides.x);
+    largest[kTeacher] = widen(sides.y);
   } else {
     largest[kStudent] = largest[kTeacher] = minus_infinity<T>();
-    for (int v = block.member; v < block.vectors; v += block.team) {
+    in_turn<4>(block.member, block.vectors, block.team, [&](int v) {
 #pragma unroll
       for (int side = kStudent; side <= kTeacher; ++side) {
         T values[block.kWidth];
@@ -48,7 +49,9 @@ __device__ __forceinline__ void own_maxima(const Block<X, kLayout>& block, Real<
 #pragma unroll
         for (int w = 0; w < block.kWidth; ++w) largest[side] = larger(largest[side], values[w]);
       }
-    }
+    });
+#pragma unroll
+    for (int side = kStudent; side <= kTeacher; ++side) largest[side] = block.over_lanes(largest[side], Larger{});
   }
 }
 
@@ -78,8 +81,8 @@ __device__ void maxima(const Block<X, kLayout>& block) {
   using T = Real<X>;
   T largest[3] = {minus_infinity<T>(), minus_infinity<T>(), minus_infinity<T>()};
   if (block.plain()) {
-    own_maxima(block, largest);
-    block.template maximum<2>(largest);
+    lane_maxima(block, largest);
+    block.template maximum_of_warps<2>(largest);
     largest[2] = largest[kStudent];
     lower_masks(block, largest);
   } else {
@@ -109,17 +112,15 @@ __device__ void maxima(const Block<X, kLayout>& block) {
 template <bool kForward, bool kReverse, bool kFast, class X, Layout kLayout>
 __device__ __forceinline__ void add_up_own(const Block<X, kLayout>& block, Real<X> exponent, double* total) {
   using T = Real<X>;
-  constexpr int kVectors = kFast ? kSummed / block.kWidth : 1;
+  constexpr int kVectors = kFast ? kSummed / Block<X, kLayout>::kWidth : 1;
   const T student_origin = origin_of(block.sample().largest[kStudent], exponent);
   const T teacher_origin = origin_of(block.sample().largest[kTeacher], exponent);
 #pragma unroll
   for (int i = 0; i < 4; ++i) total[i] = 0;
-#pragma unroll 1
-  for (int v = block.member; v < block.vectors;) {
+  in_groups<kVectors>(block.member, block.vectors, block.team, [&](int v, auto count) {
     T sum[2][4];
 #pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-      if (i > 0 && v >= block.vectors) break;
+    for (int i = 0; i < count.value; ++i, v += block.team) {
       T s[block.kWidth], t[block.kWidth];
       block.load(kStudent, v, s);
       block.load(kTeacher, v, t);
@@ -133,18 +134,22 @@ __device__ __forceinline__ void add_up_own(const Block<X, kLayout>& block, Real<
         const bool first = i == 0 && w < 2;
         const T a = fma(s[w], exponent, -student_origin), b = fma(t[w], exponent, -teacher_origin);
         const T es = power(a), et = power(b), gap = b - a;
-        const T forward = kFast || et > 0 ? gap : T(0), reverse = kFast || es > 0 ? gap : T(0);
         to[0] = first ? es : to[0] + es;
         to[1] = first ? et : to[1] + et;
-        if constexpr (kForward) to[2] = first ? et * forward : fma(et, forward, to[2]);
-        if constexpr (kReverse) to[3] = first ? es * reverse : fma(es, reverse, to[3]);
+        if constexpr (kForward) {
+          const T forward = kFast || et > 0 ? gap : T(0);
+          to[2] = first ? et * forward : fma(et, forward, to[2]);
+        }
+        if constexpr (kReverse) {
+          const T reverse = kFast || es > 0 ? gap : T(0);
+          to[3] = first ? es * reverse : fma(es, reverse, to[3]);
+        }
       }
-      v += block.team;
     }
 #pragma unroll
     for (int i = 0; i < 4; ++i)
       if (i < 2 || (i == 2 ? kForward : kReverse)) total[i] += sum[0][i] + sum[1][i];
-  }
+  });
 }
 
 // The four sums of a term's last group, in the partial results from `column` on.
@@ -300,8 +305,7 @@ __device__ __forceinline__ void sweep_gradient(const Block<X, kLayout>& block) {
   const int sweeps = call.sweeps;
   const bool entropy = call.objective.has_ce();
   const GradientNumbers<T> numbers(call, sample);
-#pragma unroll 1
-  for (int v = block.member; v < block.vectors; v += block.team) {
+  in_turn<kPlain ? 2 : 1>(block.member, block.vectors, block.team, [&](int v) {
     T raw[block.kWidth], t[block.kWidth], out[block.kWidth];
     block.load(kStudent, v, raw);
     block.load(kTeacher, v, t);
@@ -322,7 +326,7 @@ __device__ __forceinline__ void sweep_gradient(const Block<X, kLayout>& block) {
       for (int w = 0; w < block.kWidth; ++w) out[w] += softmax_gradient(sample, raw[w]);
     }
     block.store(kStudent, v, out);
-  }
+  });
 }
 
 // Puts the gradient in the student's place; that of entries comes after.
