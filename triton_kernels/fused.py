@@ -40,9 +40,8 @@ from kdkernels.triton_kernels.standardize import (
     standardize_by_class,
 )
 from kdkernels.triton_kernels.stats import (
-    add,
+    add_folded,
     exponentials,
-    folded,
     groups_with,
     larger,
     logits_of_groups,
@@ -97,12 +96,12 @@ def statistics_again(
     for c in tl.static_range(len(s)):
         single, top = masks_again(t[c], c, class_count, targets, found, nothing, KIND, LARGEST)
         largest = larger(largest, logits_of_groups(s[c], t[c], single, top, KIND))
-    of_top, of_rest = origins_from(largest)
+    of_top, of_rest = origins_from(largest, exponent)
     sums = ()
     for c in tl.static_range(len(s)):
         single, top = masks_again(t[c], c, class_count, targets, found, 2 * nothing, KIND, LARGEST)
         exps = exponentials(s[c], t[c], single, top, of_top, of_rest, exponent, KIND)
-        sums = add(sums, folded(summands(exps, top, KIND, FORWARD, REVERSE)))
+        sums = add_folded(sums, summands(exps, top, KIND, FORWARD, REVERSE))
     return statistics_from(of_top, of_rest, sums, len(s), FORWARD, REVERSE)
 
 

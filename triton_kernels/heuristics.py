@@ -29,6 +29,7 @@ def power_of_two(number: int) -> int:
 # A program's elements are in registers, of which a thread has 255 if no more than 8 warps share them.
 _FIXED_REGISTERS = 60
 _PER_THREAD = 32
+_PER_TILE = 8
 _MOST_WARPS = 8
 _LEAST_CLASSES = 16
 #: Rows that share a warp: tiles of classes that a thread has one after the other, if so many threads share a row.
@@ -82,7 +83,8 @@ def fused_tile(layout: Layout, problem: Problem) -> Tile | None:
     for per_thread in (_PER_THREAD, _PER_THREAD // 2, _PER_THREAD // 4, _PER_THREAD // 8, 2 * _PER_THREAD):
         num_warps = max(block_n * block_c // (_LANES * per_thread), 1)
         if per_thread <= _PER_THREAD and fits(live, per_thread, num_warps):
-            return Tile(block_n, block_c, num_warps)
+            tiles = per_thread // _PER_TILE if layout.axis != SAMPLES.value and per_thread > _PER_TILE else 1
+            return Tile(block_n, block_c // tiles, num_warps, tiles)
         tile_c = num_warps * _LANES * max(layout.wide, 4)
         twice = per_thread >= _PER_THREAD and layout.axis != SAMPLES.value and tile_c <= block_c
         if twice and fits(live_logits(problem, layout.wide), per_thread, num_warps):

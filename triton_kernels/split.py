@@ -230,7 +230,7 @@ def merge_kernel(
     first = tl.full((), 0, tl.int32)
     for i in tl.static_range(len(TERMS)):
         exponent = number(numbers, low, TERMS[i][5] + EXPONENT)
-        of_rest = merge_along(load_parts(stats, row, mask, PART, part_column(TERMS, i, ASIDE, _REST), dtype), exponent)
+        of_rest = merge_along(load_parts(stats, row, mask, PART, part_column(TERMS, i, ASIDE, _REST), dtype))
         of_single = of_rest
         of_top = of_rest
         if by_rank(TERMS[i][0]) and ASIDE:
@@ -260,7 +260,7 @@ def merge_kernel(
             of_top, of_others, _ = statistics(
                 (s,), (t,), (single,), (top & inside,), exponent, TERMS[i][0], TERMS[i][2], TERMS[i][3]
             )
-            of_rest = merge(of_rest, of_others, exponent)
+            of_rest = merge(of_rest, of_others)
             if has_single(TERMS[i][0]):
                 of_single = statistics_of_single(only((s,), (single,)), only((t,), (single,)))
             # Parts may have more equals of the k-th than they have candidates: those come after the last one taken.
@@ -276,9 +276,7 @@ def merge_kernel(
                 )
                 of_single = statistics_of_single(tl.sum(of_student, 1).to(dtype), tl.sum(of_teacher, 1).to(dtype))
             if by_rank(TERMS[i][0]):
-                of_top = merge_along(
-                    load_parts(stats, row, mask, PART, part_column(TERMS, i, ASIDE, _TOP), dtype), exponent
-                )
+                of_top = merge_along(load_parts(stats, row, mask, PART, part_column(TERMS, i, ASIDE, _TOP), dtype))
         groups = groups_with(of_single, of_top, of_rest, TERMS[i][0])
         of_term, of_parts, coefficients = evaluate(
             groups,
