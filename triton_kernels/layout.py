@@ -166,8 +166,8 @@ def store_one(matrix, values, at, strides, classes_of, AXIS: tl.constexpr, WIDE:
 
 
 @triton.jit
-def load_tile(matrix, at, strides, AXIS: tl.constexpr, WIDE: tl.constexpr, dtype: tl.constexpr):
-    """A tile of logits, ``[samples, classes]``, as ``dtype``; -inf where there is none that counts.
+def load_tile(matrix, at, strides, AXIS: tl.constexpr, WIDE: tl.constexpr):
+    """A tile of logits, ``[samples, classes]``, as they are; -inf where there is none that counts.
 
     ``at``: ``(outer, within, classes, class_count, valid, there, sizes)``.
     """
@@ -176,4 +176,4 @@ def load_tile(matrix, at, strides, AXIS: tl.constexpr, WIDE: tl.constexpr, dtype
     inside = classes < class_count
     if AXIS == CLASSES:
         inside = classes < multiple(class_count, WIDE)
-    return tl.load(matrix + where, mask=valid[:, None] & inside[None, :], other=float("-inf")).to(dtype)
+    return tl.load(matrix + where, mask=valid[:, None] & inside[None, :], other=float("-inf"))

@@ -43,32 +43,24 @@ def middle_of(low, high):
 
 
 @triton.jit
-def count(masks):
-    """How many classes of each row are in the masks, one a tile."""
-    number = masks[0].to(tl.int32)
-    for c in tl.static_range(1, len(masks)):
-        number += masks[c].to(tl.int32)
-    return tl.sum(number, 1)
-
-
-@triton.jit
 def count_reaching(values, bound):
-    masks = ()
-    for c in tl.static_range(len(values)):
-        masks = masks + (values[c] >= bound[:, None],)
-    return count(masks)
+    """How many classes of each row reach its bound."""
+    number = (values[0] >= bound[:, None]).to(tl.int32)
+    for c in tl.static_range(1, len(values)):
+        number += (values[c] >= bound[:, None]).to(tl.int32)
+    return tl.sum(number, 1)
 
 
 @triton.jit
 def next_below(values, bound):
     """``(the largest value of each row below its bound, how many are not below it)``."""
-    below = ()
-    others = ()
+    below = tl.full(values[0].shape, float("-inf"), values[0].dtype)
+    others = tl.zeros(values[0].shape, tl.int32)
     for c in tl.static_range(len(values)):
         is_below = values[c] < bound[:, None]
-        below = below + (tl.where(is_below, values[c], float("-inf")),)
-        others = others + (is_below == 0,)
-    return maxima(below), count(others)
+        below = tl.maximum(below, tl.where(is_below, values[c], float("-inf")))
+        others += (is_below == 0).to(tl.int32)
+    return tl.max(below, 1), tl.sum(others, 1)
 
 
 @triton.jit
@@ -91,22 +83,22 @@ def bisect(values, k, best):
 @triton.jit
 def first_equals(values, classes, bound, k):
     """The index up to which k of each row reach the bound, which more than k reach: the first ones that equal it."""
-    above = ()
-    first = tl.where(values[0] == bound[:, None], classes[0][None, :], 0x7FFFFFFF)
-    last = tl.where(values[0] == bound[:, None], classes[0][None, :], 0)
+    above = tl.zeros(values[0].shape, tl.int32)
+    first = tl.full(values[0].shape, 0x7FFFFFFF, tl.int32)
+    last = tl.zeros(values[0].shape, tl.int32)
     for c in tl.static_range(len(values)):
         equal = values[c] == bound[:, None]
-        above = above + (values[c] > bound[:, None],)
+        above += (values[c] > bound[:, None]).to(tl.int32)
         first = tl.minimum(first, tl.where(equal, classes[c][None, :], 0x7FFFFFFF))
         last = tl.maximum(last, tl.where(equal, classes[c][None, :], 0))
     first, last = tl.min(first, 1), tl.max(last, 1)
-    missing = k - count(above)
+    missing = k - tl.sum(above, 1)
     while tl.max((first < last).to(tl.int32), 0) > 0:
         middle = first + (last - first) // 2
-        equals = ()
+        equals = tl.zeros(values[0].shape, tl.int32)
         for c in tl.static_range(len(values)):
-            equals = equals + ((values[c] == bound[:, None]) & (classes[c][None, :] <= middle[:, None]),)
-        enough = count(equals) >= missing
+            equals += ((values[c] == bound[:, None]) & (classes[c][None, :] <= middle[:, None])).to(tl.int32)
+        enough = tl.sum(equals, 1) >= missing
         searching = first < last
         last = tl.where(searching & enough, middle, last)
         first = tl.where(searching & (enough == 0), middle + 1, first)

@@ -112,8 +112,8 @@ def split_kernel(
     classes = part * BLOCK_C + tl.arange(0, BLOCK_C)
     targets, weights, valid = read_samples(target, weight, samples, there, class_count, ignore_index, dtype)
     at = (outer, within, classes, class_count, valid, there, sizes)
-    raw = load_tile(student, at, student_strides, AXIS, WIDE, dtype)
-    t = load_tile(teacher, at, teacher_strides, AXIS, WIDE, dtype)
+    raw = load_tile(student, at, student_strides, AXIS, WIDE).to(dtype)
+    t = load_tile(teacher, at, teacher_strides, AXIS, WIDE).to(dtype)
     s = standardized_tile(raw, 0, at, samples, affines, saved, COLUMNS, STANDARDIZE)
     t = standardized_tile(t, 1, at, samples, affines, saved, COLUMNS, STANDARDIZE)
     row = samples * parts + part
@@ -327,7 +327,7 @@ def reach_of(
     for begin in range(0, class_count, BLOCK_C):
         classes = begin + tl.arange(0, BLOCK_C)
         tile = (outer, within, classes, class_count, valid, there, sizes)
-        t = load_tile(teacher, tile, strides, AXIS, WIDE, dtype)
+        t = load_tile(teacher, tile, strides, AXIS, WIDE).to(dtype)
         t = standardized_tile(t, 1, tile, samples, affines, saved, COLUMNS, STANDARDIZE)
         values = ranked(t, (classes < class_count)[None, :], LARGEST)
         if EQUAL:
@@ -445,7 +445,7 @@ def select_kernel(
         for begin in range(0, class_count, BLOCK_C):
             classes = begin + tl.arange(0, BLOCK_C)
             tile = (outer, within, classes, class_count, valid, there, sizes)
-            t = load_tile(teacher, tile, strides, AXIS, WIDE, dtype)
+            t = load_tile(teacher, tile, strides, AXIS, WIDE).to(dtype)
             t = standardized_tile(t, 1, tile, samples, affines, saved, COLUMNS, STANDARDIZE)
             values = ranked(t, (classes < class_count)[None, :], TERM[1])
             of_tile = tl.max(values, 1)

@@ -39,8 +39,8 @@ def sample_moments_kernel(
     classes = part * BLOCK_C + tl.arange(0, BLOCK_C)
     _, _, valid = read_samples(target, weight, samples, there, class_count, ignore_index, dtype)
     at = (outer, within, classes, class_count, valid, there, sizes)
-    of_student = sample_moments((load_tile(student, at, student_strides, AXIS, WIDE, dtype),))
-    of_teacher = sample_moments((load_tile(teacher, at, teacher_strides, AXIS, WIDE, dtype),))
+    of_student = sample_moments((load_tile(student, at, student_strides, AXIS, WIDE).to(dtype),))
+    of_teacher = sample_moments((load_tile(teacher, at, teacher_strides, AXIS, WIDE).to(dtype),))
     store_columns(moments, of_student + of_teacher, samples * parts + part, there, 2 * MOMENTS, 0)
 
 
@@ -111,8 +111,8 @@ def products_kernel(
     classes = part * BLOCK_C + tl.arange(0, BLOCK_C)
     targets, weights, valid = read_kept(target, None, saved, samples, there, COLUMNS, False)
     at = (outer, within, classes, class_count, valid, there, sizes)
-    s = load_tile(student, at, student_strides, AXIS, WIDE, dtype)
-    t = load_tile(teacher, at, teacher_strides, AXIS, WIDE, dtype)
+    s = load_tile(student, at, student_strides, AXIS, WIDE).to(dtype)
+    t = load_tile(teacher, at, teacher_strides, AXIS, WIDE).to(dtype)
     s = standardized_tile(s, 0, at, samples, saved, saved, COLUMNS, STANDARDIZE)
     t = standardized_tile(t, 1, at, samples, saved, saved, COLUMNS, STANDARDIZE)
     one = tl.zeros_like(weights) + 1.0
