@@ -33,8 +33,8 @@ from kdkernels.triton_kernels.partition import group_sizes, partition
 from kdkernels.triton_kernels.samples import read_factor, read_samples, write_results
 from kdkernels.triton_kernels.saved import save_members, save_term, store_columns
 from kdkernels.triton_kernels.standardize import (
+    chain_sums,
     sample_moments,
-    slope_of_sample,
     standardization_of_sample,
     standardize,
     standardize_by_class,
@@ -258,9 +258,10 @@ def fused_kernel(
     if STANDARDIZE == BY_SAMPLE:
         for c in tl.static_range(TILES):
             results = results + (tile_gradient(s[c], kept, c, TERMS, POKE),)
-        high, factor, offset, slope = of_student
-        slope = slope_of_sample(results, s, slope)
-        of_student = (high, factor, offset, slope)
+        high, factor, offset, slope, level = of_student
+        product, sum_ = chain_sums(results, s)
+        slope, level = slope * product.to(dtype), level * sum_.to(dtype)
+        of_student = (high, factor, offset, slope, level)
     if saved is not None:
         header = (tl.where(valid, weights, 0.0),) + softmax + of_student + of_teacher
         store_columns(saved, header, samples, there, COLUMNS[1], 0)
@@ -288,7 +289,7 @@ def fused_kernel(
                     finish_tile(gradient, tile, logits, where, *ending, CE, POKE, AXIS, WIDE)
             else:
                 if STANDARDIZE == BY_SAMPLE:
-                    result = chain(results[c], s[c], 0.0, slope[:, None], (factor * weights)[:, None])
+                    result = chain(results[c], s[c], level[:, None], slope[:, None], (factor * weights)[:, None])
                 else:
                     result = tile_gradient(s[c], kept, c, TERMS, POKE)
                 at = (outer, within, classes[c], class_count, valid, there, sizes)

@@ -55,7 +55,8 @@ def live_logits(problem: Problem, wide: int) -> float:
     if others or problem.standardize or problem.low or (term.kind == TOP1_TOPK.value and term.reverse):
         return math.inf
     ranked = term.kind in (TOPK.value, TOP1_TOPK.value)
-    return 4 if ranked and (term.reverse or term.kind == TOP1_TOPK.value or problem.ce) else 3
+    many = (term.forward and term.reverse) or term.kind == TOP1_TOPK.value or problem.ce or wide == 1
+    return 4 if ranked and many else 3
 
 
 def fits(live: float, per_thread: int, num_warps: int) -> bool:

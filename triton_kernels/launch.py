@@ -379,7 +379,7 @@ def _split(
         # differ in the last bit, and which of them is kept is left to chance.
     )
     if by_sample:
-        products = m.new(samples, split, dtype=torch.float64)
+        products = m.new(samples, split, 2, dtype=torch.float64)
         products_kernel[grid](
             m.student,
             m.teacher,
