@@ -66,9 +66,7 @@ def with_maxima(largest, tile, KIND: tl.constexpr):
 
 
 @triton.jit
-def with_sums(
-    sums, tile, of_top, of_rest, k, KIND: tl.constexpr, FORWARD: tl.constexpr, REVERSE: tl.constexpr
-):
+def with_sums(sums, tile, of_top, of_rest, k, KIND: tl.constexpr, FORWARD: tl.constexpr, REVERSE: tl.constexpr):
     """The sums likewise."""
     s, t, single, top = tile
     exps = exponentials(s, t, single, top, of_top, of_rest, k, KIND)
