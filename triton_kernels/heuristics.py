@@ -73,7 +73,7 @@ def fused_tile(layout: Layout, problem: Problem) -> Tile | None:
     makes up for them. The longest rows have 64.
     """
     block_c = max(power_of_two(layout.gradient_classes), _LEAST_CLASSES)
-    live = live_numbers(problem) + (4 if layout.axis == SAMPLES.value else 0)  # each class has an address there
+    live = live_numbers(problem) + (3.4 if layout.axis == SAMPLES.value else 0)  # each class has an address there
     if layout.axis != SAMPLES.value:
         for tiles in _SHORT_TILES:
             tile_c = block_c // tiles
