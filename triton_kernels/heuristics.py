@@ -73,7 +73,9 @@ def fused_tile(layout: Layout, problem: Problem) -> Tile | None:
     makes up for them. The longest rows have 64.
     """
     block_c = max(power_of_two(layout.gradient_classes), _LEAST_CLASSES)
-    live = live_numbers(problem) + (3.4 if layout.axis == SAMPLES.value else 0)  # each class has an address there
+    live = live_numbers(problem)
+    if layout.axis == SAMPLES.value:  # each class has an address there, a simpler one if a single warp has them all
+        live += 3.4 if block_c <= _PER_THREAD else 4
     if layout.axis != SAMPLES.value:
         for tiles in _SHORT_TILES:
             tile_c = block_c // tiles
