@@ -1,10 +1,10 @@
 """What the machine allows at best: ``python bench/roofline.py``.
 
-Two things cannot be had for less: the logits have to be read and the gradient written, and every logit takes one
-exponential a temperature. Both are measured, the memory's share for each shape by torch's own sums (cache and memory
-alike), the exponentials by the kernels' own ``exp2`` in registers (bench/exp2_throughput.cpp, for which a C++ compiler
-has to be here). As the two can go on at the same time, a loss with its gradient takes at least the longer of both;
-classes that standardise the logits have to be read once before.
+Two things cannot be had for less: the logits have to be read and the gradient written, and every logit takes an
+exponential (one a temperature, unless one temperature is half of the other). Both are measured, the memory's share for
+each shape by torch's own sums (cache and memory alike), the exponentials by the kernels' own ``exp2`` in registers
+(bench/exp2_throughput.cpp, for which a C++ compiler has to be here). As the two can go on at the same time, a loss with
+its gradient takes at least the longer of both; classes that standardise the logits have to be read once before.
 """
 
 from __future__ import annotations
@@ -55,8 +55,9 @@ def exp2_seconds(instruction_set: str | None, dtype: torch.dtype) -> float | Non
 
 
 def exponentials(loss: Loss) -> int:
-    """Exponentials a class: of student and teacher, at each temperature."""
-    return 2 * len({value for name, value in loss.numbers.items() if "temperature" in name})
+    """Exponentials a class: of student and teacher, at each temperature that is not half of another (a square does)."""
+    temperatures = {value for name, value in loss.numbers.items() if "temperature" in name}
+    return 2 * len({value for value in temperatures if 2 * value not in temperatures})
 
 
 def bound_seconds(loss: Loss, shape: Shape, dtype: torch.dtype, floor: float, read: float) -> float | None:

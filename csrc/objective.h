@@ -76,6 +76,10 @@ struct Objective {
     return count;
   }
   KDK_HOST_DEVICE bool has_ce() const { return ce_weight != 0; }
+  // Of two terms.
+  KDK_HOST_DEVICE bool same_groups() const {
+    return term[0].kind == term[1].kind && term[0].k == term[1].k && term[0].largest == term[1].largest;
+  }
 
   // What a centred logit is multiplied by, from the moments of its class or sample. Without deviation and eps it is
   // next to 0, as the logit is 0, but not 0: a masked class stays at -inf.

@@ -259,7 +259,7 @@ struct BackwardStep : Step {
                const std::optional<Tensor>& target, const Tensor& saved, const Tensor& members,
                const std::vector<double>& objective, int64_t class_dim, int64_t num_classes, const Tensor* gradient)
       : Step(student, teacher, num_classes, class_dim, gradient) {
-    call().objective = decoded(objective);
+    call().set(decoded(objective));
     read("target", call().target, target, ScalarType::Long);
     read("grad_loss", call().upstream, grad_loss, ScalarType::Double);
     call().upstream_each = grad_loss.dim() > 0;
@@ -342,7 +342,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
       gradient && !by_class ? torch::stable::empty_like(student) : new_tensor(student, {0}, student.scalar_type());
   Step step(student, teacher, num_classes, class_dim, gradient && !by_class ? &grad : nullptr);
   Call& call = step.call();
-  call.objective = decoded(objective);
+  call.set(decoded(objective));
   call.ignore_index = ignore_index;
   call.scale = scale;
   call.each = each;

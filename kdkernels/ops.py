@@ -10,6 +10,8 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import logging
+import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -207,6 +209,22 @@ def set_cpu_instruction_set(name: str) -> None:
         raise ValueError(f"instruction set {name!r} is not supported by this CPU or build")
 
 
+def _heed_environment() -> None:
+    """The kernels read KDKERNELS_CPU_ISA themselves, and go without what they cannot use; this says so."""
+    wanted = os.environ.get("KDKERNELS_CPU_ISA", "auto")
+    if wanted not in ("auto", cpu_instruction_set()):
+        supported = [INSTRUCTION_SETS[index] for index in torch.ops.kdkernels.cpu_instruction_sets.default()]
+        logging.getLogger("kdkernels").warning(
+            f"the environment variable KDKERNELS_CPU_ISA must be one of {supported} on this CPU, got {wanted!r}; "
+            f"{cpu_instruction_set()!r} is used"
+        )
+
+
+if unavailable is None:
+    _heed_environment()
+
+
+@torch.compiler.assume_constant_result  # while a call is traced
 def cuda_simulated() -> bool:
     """Whether the CUDA kernels run in a simulator, on CPU tensors: in tests."""
     return cuda_unavailable is None and torch.ops.kdkernels_cuda.simulated.default()
@@ -224,6 +242,7 @@ def _why_not_capability(capability: int) -> str | None:
     return f"its kernels were compiled for compute capabilities {cuda_targets()}, and this GPU's is {capability}"
 
 
+@torch.compiler.assume_constant_result
 def why_not_this_gpu() -> str | None:
     """Why the current GPU cannot run the CUDA kernels, or None."""
     if torch.version.cuda is None or not torch.cuda.is_available():

@@ -25,8 +25,8 @@ import kdkernels
 
 SOURCES = Path(__file__).parent.parent / "csrc"
 TYPES = ("f32", "f64", "f16", "bf16")
-#: Shared memory of a block, and of a multiprocessor, in bytes, by compute capability.
-SHARED = {80: (166912, 167936), 86: (101376, 102400), 90: (232448, 233472), 100: (232448, 233472)}
+#: Shared memory of a block, and of a multiprocessor, in bytes, and how many of these there are, by compute capability.
+DEVICES = {80: (166912, 167936, 108), 86: (101376, 102400, 84), 90: (232448, 233472, 132), 100: (232448, 233472, 148)}
 
 
 class Launch(NamedTuple):
@@ -110,7 +110,9 @@ def module_of(name: str, arch: int) -> Module:
 class Simulator:
     """Stands in the CUDA driver's place. ``log`` has an entry a launch."""
 
-    def __init__(self, arch: int, **options: Any) -> None:
+    def __init__(self, arch: int, multiprocessors: int | None = None, **options: Any) -> None:
+        shared, of_all, usual = DEVICES[arch]
+        self.device = shared, of_all, multiprocessors or usual
         self.arch, self.options = arch, options
         self.log: list[Launch] = []
         self.error: BaseException | None = None
@@ -141,8 +143,7 @@ class Simulator:
                 self.written[key] = np.zeros(storage.nbytes(), np.uint8)
             pointers.append((buffer.offset, tensor, buffer.name.decode()))
         struct = Struct(ctypes.string_at(parameters, size), pointers)
-        largest, _ = SHARED[self.arch]
-        assert shared <= largest
+        assert shared <= self.device[0]
         stats = module.launch(
             name, blocks, threads, [struct], shared, cluster=cluster, written=self.written, **self.options
         )
@@ -153,25 +154,28 @@ class Simulator:
 def _library() -> ctypes.CDLL:
     (path,) = Path(kdkernels.__file__).parent.glob("_C*.so")
     library = ctypes.CDLL(str(path))
-    library.kdk_simulate.argtypes = [ctypes.c_void_p, _INT64, _INT64, _INT64]
+    library.kdk_simulate.argtypes = [ctypes.c_void_p, *[_INT64] * 4]
     library.kdk_simulate.restype = None
     return library
 
 
 class Recorder(Simulator):
-    """Runs nothing: ``log`` has the launches that would be."""
+    """Runs nothing: ``log`` has the launches that would be, and new memory that they were to write holds zeros."""
 
     def _launch(self, name, blocks, threads, cluster, shared, parameters, size, buffers) -> None:
+        for tensor in (_tensor_at(buffer) for buffer in buffers if buffer.fresh):
+            if tensor is not None:
+                tensor.zero_()
         self.log.append(Launch(name, blocks, cluster, threads, shared, None))
 
 
 @contextmanager
 def _in_place_of_the_driver(sim: Simulator) -> Iterator[Any]:
-    _library().kdk_simulate(ctypes.cast(sim.callback, ctypes.c_void_p), sim.arch, *SHARED[sim.arch])
+    _library().kdk_simulate(ctypes.cast(sim.callback, ctypes.c_void_p), sim.arch, *sim.device)
     try:
         yield sim
     finally:
-        _library().kdk_simulate(None, 0, 0, 0)
+        _library().kdk_simulate(None, 0, 0, 0, 0)
     if sim.error is not None:
         raise sim.error
 

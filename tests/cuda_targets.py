@@ -23,6 +23,7 @@ from kdkernels import ops
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 #: What is compiled for the simulator; one GPU runs what is built for it.
 ARCHITECTURES = (80, 90) if DEVICE.type == "cpu" else (0,)
+FIRST, LAST = ARCHITECTURES[0], ARCHITECTURES[-1]
 
 needs_simulator = pytest.mark.skipif(DEVICE.type != "cpu", reason="counts what the simulator does; here is a GPU")
 
@@ -37,12 +38,12 @@ def missing() -> str | None:
 
 
 @contextmanager
-def device(arch: int) -> Iterator[Simulator | None]:
+def device(arch: int, **options: Any) -> Iterator[Simulator | None]:
     """Where ``backend="cuda"`` runs on tensors of DEVICE: with all of the simulator's checks, or on a GPU (None)."""
     if DEVICE.type != "cpu":
         yield None
         return
-    with simulated(arch, check_races=True, check_uninit=True) as sim:
+    with simulated(arch, check_races=True, check_uninit=True, **options) as sim:
         yield sim
     warnings = {message for launch in sim.log for message in launch.stats.warnings}
     assert not warnings, "\n".join(warnings)
@@ -63,11 +64,12 @@ def run(
     path: Path,
     arch: int,
     upstream: Tensor | None = None,
+    multiprocessors: int | None = None,
     **options: Any,
 ) -> tuple[Outcome, Simulator | None]:
     """Loss, gradient and parts as a user gets them, on the CPU again, and the simulator that computed them."""
     there = {name: moved(value, DEVICE) for name, value in options.items()}
-    with device(arch) as sim:
+    with device(arch, multiprocessors=multiprocessors) as sim:
         got = measured(
             case.call, moved(student, DEVICE), moved(teacher, DEVICE), moved(upstream, DEVICE), **path.options, **there
         )

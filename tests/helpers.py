@@ -85,6 +85,15 @@ def name_of(value: object) -> str:
     return str(value)
 
 
+#: What a forward op can be asked for, with the name of who asks.
+OUTPUTS: dict[str, dict[str, Any]] = {
+    "all": {},
+    "loss": {"gradient": False, "save": False, "parts": False},
+    "fused": {"save": False, "parts": False},
+    "recompute": {"gradient": False, "parts": False},
+    "rows": {"reduction": "none"},
+}
+
 #: Standard deviation of the logits of row i, cyclically: what networks give, early and late in training.
 ROW_SCALES = (3.0, 0.5, 1.0, 6.0)
 

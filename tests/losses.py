@@ -145,6 +145,27 @@ _CASES = (
         ),
         ("mass_1", "top_1", "rest_1", "mass_2", "top_2", "rest_2"),
     ),
+    # Its temperature is a power of two, so that the divergence's exponentials serve the cross entropy, leaders' too.
+    Case(
+        "gdkd_ce",
+        objective.adjust(objective.gdkd(), ce_weight=1.0),
+        partial(kdkernels.gdkd_loss, ce_weight=1.0),
+        ("ce", *_GDKD),
+        needs_target=True,
+    ),
+    # The cooler term comes first and takes squares of the other's exponentials; the cross entropy has its own.
+    _by_objective(
+        "dkd_two_temperatures",
+        Objective(
+            (
+                Term(1.5, TARGET, (1.0, 0.3), ((0.0, 0.0), (2.0, 0.5))),
+                Term(3.0, TARGET, (0.5, 0.0), ((0.0, 0.0), (0.7, 1.2))),
+            ),
+            ce_weight=0.3,
+        ),
+        ("ce", "mass_1", "target_1", "rest_1", "mass_2", "target_2", "rest_2"),
+        needs_target=True,
+    ),
     _by_objective(
         "everything",
         _EVERYTHING,
@@ -212,7 +233,8 @@ STANDARDIZED: dict[str, Case] = {case.name: case for case in _STANDARDIZED}
 
 #: For tests in which the loss is not what varies: one, two and three groups, both directions, one and two terms, CE.
 SOME_LOSSES: dict[str, Case] = {
-    name: LOSSES[name] for name in ("kd", "reverse_kd", "bdd_two_temperatures", "dkd", "gdkd", "gdkd3", "everything")
+    name: LOSSES[name]
+    for name in ("kd", "reverse_kd", "bdd_two_temperatures", "dkd", "gdkd", "gdkd_ce", "gdkd3", "everything")
 }
 
 

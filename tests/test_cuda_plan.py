@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cuda_simulator import SHARED, Launch, recorded
+from cuda_simulator import DEVICES, Launch, recorded
 from helpers import must_have_native, name_of
 from losses import LOSSES, STANDARDIZED
 
@@ -38,11 +38,11 @@ ROWS = [(3, c) for c in (2, 10, 100, 1000, 1024, 1025, 4096, 16384, 32000, 70000
 PIXELS = [(2, c, 5, 7) for c in (2, 19, 150, 1000, 5000)] + [(1, 19, 64, 64)]
 
 
-@pytest.mark.parametrize("arch", SHARED)
+@pytest.mark.parametrize("arch", DEVICES)
 @pytest.mark.parametrize("dtype", [BF16, F32, F64], ids=name_of)
 @pytest.mark.parametrize("name", ["dkd", "everything", "gdkd_k20", "ls_gdkd", "pr_dkd"])
 def test_every_launch_is_within_the_limits(name: str, dtype: torch.dtype, arch: int) -> None:
-    block, _ = SHARED[arch]
+    block = DEVICES[arch][0]
     for shape in ROWS + PIXELS:
         if shape[1] <= ALL[name].smallest:
             continue
@@ -61,18 +61,23 @@ def test_every_launch_is_within_the_limits(name: str, dtype: torch.dtype, arch: 
 @pytest.mark.parametrize(
     ("shape", "dtype", "arch", "kernel", "blocks", "threads", "cluster"),
     [
-        ((64, 100), BF16, 90, "forward_rows_bf16", 2, 128, 1),  # 32 rows a block, 4 threads each
-        ((64, 1000), F32, 90, "forward_rows_f32", 16, 128, 1),  # a warp a row
-        ((64, 4096), BF16, 90, "forward_rows_bf16", 64, 64, 1),  # a block a row
+        ((16384, 100), BF16, 90, "forward_rows_bf16", 512, 128, 1),  # 32 rows a block, 4 threads each
+        ((8192, 1000), BF16, 90, "forward_rows_bf16", 512, 128, 1),  # 8 threads
+        ((2048, 4096), BF16, 90, "forward_rows_bf16", 512, 128, 1),  # a warp
+        ((2048, 4096), F32, 90, "forward_rows_f32", 1024, 128, 1),  # two warps
+        ((512, 16384), BF16, 90, "forward_rows_bf16", 512, 128, 1),  # a block a row
+        ((256, 1000), F32, 90, "forward_rows_f32", 256, 64, 1),  # few rows: more threads each, in more blocks
+        ((64, 100), BF16, 90, "forward_rows_bf16", 8, 32, 1),
         ((4, 16384), BF16, 90, "forward_rows_bf16", 4, 224, 1),
-        ((4, 16384), F32, 90, "forward_rows_f32", 8, 128, 2),
-        ((2, 65536), F32, 90, "forward_rows_f32", 16, 128, 8),
+        ((4, 16384), F32, 90, "forward_rows_f32", 8, 224, 2),  # a cluster of two blocks a row
+        ((64, 16384), F32, 90, "forward_rows_f32", 128, 224, 2),
+        ((2, 65536), F32, 90, "forward_rows_f32", 16, 224, 8),
         ((2, 128256), BF16, 90, "forward_rows_bf16", 16, 224, 8),
-        ((2, 128256), BF16, 100, "forward_rows_bf16", 16, 224, 8),
+        ((64, 128256), BF16, 100, "forward_rows_bf16", 512, 128, 8),
         ((4, 16384), F32, 80, "forward_rows_f32", 4, 224, 1),  # nearly all of a multiprocessor's shared memory
         ((2, 32000), BF16, 80, "forward_rows_bf16", 2, 224, 1),
-        ((2, 32000), BF16, 86, "part_statistics_rows_bf16", 16, 64, 1),  # with less of it, and without clusters
-        ((2, 128256), BF16, 80, "part_statistics_rows_bf16", 64, 64, 1),
+        ((2, 32000), BF16, 86, "part_statistics_rows_bf16", 16, 128, 1),  # with less of it, and without clusters
+        ((2, 128256), BF16, 80, "part_statistics_rows_bf16", 64, 128, 1),
         ((2, 19, 64, 64), F32, 90, "forward_pixels_f32", 256, 32, 1),
         ((2, 1000, 64, 64), F32, 90, "forward_pixels_f32", 2048, 128, 8),  # 32 pixels a cluster
     ],

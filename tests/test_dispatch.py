@@ -196,6 +196,15 @@ def test_the_report() -> None:
         assert piece in done.stdout
 
 
+def test_an_instruction_set_that_there_is_not() -> None:
+    """A misspelt environment variable is named in a warning, and the best instruction set serves."""
+    require("cpu")
+    done = run("-c", "import kdkernels", directory=PACKAGE.parent, KDKERNELS_CPU_ISA="avx1024")
+    assert done.returncode == 0, done.stderr
+    assert "KDKERNELS_CPU_ISA must be one of" in done.stderr
+    assert "got 'avx1024'" in done.stderr
+
+
 @pytest.fixture(scope="module")
 def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with a copy of the package that has no extension."""

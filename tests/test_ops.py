@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import (
+    OUTPUTS,
     Path,
     assert_gradient,
     assert_same,
@@ -69,12 +70,7 @@ def backward_arguments(arguments: tuple[Any, ...], grad_loss: Tensor) -> tuple[A
     return grad_loss, student, teacher, target, saved, members, None, None, numbers, class_dim, classes
 
 
-FLAGS = {
-    "all": {},
-    "loss": {"gradient": False, "save": False, "parts": False},
-    "fused": {"save": False, "parts": False},
-    "recompute": {"gradient": False, "parts": False},
-    "rows": {"reduction": "none"},
+FLAGS = OUTPUTS | {
     "sum": {"reduction": "sum", "scale": 0.25},
     "denominator": {"reduction": "sum", "denominator": torch.tensor(3.0)},
     "weighted": {"sample_weight": torch.tensor([1.0, 0.5, 0.0])},

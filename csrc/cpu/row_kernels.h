@@ -10,6 +10,7 @@ constexpr int64_t kSplitSamples = 16;     // fewer samples than this may be spli
 constexpr int kBatch = kLanes<double>;    // rows that take step 2 together, at most
 constexpr int kBatchClasses = 4 * kTile;  // their classes, at most
 constexpr int64_t kGrainClasses = 16384;  // least work that is worth a thread
+constexpr int64_t kFewClasses = 64;       // whose loss takes double precision: the roundings of few do not average out
 constexpr int64_t kStripBytes = 1 << 20;  // of a strip's logits and gradients, so that they stay in L2
 constexpr int64_t kLeastStrip = 512;      // classes; with fewer, rows would be read in too small pieces
 
@@ -22,6 +23,7 @@ struct Scratch {
   alignas(64) T teacher[kTile];
   alignas(64) T gradient[kTile];
   alignas(64) T raw[kTile];
+  alignas(64) double few[2][kFewClasses];
   Buffer<T> leads, kept, kept_leads;
   std::vector<int64_t> members;
   Ranking<T> found, merged;
@@ -55,6 +57,48 @@ inline void set_lane(GroupStats<Doubles>& batch, int lane, const GroupStats<doub
   batch.student_gap[lane] = stats.student_gap;
 }
 
+// Which terms compute exponentials. Of two with the same groups, at temperatures that are equal or one twice the other,
+// the hotter one leads: its exponentials, or their squares, are also those of the other, which follows. The cross entropy
+// takes the first term's if they are a power of its own.
+struct Sweeps {
+  const Objective& o;
+  int follower = -1;  // if any
+  Also also = Also::nothing;
+  int squarings = 0;  // for the softmax
+
+  Sweeps(const Objective& objective, int64_t classes) : o(objective) {
+    if (o.terms > 1 && o.same_groups()) {
+      const double ratio = o.term[0].temperature / o.term[1].temperature;
+      if (ratio == 1 || ratio == 2) follower = 1;
+      if (ratio == 0.5) follower = 0;
+      if (ratio == 2 || ratio == 0.5) also = Also::squares;
+    }
+    const double temperature = o.term[0].temperature;
+    const bool power = temperature == 1 || temperature == 2 || temperature == 4;
+    const bool raw = o.standardize == Standardize::none;
+    if (!o.has_ce() || !raw || !power || also != Also::nothing || classes == 1) return;  // one class is exactly sure
+    also = Also::softmax;
+    squarings = temperature == 4 ? 2 : temperature == 2 ? 1 : 0;
+  }
+
+  // Whether a term's classes are swept for its exponentials, and those of any other that follows it.
+  bool has(int t) const { return t != follower; }
+  // The term whose exponentials a term takes.
+  int leader(int t) const { return has(t) ? t : 1 - t; }
+  bool squares() const { return also == Also::squares; }
+  bool softmax() const { return also == Also::softmax; }
+
+  // What is wanted of the sweep of a term.
+  Also served(int t) const { return softmax() && t > 0 ? Also::nothing : also; }
+  bool reverse(int t) const { return any(t, &Term::wants_reverse); }
+  bool tilted(int t) const { return any(t, &Term::tilted); }
+
+ private:
+  bool any(int t, bool (Term::*wants)() const) const {
+    return (o.term[t].*wants)() || (follower >= 0 && (o.term[follower].*wants)());
+  }
+};
+
 // One row on its way through the three steps.
 template <class T>
 struct Row {
@@ -83,19 +127,34 @@ struct Tile {
 template <class T>
 class Worker {
   using AddSumsOfTerm = std::array<std::array<AddSums<T>, 2>, 2>;  // by whether careful, whether to keep
+  struct GradientOfTerm {
+    GradientOfExps<T> exps;
+    GradientOfLogits<T> logits;
+  };
 
  public:
   Worker(const Problem& problem, const ClassStandardization<T>& classes)
-      : p_(problem), o_(problem.objective), by_class_(classes), scratch_(Scratch<T>::of_this_thread()) {
+      : p_(problem),
+        o_(problem.objective),
+        sweeps_(problem.objective, problem.classes),
+        by_class_(classes),
+        scratch_(Scratch<T>::of_this_thread()) {
     for (int t = 0; t < o_.terms; ++t) {
       exponent_[t] = static_cast<T>(o_.term[t].exponent());
       const Term& term = o_.term[t];
+      add_few_[t] = choose_add_sums<double, false>({term.wants_reverse(), Also::nothing}, false, true);
       for (const bool careful : {false, true})
         for (const bool keep : {false, true}) {
-          add_leads_[t][careful][keep] = choose_add_sums<T, false>(term, keep, careful);
-          add_rest_[t][careful][keep] = problem.moments ? choose_add_sums<T, true>(term, keep, careful)
-                                                        : add_leads_[t][careful][keep];
+          const WantedSums leads{term.wants_reverse(), Also::nothing}, rest{sweeps_.reverse(t), sweeps_.served(t)};
+          add_leads_[t][careful][keep] = choose_add_sums<T, false>(leads, keep, careful);
+          add_rest_[t][careful][keep] = problem.moments ? choose_add_sums<T, true>(rest, keep, careful)
+                                                        : choose_add_sums<T, false>(rest, keep, careful);
         }
+      const WantedGradient leads{false, term.tilted(), Also::nothing};
+      const WantedGradient rest{t > 0 && sweeps_.has(0), sweeps_.tilted(t), sweeps_.served(t)};
+      lead_gradient_[t] = {choose_gradient_of_exps<T>(leads), choose_gradient_of_logits<T, false>(leads)};
+      rest_gradient_[t] = {choose_gradient_of_exps<T>(rest), problem.moments ? choose_gradient_of_logits<T, true>(rest)
+                                                                             : choose_gradient_of_logits<T, false>(rest)};
       if (term.groups() > 1) kept_leads_size_ = std::max(kept_leads_size_, padded<T>(term.leads()));
     }
     if (keeps(problem)) {
@@ -103,9 +162,10 @@ class Worker {
       kept_row_ = size * kept_arrays(o_);
       T* next = scratch_.kept.data(kept_row_ * batch());
       for (int t = 0; t < o_.terms; ++t) {
+        if (!sweeps_.has(t)) continue;
         kept_[t] = {next, next + size, nullptr};
         next += 2 * size;
-        if (!o_.term[t].wants_reverse()) continue;
+        if (!sweeps_.reverse(t)) continue;
         kept_[t].gap = next;
         next += size;
       }
@@ -189,7 +249,10 @@ class Worker {
         }
       }
     for (int i = 0; i < count; ++i) collect(rows[i], total[i], stats);
-    finish(rows, count, stats);
+    BatchStats of_few;
+    const bool few = sizeof(T) < sizeof(double) && p_.classes <= kFewClasses;
+    for (int i = 0; i < count && few; ++i) collect_few(rows[i], of_few);
+    finish(rows, count, stats, few ? of_few : stats);
     if (p_.gradient.data && !p_.moments)
       for (int i = 0; i < count; ++i) gradient(rows[i], 0, p_.classes);
     if (sums_in_forward(p_)) add_class_sums(rows, count, 0, p_.classes);
@@ -237,19 +300,30 @@ class Worker {
     }
   }
 
-  // Finishes the gradient of some classes of a row that add_class_sums left behind.
-  void chain_classes(int64_t sample, int64_t first, int64_t end) {
-    Row<T> row;
-    begin_row(row, sample, 0);
-    if (!restore(row)) return;  // the gradient is 0 already
-    for (int64_t begin = first; begin < end; begin += kTile) {
-      T* out = static_cast<T*>(row.gradient) + begin;
-      const int count = static_cast<int>(std::min<int64_t>(end - begin, kTile));
-      const Tile<T> tile{begin, count, source(row, 0, begin, count), {}};
-      by_class_.apply_chain(tile.student, begin, count, out);
-      if (o_.has_ce()) add_ce_gradient(row, tile, out);
+  // Finishes the gradients of some classes of rows from `first` on that add_class_sums left behind; the last rows, which
+  // are still in cache, come first.
+  void chain_classes(int64_t first, int64_t last, int64_t begin, int64_t end) {
+    Row<T> rows[kBatch];
+    const T* logits[kBatch];
+    T* gradients[kBatch];
+    int held = 0;
+    for (int64_t n = last; n-- > first;) {
+      begin_row(rows[held], n, held);
+      if (restore(rows[held])) ++held;  // else the gradient is 0 already
+      if (held < kBatch && n > first) continue;
+      for (int64_t at = begin; at < end; at += kTile) {
+        const int count = static_cast<int>(std::min<int64_t>(end - at, kTile));
+        for (int i = 0; i < held; ++i) {
+          logits[i] = source(rows[i], 0, at, count).logits;  // in place
+          gradients[i] = static_cast<T*>(rows[i].gradient) + at;
+        }
+        by_class_.apply_chain(logits, held, at, count, gradients);
+        for (int i = 0; i < held && o_.has_ce(); ++i)
+          add_ce_gradient(rows[i], {at, count, {logits[i]}, {}}, gradients[i]);
+      }
+      for (int i = 0; i < held && end == p_.classes; ++i) clear(rows[i], p_.classes, p_.gradient_classes);
+      held = 0;
     }
-    if (end == p_.classes) clear(row, p_.classes, p_.gradient_classes);
   }
 
   // Handles a sample that does not count; false if it does.
@@ -318,13 +392,18 @@ class Worker {
     bool careful[kMaxTerms] = {};
     for (int64_t begin = chunk * kChunk; begin < end; begin += kTile) {
       const Tile<T> tile = load_tile(row, begin, end);
-      if (o_.has_ce()) add_softmax(raw_student(row, tile), {tile.count}, stats.ce);
+      if (o_.has_ce() && !sweeps_.softmax()) add_softmax(raw_student(row, tile), {tile.count}, stats.ce);
       for (int t = 0; t < o_.terms; ++t) {
+        if (!sweeps_.has(t)) continue;
         const Classes classes = rest_classes(row, t, tile);
         const Ahead next = ahead(row, begin + tile.count);
         const Exps<T> exps = kept(row, t, begin);
-        careful[t] = careful[t] || !add_hopefully(t, add_rest_[t], tile, classes, exps, next, stats.rest[t]);
-        if (careful[t]) add_carefully(t, add_rest_[t], tile, classes, exps, next, stats.rest[t]);
+        SumsTo to{stats.rest[t]};
+        if (sweeps_.squares()) to.squares = &stats.rest[sweeps_.follower];
+        if (sweeps_.served(t) == Also::softmax) to.softmax = &stats.ce;
+        to.squarings = sweeps_.squarings;
+        careful[t] = careful[t] || !add_hopefully(t, add_rest_[t], tile, classes, exps, next, to);
+        if (careful[t]) add_carefully(t, add_rest_[t], tile, classes, exps, next, to);
         if (kept_[t].student)
           kept_origin_[t][row.lane + begin / kTile] = {stats.rest[t].student_origin, stats.rest[t].teacher_origin};
       }
@@ -334,32 +413,40 @@ class Worker {
   // Adds a tile that counts from the origins so far, or from those of its first classes: nearly always good enough, and
   // it spares a search for the maxima. False, and nothing added, where it is not.
   bool add_hopefully(int t, const AddSumsOfTerm& add, const Tile<T>& tile, const Classes& classes, const Exps<T>& exps,
-                     const Ahead& next, GroupStats<double>& stats) const {
-    const GroupStats<double> before = stats;
+                     const Ahead& next, const SumsTo& to) const {
+    GroupStats<double>& stats = to.stats;
+    const SumsBefore before(to);
     if (stats.student_origin == -INFINITY || stats.teacher_origin == -INFINITY) {
       Classes first{std::min(classes.count, kLanes<T>), classes.hidden, 0};
       while (first.hidden_count < classes.hidden_count && classes.hidden[first.hidden_count] < first.count)
         ++first.hidden_count;
-      count_from_maxima(t, tile, first, stats);
+      count_from_maxima(t, tile, first, to);
     }
-    add[false][exps.student != nullptr](tile.student, tile.teacher, classes, exponent_[t], stats, exps, next);
-    if (std::isfinite(stats.student_origin) && std::isfinite(stats.teacher_origin) && plausible(stats)) return true;
-    stats = before;
+    add[false][exps.student != nullptr](tile.student, tile.teacher, classes, exponent_[t], to, exps, next);
+    const bool counted = std::isfinite(stats.student_origin) && std::isfinite(stats.teacher_origin);
+    const bool others = (!to.squares || plausible(*to.squares)) && (!to.softmax || plausible(to.softmax->sum));
+    if (counted && plausible(stats) && others) return true;
+    before.restore(to);
     return false;
   }
 
   // Adds a tile that counts from its maxima.
   void add_carefully(int t, const AddSumsOfTerm& add, const Tile<T>& tile, const Classes& classes, const Exps<T>& exps,
-                     const Ahead& next, GroupStats<double>& stats) const {
-    count_from_maxima(t, tile, classes, stats);
-    add[true][exps.student != nullptr](tile.student, tile.teacher, classes, exponent_[t], stats, exps, next);
+                     const Ahead& next, const SumsTo& to) const {
+    count_from_maxima(t, tile, classes, to);
+    add[true][exps.student != nullptr](tile.student, tile.teacher, classes, exponent_[t], to, exps, next);
   }
 
   // Moves the origins up to the maxima of some classes of a tile.
-  void count_from_maxima(int t, const Tile<T>& tile, const Classes& classes, GroupStats<double>& stats) const {
+  void count_from_maxima(int t, const Tile<T>& tile, const Classes& classes, const SumsTo& to) const {
+    GroupStats<double>& stats = to.stats;
     const double student = origin_at(tile_max(tile.student, classes), exponent_[t]);
     const double teacher = origin_at(tile_max(tile.teacher, classes), exponent_[t]);
     rebase(stats, std::max(stats.student_origin, student), std::max(stats.teacher_origin, teacher), unit(t));
+    if (to.squares)
+      rebase(*to.squares, origin_of_squares(stats.student_origin), origin_of_squares(stats.teacher_origin),
+             unit(sweeps_.follower));
+    if (to.softmax) rebase(*to.softmax, logit_at(stats.student_origin, exponent_[t]), kLog2E);
   }
 
   void merge_into(PartialStats& into, const PartialStats& part) const {
@@ -368,23 +455,50 @@ class Worker {
   }
 
   // Takes a row's statistics, those of its leading classes included, into its batch.
-  void collect(const Row<T>& row, const PartialStats& total, BatchStats& batch) {
+  void collect(const Row<T>& row, PartialStats& total, BatchStats& batch) {
     for (int t = 0; t < o_.terms; ++t) {
       const int rest = o_.term[t].groups() - 1;
       const int64_t rest_size = p_.classes - (rest ? o_.term[t].leads() : 0);
       for (int g = 0; g < rest; ++g) {
         GroupStats<double> stats;
-        add_leads(row, t, g, stats);
+        const Tile<T> leads = add_leads(row, t, g, stats);
+        if (sweeps_.served(t) == Also::softmax) add_softmax(leads.student.logits, {leads.count}, total.ce);
         set_lane(batch.group[t][g], row.lane, stats);
       }
-      set_lane(batch.group[t][rest], row.lane, rest_size == 1 ? only_rest(row, t) : total.rest[t]);
+      const GroupStats<double>& stats = total.rest[sweeps_.squares() ? t : sweeps_.leader(t)];
+      set_lane(batch.group[t][rest], row.lane, rest_size == 1 ? only_rest(row, t) : stats);
     }
     batch.ce.origin[row.lane] = total.ce.origin;
     batch.ce.sum[row.lane] = total.ce.sum;
   }
 
-  // Step 2 of a batch: losses, their parts and the gradients' coefficients.
-  void finish(Row<T>* rows, int count, const BatchStats& stats) {
+  // The same from exponentials in double precision, for the loss: a gradient has to go with the exponentials it takes.
+  void collect_few(const Row<T>& row, BatchStats& batch) {
+    const auto widened = [](const Source<T>& source, int count, double* out) {
+      for (int i = 0; i < count; ++i)
+        out[i] = source.affine.high ? source.affine(i, source.logits[i]) : source.logits[i];
+      return Source<double>{out};
+    };
+    for (int t = 0; t < o_.terms; ++t) {
+      const int rest = o_.term[t].groups() - 1;
+      for (int g = 0; g <= rest; ++g) {
+        const Tile<T> tile = g < rest ? gather(row, t, g) : load_tile(row, 0, p_.classes);
+        const Classes classes = g < rest ? Classes{tile.count} : rest_classes(row, t, tile);
+        GroupStats<double> stats;
+        if (tile.count - classes.hidden_count == 1) {
+          stats = g < rest ? single(t, *tile.student.logits, *tile.teacher.logits) : only_rest(row, t);
+        } else {
+          count_from_maxima(t, tile, classes, {stats});
+          add_few_[t](widened(tile.student, tile.count, scratch_.few[0]),
+                      widened(tile.teacher, tile.count, scratch_.few[1]), classes, exponent_[t], {stats}, {}, {});
+        }
+        set_lane(batch.group[t][g], row.lane, stats);
+      }
+    }
+  }
+
+  // Step 2 of a batch: losses, their parts and, from statistics that may be others, the gradients' coefficients.
+  void finish(Row<T>* rows, int count, const BatchStats& stats, const BatchStats& of_losses) {
     const Doubles log_ce_sum = o_.has_ce() ? log(stats.ce.sum) : Doubles{};
     for (int i = 0; i < count; ++i) {
       Row<T>& row = rows[i];
@@ -393,8 +507,8 @@ class Worker {
       if (o_.has_ce()) {
         const double origin = stats.ce.origin[i], at_target = value(p_.student, row.student, p_.target[row.sample]);
         ce = log_ce_sum[i] - (at_target - start(origin));
-        row.ce_origin = static_cast<T>(origin);
-        row.ce_inverse = static_cast<T>(1 / stats.ce.sum[i]);
+        row.ce_origin = static_cast<T>(origin);  // rounded, which the sum makes good
+        row.ce_inverse = static_cast<T>(rebase_factor(double(row.ce_origin), origin, kLog2E) / stats.ce.sum[i]);
       }
       *values(row) = o_.has_ce() ? o_.ce_weight * ce : 0;
       if (p_.parts) values(row)[1] = ce;
@@ -406,12 +520,14 @@ class Worker {
       int64_t sizes[kMaxGroups];
       for (int g = 0; g < rest; ++g) sizes[g] = term.group_end(g) - term.group_begin(g);
       sizes[rest] = p_.classes - (rest ? term.leads() : 0);
-      TermResult<Doubles> result;
+      TermResult<Doubles> result, of_others;
       evaluate(term, stats.group[t], sizes, unit(t), result);
+      if (&of_losses != &stats) evaluate(term, of_losses.group[t], sizes, unit(t), of_others);
+      const TermResult<Doubles>& losses = &of_losses != &stats ? of_others : result;
       for (int i = 0; i < count; ++i) {
         Row<T>& row = rows[i];
-        *values(row) += result.loss[i];
-        for (int j = 0; j < term.parts() && p_.parts; ++j) values(row)[first_part + j] = result.parts[j][i];
+        *values(row) += losses.loss[i];
+        for (int j = 0; j < term.parts() && p_.parts; ++j) values(row)[first_part + j] = losses.parts[j][i];
         for (int g = 0; g <= rest; ++g) {
           const GroupCoefficients<Doubles>& by = result.group[g];
           row.group[t][g] = {T(stats.group[t][g].student_origin[i]), T(stats.group[t][g].teacher_origin[i]),
@@ -432,7 +548,8 @@ class Worker {
     for (int64_t begin = first; begin < end; begin += kTile) {
       T* out = direct ? static_cast<T*>(row.gradient) + begin : scratch_.gradient;
       const Tile<T> tile = term_gradient(row, begin, end, out);
-      if (o_.standardize == Standardize::by_class) by_class_.apply_chain(tile.student, begin, tile.count, out);
+      if (o_.standardize == Standardize::by_class)
+        by_class_.apply_chain(&tile.student.logits, 1, begin, tile.count, &out);
       if (o_.standardize == Standardize::by_sample) apply_chain(row, slope, tile, out);
       if (o_.has_ce()) add_ce_gradient(row, tile, out);
       if (!direct) write(p_.gradient, row.gradient, begin, tile.count, scratch_.gradient);
@@ -443,28 +560,39 @@ class Worker {
  private:
   void add_ce_gradient(const Row<T>& row, const Tile<T>& tile, T* out) const {
     const T factor = static_cast<T>(o_.ce_weight) * row.weight;
-    add_softmax_gradient(raw_student(row, tile), tile.count, row.ce_origin, factor * row.ce_inverse, out);
+    if (!sweeps_.softmax())
+      add_softmax_gradient(raw_student(row, tile), tile.count, row.ce_origin, factor * row.ce_inverse, out);
     const int64_t target = p_.target[row.sample] - tile.begin;
     if (0 <= target && target < tile.count) out[target] -= factor;
   }
 
   // The terms' gradient in the logits they see, for the tile from `begin` on. Follows compute_lead_gradients(row).
   Tile<T> term_gradient(const Row<T>& row, int64_t begin, int64_t end, T* out) {
-    const bool reads_logits = kept_[0].student == nullptr || o_.has_ce() || o_.standardize != Standardize::none;
+    const bool ce_reads = o_.has_ce() && !sweeps_.softmax();
+    const bool reads_logits = !kept_row_ || ce_reads || o_.standardize != Standardize::none;
     Tile<T> tile{begin, static_cast<int>(std::min<int64_t>(end - begin, kTile)), {}, {}};
     if (reads_logits) tile.student = source(row, 0, begin, tile.count);
-    if (!kept_[0].student) tile.teacher = source(row, 1, begin, tile.count);
-    for (int t = 0; t < o_.terms; ++t) {
-      const bool tilt = o_.term[t].tilted();
+    if (!kept_row_) tile.teacher = source(row, 1, begin, tile.count);
+    const auto coefficients = [&](int t) {
       const GroupGradient<T> rest = weighed_group(row, t, o_.term[t].groups() - 1);
-      if (kept_[t].student) {
-        const auto kernel = t == 0 ? (tilt ? gradient_of_exps<T, false, true> : gradient_of_exps<T, false, false>)
-                                   : (tilt ? gradient_of_exps<T, true, true> : gradient_of_exps<T, true, false>);
-        kernel(kept(row, t, begin), tile.count, from_tile_origin(row, rest, t, begin), out);
+      return kept_row_ ? from_tile_origin(row, rest, t, begin) : rest.by;
+    };
+    for (int t = 0; t < o_.terms; ++t) {
+      if (!sweeps_.has(t)) continue;
+      const GroupGradient<T>& rest = row.group[t][o_.term[t].groups() - 1];
+      GradientBy<T> by{coefficients(t)};
+      if (sweeps_.follower >= 0) add(sweeps_.squares() ? by.squares : by.by, coefficients(sweeps_.follower));
+      by.squares.tilt *= 2;  // their exponents' gap is twice as large
+      by.squarings = sweeps_.squarings;
+      if (sweeps_.served(t) == Also::softmax) {
+        const double origin = kept_row_ ? kept_origin_[t][row.lane + begin / kTile].first : double(rest.student_origin);
+        by.softmax = softmax_factor(row, logit_at(start(origin), exponent_[t]));
+      }
+      if (kept_row_) {
+        rest_gradient_[t].exps(kept(row, t, begin), tile.count, by, out);
       } else {
-        const auto choose = p_.moments ? choose_gradient_of_logits<T, true> : choose_gradient_of_logits<T, false>;
-        const auto kernel = choose(t > 0, tilt);
-        kernel(tile.student, tile.teacher, rest_classes(row, t, tile), exponent_[t], rest, out);
+        rest_gradient_[t].logits(tile.student, tile.teacher, rest_classes(row, t, tile), exponent_[t],
+                                 rest.student_origin, rest.teacher_origin, by, out);
       }
     }
     for (const auto& [added, index] : scratch_.lead_gradients)
@@ -532,8 +660,10 @@ class Worker {
   }
 
   static int64_t kept_arrays(const Objective& objective) {
+    const Sweeps sweeps(objective, 0);
     int64_t arrays = 0;
-    for (int t = 0; t < objective.terms; ++t) arrays += objective.term[t].wants_reverse() ? 3 : 2;
+    for (int t = 0; t < objective.terms; ++t)
+      if (sweeps.has(t)) arrays += sweeps.reverse(t) ? 3 : 2;
     return arrays;
   }
 
@@ -541,6 +671,16 @@ class Worker {
   bool repeats(int t) const {
     const Term &term = o_.term[t], &first = o_.term[0];
     return t > 0 && term.by_rank() && first.by_rank() && term.k == first.k && term.largest == first.largest;
+  }
+
+  // What the softmax's exponential of a class is multiplied by in the gradient, if it counts from a logit.
+  T softmax_factor(const Row<T>& row, double logit) const {
+    const double factor = std::exp2(kLog2E * (logit - start(double(row.ce_origin))));
+    return static_cast<T>(o_.ce_weight) * row.weight * row.ce_inverse * static_cast<T>(factor);
+  }
+
+  static void add(GroupCoefficients<T>& to, const GroupCoefficients<T>& other) {
+    to = {to.student + other.student, to.tilt + other.tilt, to.teacher + other.teacher};
   }
 
   void write(const Matrix& matrix, void* row, int64_t begin, int count, const T* from) const {
@@ -651,7 +791,7 @@ class Worker {
 
   // Room for the exponentials of a leading group, if any are kept.
   Exps<T> kept_leads(const Row<T>& row, int t, int g) {
-    if (!kept_[t].student) return {};
+    if (!kept_row_) return {};
     const int size = padded<T>(o_.term[t].leads()), groups = kMaxTerms * (kMaxGroups - 1);
     const int slot = 3 * kept_leads_size_, index = row.lane * groups + (kMaxGroups - 1) * t + g;
     T* next = scratch_.kept_leads.data(kBatch * groups * slot) + index * slot;
@@ -675,16 +815,18 @@ class Worker {
     return single(t, *source(row, 0, j, 1).logits, *source(row, 1, j, 1).logits);
   }
 
-  void add_leads(const Row<T>& row, int t, int g, GroupStats<double>& stats) {
+  // Step 1 for a leading group, which it returns.
+  Tile<T> add_leads(const Row<T>& row, int t, int g, GroupStats<double>& stats) {
     const Tile<T> leads = gather(row, t, g);
     if (leads.count == 1) {
       stats = single(t, *leads.student.logits, *leads.teacher.logits);
-      return;
+      return leads;
     }
     const Classes all{leads.count};
     const Exps<T> exps = kept_leads(row, t, g);
-    if (!add_hopefully(t, add_leads_[t], leads, all, exps, ahead(row, 0), stats))
-      add_carefully(t, add_leads_[t], leads, all, exps, ahead(row, 0), stats);
+    if (!add_hopefully(t, add_leads_[t], leads, all, exps, ahead(row, 0), {stats}))
+      add_carefully(t, add_leads_[t], leads, all, exps, ahead(row, 0), {stats});
+    return leads;
   }
 
   // What the leading classes' gradients get on top of the rest's sweep.
@@ -693,25 +835,30 @@ class Worker {
     list.clear();
     for (int t = 0; t < o_.terms; ++t) {
       const Term& term = o_.term[t];
-      const bool tilt = term.tilted();
       for (int g = 0; g + 1 < term.groups(); ++g) {
         const GroupGradient<T> group = weighed_group(row, t, g);
         const int count = term.group_end(g) - term.group_begin(g);
         const int64_t* members = row.members[t] + term.group_begin(g);
+        const bool in_softmax = sweeps_.served(t) == Also::softmax;
         if (count == 1) {
           const T student = single_sum(group.student_origin), teacher = single_sum(group.teacher_origin);
-          list.emplace_back(student * group.by.student - teacher * group.by.teacher, *members);
+          T gradient = student * group.by.student - teacher * group.by.teacher;
+          if (in_softmax) gradient += softmax_factor(row, value(p_.student, row.student, *members));
+          list.emplace_back(gradient, *members);
           continue;
         }
         const int size = padded<T>(count);
         T* out = scratch_.leads.data(3 * size) + 2 * size;
-        if (const Exps<T> exps = kept_leads(row, t, g); exps.student) {
-          (tilt ? gradient_of_exps<T, false, true> : gradient_of_exps<T, false, false>)(exps, count, group.by, out);
+        const Exps<T> exps = kept_leads(row, t, g);
+        const Tile<T> leads = !exps.student || in_softmax ? gather(row, t, g) : Tile<T>{};
+        if (exps.student) {
+          lead_gradient_[t].exps(exps, count, {group.by}, out);
         } else {
-          const Tile<T> leads = gather(row, t, g);
-          const auto kernel = choose_gradient_of_logits<T, false>(false, tilt);
-          kernel(leads.student, leads.teacher, {count}, exponent_[t], group, out);
+          lead_gradient_[t].logits(leads.student, leads.teacher, {count}, exponent_[t], group.student_origin,
+                                   group.teacher_origin, {group.by}, out);
         }
+        if (in_softmax)
+          add_softmax_gradient(leads.student.logits, count, row.ce_origin, softmax_factor(row, row.ce_origin), out);
         for (int i = 0; i < count; ++i) list.emplace_back(out[i], members[i]);
       }
     }
@@ -725,7 +872,11 @@ class Worker {
 
   // Coefficients for a tile's kept exponentials, which count from the origins of when they were computed.
   GroupCoefficients<T> from_tile_origin(const Row<T>& row, const GroupGradient<T>& group, int t, int64_t begin) const {
-    const auto [student_origin, teacher_origin] = kept_origin_[t][row.lane + begin / kTile];
+    auto [student_origin, teacher_origin] = kept_origin_[sweeps_.leader(t)][row.lane + begin / kTile];
+    if (!sweeps_.has(t) && sweeps_.squares()) {
+      student_origin = origin_of_squares(student_origin);
+      teacher_origin = origin_of_squares(teacher_origin);
+    }
     const double student_to = group.student_origin, teacher_to = group.teacher_origin;
     const double student = rebase_factor(student_origin, student_to, unit(t));
     const double teacher = rebase_factor(teacher_origin, teacher_to, unit(t));
@@ -780,10 +931,13 @@ class Worker {
 
   const Problem& p_;
   const Objective& o_;
+  const Sweeps sweeps_;
   const ClassStandardization<T>& by_class_;
   Scratch<T>& scratch_;
   T exponent_[kMaxTerms];
   AddSumsOfTerm add_rest_[kMaxTerms], add_leads_[kMaxTerms];
+  AddSums<double> add_few_[kMaxTerms];
+  GradientOfTerm rest_gradient_[kMaxTerms], lead_gradient_[kMaxTerms];
   Exps<T> kept_[kMaxTerms];  // of the batch's first row
   int64_t kept_row_ = 0;     // from row to row
   int kept_leads_size_ = 0;  // of one array of a leading group
@@ -847,7 +1001,7 @@ void forward_split(const Problem& problem, const Parallel& parallel) {
     for (int64_t c = 0; c < chunks; ++c) main.merge_into(total, stats[r * chunks + c]);
     BatchStats batch;
     main.collect(rows[r], total, batch);
-    main.finish(&rows[r], 1, batch);
+    main.finish(&rows[r], 1, batch, batch);
   }
   if (p.gradient.data)
     each_chunk([&](Worker<T>& worker, int64_t r, int64_t c) {
@@ -874,8 +1028,7 @@ void add_up_class_sums(const Problem& p, ClassStandardization<T>& classes, const
   std::vector<double> partial(work.blocks > 1 ? work.blocks * size : 0);
   Problem saved = from_saved(p);
   const auto finish = [&](int64_t begin, int64_t end, int64_t first, int64_t last) {
-    Worker<T> worker(saved, classes);
-    for (int64_t n = last; n-- > first;) worker.chain_classes(n, begin, end);  // the last rows are still in cache
+    Worker<T>(saved, classes).chain_classes(first, last, begin, end);
   };
   work.each(parallel, [&](int64_t begin, int64_t end, int64_t first, int64_t last, int64_t block) {
     auto& sums = GradientSums<T>::of_this_thread();

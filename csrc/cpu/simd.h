@@ -54,9 +54,12 @@ inline Vec<T> broadcast(T value) {
   return Vec<T>{} + value;
 }
 
-// Which lanes of a vector are there: all, or those whose bit is set.
+// Which lanes of a vector are there: all, or those whose bit is set. Of seen lanes, memory is there for all.
 struct AllLanes {};
 using Lanes = uint32_t;
+struct SeenLanes {
+  Lanes bits;
+};
 #if defined(KDK_AVX512)
 constexpr bool kHasLaneMasks = true;  // else some lanes are loaded one by one
 #else
@@ -80,6 +83,16 @@ inline Vec<T> load(const T* from, Lanes lanes) {
     if (lanes >> i & 1) v[i] = from[i];
   return v;
 #endif
+}
+template <class T>
+inline Vec<T> load(const T* from, SeenLanes lanes) {
+  return load(from, lanes.bits);
+}
+// The same with whatever is in memory under lanes that are not there, if it is there.
+template <class T, class Which>
+inline Vec<T> load_seen(const T* from, Which lanes) {
+  if constexpr (std::is_same_v<Which, Lanes>) return load(from, lanes);
+  return load(from);
 }
 // The first `count` lanes.
 template <class T>
@@ -195,6 +208,15 @@ inline Vec<double> exp2(Vec<double> x) {
   const Vec<double> whole = _mm512_maskz_roundscale_pd(0xff, x, 0);
   return _mm512_maskz_scalef_pd(0xff, exp2_fraction(x - whole), whole);
 }
+// 0 in lanes that are not there.
+inline Vec<float> exp2(Vec<float> x, SeenLanes lanes) {
+  const Vec<float> whole = _mm512_maskz_roundscale_ps(0xffff, x, 0);
+  return _mm512_maskz_scalef_ps(lanes.bits, exp2_fraction(x - whole), whole);
+}
+inline Vec<double> exp2(Vec<double> x, SeenLanes lanes) {
+  const Vec<double> whole = _mm512_maskz_roundscale_pd(0xff, x, 0);
+  return _mm512_maskz_scalef_pd(lanes.bits, exp2_fraction(x - whole), whole);
+}
 #else
 template <class V, class Bits, class T>
 inline V exp2_by_bits(V x, T shifter, T lowest, int mantissa) {
@@ -212,6 +234,12 @@ inline Vec<double> exp2(Vec<double> x) {
 }
 #endif
 
+// Of loaded lanes: those that are not there are 0, as they are -inf or masked.
+template <class V, class Which>
+inline V exp2(V x, Which) {
+  return exp2(x);
+}
+
 // The exponents of a group of classes, k * logit - origin, where `origin` is that of a logit near their maximum.
 //
 // With fused multiply-add the product is not rounded, so an origin is itself an exponent (of unit 1); without, the
@@ -222,6 +250,8 @@ inline T origin_at(T maximum, T k) {
   return maximum * k;
 }
 inline double origin_unit(double) { return 1; }
+inline double origin_of_squares(double origin) { return 2 * origin; }  // of the exponentials
+inline double logit_at(double origin, double k) { return origin / k; }
 template <class R, class T>
 inline R exponents(R logits, R origin, T k) {
   return logits * k - origin;
@@ -232,6 +262,8 @@ inline T origin_at(T maximum, T) {
   return maximum;
 }
 inline double origin_unit(double k) { return k; }
+inline double origin_of_squares(double origin) { return origin; }
+inline double logit_at(double origin, double) { return origin; }
 template <class R, class T>
 inline R exponents(R logits, R origin, T k) {
   return (logits - origin) * k;

@@ -71,12 +71,20 @@ class ClassStandardization {
   const T* level() const { return level_; }
   const T* slope() const { return slope_; }
 
-  // The gradient in the logits of classes from `begin` on, from that in the standardised ones.
-  void apply_chain(const Source<T>& student, int64_t begin, int count, T* gradient) const {
-    write_vectors<T, false>({count}, gradient, [&, student, level = level_ + begin, slope = slope_ + begin](
-                                                   int i, auto lanes) KDK_INLINE_LAMBDA {
-      const Vec<T> h = student.template at<true>(i, lanes);
-      return chain<T>(load(gradient + i, lanes), h, load(level + i), load(slope + i), load(student.affine.factor + i));
+  // The gradients of some samples in the logits of classes from `begin` on, from those in the standardised ones. What
+  // is known of the classes is loaded once for all samples: loads are what this waits for.
+  void apply_chain(const T* const* logits, int samples, int64_t begin, int count, T* const* gradients) const {
+    const ClassAffines<T> affine = side_[0].from(begin);
+    each_vector<T>({count}, [&, affine, levels = level_ + begin, slopes = slope_ + begin](
+                                int i, auto lanes, int) KDK_INLINE_LAMBDA {
+      const ClassAffines<T> own = affine.from(i);
+      const Vec<T> high = load(own.high), factor = load(own.factor), offset = load(own.offset);
+      const Vec<T> level = load(levels + i), slope = load(slopes + i);
+      for (int r = 0; r < samples; ++r) {
+        const Vec<T> h = (load(logits[r] + i, lanes) - high) * factor + offset;
+        const Vec<T> v = chain<T>(load(gradients[r] + i, lanes), h, level, slope, factor);
+        write_vector<T, false>(gradients[r] + i, v, lanes, count - i);
+      }
     });
   }
 

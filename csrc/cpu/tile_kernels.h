@@ -87,38 +87,34 @@ struct Classes {
   int hidden_count = 0;
 };
 
-// Around a hidden class the loop over whole vectors ends and starts again, which costs about as much as so many
-// vectors. Where lanes can be masked for little, that is spared if it is much of the whole.
-constexpr int kVectorsOfAGap = 16;
-constexpr int kMasked = 8;  // vectors between flushes then: a gap flushes, too
+constexpr int kRun = 32;             // vectors between flushes
+constexpr int kMaskedClasses = 128;  // from so many on masks cost less than gaps in the loop
 
 // Calls body(i, lanes, chain) for each vector of classes; two chains of dependent operations keep the pipelines full.
 // Calls flush() now and then, at the end too, so that chains of roundings can be kept short.
 template <class T, class Body, class Flush>
 inline __attribute__((always_inline)) void each_vector(const Classes& classes, const Body& body, const Flush& flush) {
-  constexpr int W = kLanes<T>, kRun = 32 * W;
+  constexpr int W = kLanes<T>;
   constexpr AllLanes all;
   const int *hidden = classes.hidden, *hidden_end = hidden + classes.hidden_count;
-  const int gaps = classes.hidden_count * kVectorsOfAGap;
-  if (kHasLaneMasks && gaps * W > classes.count && classes.count >= kMasked * W) {
-    Lanes there[kTile / W];
-    const int whole = classes.count / W;
-    std::fill_n(there, whole, static_cast<Lanes>((uint64_t{1} << W) - 1));
-    if (classes.count % W) there[whole] = (Lanes{1} << classes.count % W) - 1;
-    for (; hidden < hidden_end; ++hidden) there[*hidden / W] &= ~(Lanes{1} << *hidden % W);
-    for (int i = 0; i < classes.count;) {
-      for (const int end = std::min(classes.count, i + kMasked * W); i < end; i += 2 * W) {
-        body(i, there[i / W], 0);
-        if (i + W < end) body(i + W, there[i / W + 1], 1);
+  int i = 0;
+  if (kHasLaneMasks && classes.hidden_count > 0 && classes.count >= kMaskedClasses) {
+    SeenLanes seen[kTile / W];
+    const int pairs = classes.count / (2 * W);
+    std::fill_n(seen, 2 * pairs, SeenLanes{static_cast<Lanes>((uint64_t{1} << W) - 1)});
+    for (; hidden < hidden_end && *hidden < 2 * pairs * W; ++hidden) seen[*hidden / W].bits &= ~(Lanes{1} << *hidden % W);
+    while (i < 2 * pairs * W) {
+      for (const int end = std::min(2 * pairs * W, i + kRun * W); i < end; i += 2 * W) {
+        body(i, seen[i / W], 0);
+        body(i + W, seen[i / W + 1], 1);
       }
       flush();
     }
-    return;
   }
-  for (int i = 0; i < classes.count;) {
+  while (i < classes.count) {  // whole vectors as far as nothing is hidden, then one with what is there
     const int whole = (hidden < hidden_end ? *hidden : classes.count) / W * W;
     while (i + 2 * W <= whole) {
-      for (const int end = std::min(whole, i + kRun); i + 2 * W <= end; i += 2 * W) {
+      for (const int end = std::min(whole, i + kRun * W); i + 2 * W <= end; i += 2 * W) {
         body(i, all, 0);
         body(i + W, all, 1);
       }
@@ -130,7 +126,7 @@ inline __attribute__((always_inline)) void each_vector(const Classes& classes, c
     }
     if (i == classes.count) break;
     Lanes lanes = (uint64_t{1} << std::min(W, classes.count - i)) - 1;
-    for (; hidden < hidden_end && *hidden < i + W; ++hidden) lanes &= ~(1u << (*hidden - i));
+    for (; hidden < hidden_end && *hidden < i + W; ++hidden) lanes &= ~(Lanes{1} << (*hidden - i));
     body(i, lanes, 1);
     i += W;
   }
@@ -177,7 +173,16 @@ struct Source {
 
   template <bool ByClass, class Which>
   Vec<T> at(int i, Which lanes) const {
-    const Vec<T> v = load(logits + i, lanes);
+    return standardized<ByClass>(i, load(logits + i, lanes));
+  }
+  template <bool ByClass, class Which>
+  Vec<T> seen_at(int i, Which lanes) const {
+    return standardized<ByClass>(i, load_seen(logits + i, lanes));
+  }
+
+ private:
+  template <bool ByClass>
+  Vec<T> standardized(int i, Vec<T> v) const {
     if constexpr (ByClass) return affine.at(i, v);
     return v;
   }
@@ -238,66 +243,142 @@ struct ChainedSum {
   double total() const { return horizontal_sum(low + high); }
 };
 
-// Adds a tile's sums to statistics. `Careful` is right for every logit, if the origins are no smaller than the tile's
-// maxima; without, sums that pass `plausible` are right, for any origins.
-template <class T, bool ByClass, bool Forward, bool Reverse, bool Keep, bool Careful>
-void add_sums(const Source<T>& student, const Source<T>& teacher, const Classes& classes, T k,
-              GroupStats<double>& stats, const Exps<T>& exps, const Ahead& ahead) {
-  const Vec<T> student_start = broadcast(T(start(stats.student_origin)));
-  const Vec<T> teacher_start = broadcast(T(start(stats.teacher_origin)));
+// The sums of one group at one temperature.
+template <class T, bool Reverse>
+struct GroupSums {
   ChainedSum<T> student_sum, teacher_sum, teacher_gap, student_gap;
-  each_vector<T>(classes, [&, student, teacher](int i, auto lanes, int chain) KDK_INLINE_LAMBDA {
-    ahead.fetch(i / kLanes<T>);
-    const Vec<T> xs = exponents(student.template at<ByClass>(i, lanes), student_start, k);
-    const Vec<T> xt = exponents(teacher.template at<ByClass>(i, lanes), teacher_start, k);
-    const Vec<T> es = exp2(xs), et = exp2(xt), gap = xt - xs;
+
+  // A class without probability adds nothing, however infinite its gap: where there may be such.
+  template <bool MayBeZero>
+  __attribute__((always_inline)) void add(int chain, Vec<T> es, Vec<T> et, Vec<T> gap) {
+    const auto add_gap = [&](Vec<T>& sum, Vec<T> e) KDK_INLINE_LAMBDA {
+      sum = MayBeZero ? (e == 0 ? sum : sum + e * gap) : sum + e * gap;
+    };
     student_sum.chain[chain] += es;
     teacher_sum.chain[chain] += et;
-    // A class without probability adds nothing, however infinite its gap.
-    constexpr bool may_be_zero = Careful || !std::is_same_v<decltype(lanes), AllLanes>;
-    const auto add = [&](Vec<T>& sum, Vec<T> e) KDK_INLINE_LAMBDA {
-      sum = may_be_zero ? (e == 0 ? sum : sum + e * gap) : sum + e * gap;
-    };
-    if constexpr (Forward) add(teacher_gap.chain[chain], et);
-    if constexpr (Reverse) add(student_gap.chain[chain], es);
+    add_gap(teacher_gap.chain[chain], et);
+    if constexpr (Reverse) add_gap(student_gap.chain[chain], es);
+  }
+  void flush() {
+    student_sum.flush();
+    teacher_sum.flush();
+    teacher_gap.flush();
+    if constexpr (Reverse) student_gap.flush();
+  }
+  // `gaps`: what a gap counts for.
+  void add_to(GroupStats<double>& stats, double gaps) const {
+    stats.student_sum += student_sum.total();
+    stats.teacher_sum += teacher_sum.total();
+    stats.teacher_gap += gaps * teacher_gap.total();
+    if constexpr (Reverse) stats.student_gap += gaps * student_gap.total();
+  }
+};
+
+// What the exponentials of a term also serve: nothing, a term at half the temperature, for which they are squared, or the
+// student's softmax at T = 1.
+enum class Also { nothing, squares, softmax };
+
+// The power of a temperature of 1, 2 or 4, by that many squarings: the exponential at T = 1.
+template <class T>
+inline Vec<T> squared(Vec<T> e, int times) {
+  if (times > 0) e *= e;
+  if (times > 1) e *= e;
+  return e;
+}
+
+// Where the sums of a tile are added: those of the term and of what else is served.
+struct SumsTo {
+  GroupStats<double>& stats;
+  GroupStats<double>* squares = nullptr;
+  SoftmaxStats<double>* softmax = nullptr;
+  int squarings = 0;
+};
+
+// What was there before.
+class SumsBefore {
+ public:
+  explicit SumsBefore(const SumsTo& to) : stats_(to.stats) {
+    if (to.squares) squares_ = *to.squares;
+    if (to.softmax) softmax_ = *to.softmax;
+  }
+  void restore(const SumsTo& to) const {
+    to.stats = stats_;
+    if (to.squares) *to.squares = squares_;
+    if (to.softmax) *to.softmax = softmax_;
+  }
+
+ private:
+  GroupStats<double> stats_, squares_;
+  SoftmaxStats<double> softmax_;
+};
+
+// Adds a tile's sums to statistics. `Careful` is right for every logit, if the origins are no smaller than the tile's
+// maxima; without, sums that pass `plausible` are right, for any origins.
+template <class T, bool ByClass, bool Reverse, Also Serves, bool Keep, bool Careful>
+void add_sums(const Source<T>& student, const Source<T>& teacher, const Classes& classes, T k, const SumsTo& to,
+              const Exps<T>& exps, const Ahead& ahead) {
+  const Vec<T> student_start = broadcast(T(start(to.stats.student_origin)));
+  const Vec<T> teacher_start = broadcast(T(start(to.stats.teacher_origin)));
+  GroupSums<T, Reverse> sums, squares;
+  ChainedSum<T> softmax;
+  each_vector<T>(classes, [&, student, teacher, times = to.squarings](int i, auto lanes, int chain) KDK_INLINE_LAMBDA {
+    ahead.fetch(i / kLanes<T>);
+    const Vec<T> xs = exponents(student.template seen_at<ByClass>(i, lanes), student_start, k);
+    const Vec<T> xt = exponents(teacher.template seen_at<ByClass>(i, lanes), teacher_start, k);
+    const Vec<T> es = exp2(xs, lanes), et = exp2(xt, lanes), gap = xt - xs;
+    constexpr bool may_be_zero = Careful || std::is_same_v<decltype(lanes), Lanes>;
+    sums.template add<may_be_zero>(chain, es, et, gap);
+    if constexpr (Serves == Also::squares) squares.template add<may_be_zero>(chain, es * es, et * et, gap);
+    if constexpr (Serves == Also::softmax) softmax.chain[chain] += squared<T>(es, times);
     if constexpr (Keep) {
       store(exps.student + i, es);
       store(exps.teacher + i, et);
       if constexpr (Reverse) store(exps.gap + i, gap);
     }
   }, [&]() KDK_INLINE_LAMBDA {
-    student_sum.flush();
-    teacher_sum.flush();
-    if constexpr (Forward) teacher_gap.flush();
-    if constexpr (Reverse) student_gap.flush();
+    sums.flush();
+    if constexpr (Serves == Also::squares) squares.flush();
+    if constexpr (Serves == Also::softmax) softmax.flush();
   });
-  stats.student_sum += student_sum.total();
-  stats.teacher_sum += teacher_sum.total();
-  if constexpr (Forward) stats.teacher_gap += teacher_gap.total();
-  if constexpr (Reverse) stats.student_gap += student_gap.total();
+  sums.add_to(to.stats, 1);
+  if constexpr (Serves == Also::squares) squares.add_to(*to.squares, 2);
+  if constexpr (Serves == Also::softmax) to.softmax->sum += softmax.total();
 }
 
 // Whether nothing overflowed and no infinity met a zero: exponents far above their origin are as good as any others.
+inline bool plausible(double sum) { return sum < 0x1p80; }
 inline bool plausible(const GroupStats<double>& stats) {
-  constexpr double limit = 0x1p80;
-  return stats.student_sum + stats.teacher_sum + std::abs(stats.teacher_gap) + std::abs(stats.student_gap) < limit;
+  return plausible(stats.student_sum + stats.teacher_sum + std::abs(stats.teacher_gap) + std::abs(stats.student_gap));
 }
 
 template <class T>
-using AddSums = void (*)(const Source<T>&, const Source<T>&, const Classes&, T, GroupStats<double>&, const Exps<T>&,
+using AddSums = void (*)(const Source<T>&, const Source<T>&, const Classes&, T, const SumsTo&, const Exps<T>&,
                          const Ahead&);
 
-template <class T, bool ByClass, bool Keep, bool Careful>
-AddSums<T> choose_add_sums(const Term& term) {
-  const bool forward = term.wants_forward(), reverse = term.wants_reverse();
-  if (forward && reverse) return add_sums<T, ByClass, true, true, Keep, Careful>;
-  return reverse ? add_sums<T, ByClass, false, true, Keep, Careful> : add_sums<T, ByClass, true, false, Keep, Careful>;
+// Which sums are wanted: forward KL's always, reverse KL's if asked for.
+struct WantedSums {
+  bool reverse;
+  Also also;
+};
+
+template <class T, bool ByClass, bool Reverse, Also Serves>
+AddSums<T> choose_add_sums(bool keep, bool careful) {
+  if (keep && careful) return add_sums<T, ByClass, Reverse, Serves, true, true>;
+  if (keep) return add_sums<T, ByClass, Reverse, Serves, true, false>;
+  return careful ? add_sums<T, ByClass, Reverse, Serves, false, true>
+                 : add_sums<T, ByClass, Reverse, Serves, false, false>;
+}
+template <class T, bool ByClass, bool Reverse>
+AddSums<T> choose_add_sums(Also also, bool keep, bool careful) {
+  if (also == Also::squares) return choose_add_sums<T, ByClass, Reverse, Also::squares>(keep, careful);
+  if constexpr (!ByClass)  // the cross entropy sees raw logits
+    if (also == Also::softmax) return choose_add_sums<T, false, Reverse, Also::softmax>(keep, careful);
+  return choose_add_sums<T, ByClass, Reverse, Also::nothing>(keep, careful);
 }
 template <class T, bool ByClass>
-AddSums<T> choose_add_sums(const Term& term, bool keep, bool careful) {
-  if (keep && careful) return choose_add_sums<T, ByClass, true, true>(term);
-  if (keep) return choose_add_sums<T, ByClass, true, false>(term);
-  return careful ? choose_add_sums<T, ByClass, false, true>(term) : choose_add_sums<T, ByClass, false, false>(term);
+AddSums<T> choose_add_sums(const WantedSums& wanted, bool keep, bool careful) {
+  return wanted.reverse ? choose_add_sums<T, ByClass, true>(wanted.also, keep, careful)
+                        : choose_add_sums<T, ByClass, false>(wanted.also, keep, careful);
 }
 
 // Adds a tile to the student's softmax at T = 1. It counts from a logit, so that a sure class has an exponential of 1.
@@ -460,55 +541,100 @@ struct GroupGradient {
   GroupCoefficients<T> by;
 };
 
+// Writes a vector, or adds it, where `there` classes are left.
+template <class T, bool Add, class Which>
+inline void write_vector(T* out, Vec<T> v, Which, int there) {
+  if (std::is_same_v<Which, AllLanes> || kLanes<T> <= there) {
+    store(out, Add ? v + load(out) : v);
+  } else {
+    store(out, Add ? v + load(out, (Lanes{1} << there) - 1) : v, there);
+  }
+}
+
 // Writes or adds value(i, lanes) for each vector of classes to out; hidden ones get what value makes of them.
 template <class T, bool Add, class Value>
 inline __attribute__((always_inline)) void write_vectors(const Classes& classes, T* out, const Value& value) {
   each_vector<T>(classes, [&](int i, auto lanes, int) KDK_INLINE_LAMBDA {
-    const Vec<T> v = value(i, lanes);
-    if (std::is_same_v<decltype(lanes), AllLanes> || i + kLanes<T> <= classes.count) {
-      store(out + i, Add ? v + load(out + i) : v);
-    } else {
-      const int count = classes.count - i;
-      store(out + i, Add ? v + load(out + i, (Lanes{1} << count) - 1) : v, count);
-    }
+    write_vector<T, Add>(out + i, value(i, lanes), lanes, classes.count - i);
   });
+}
+
+// What a gradient's exponentials are multiplied by: those of the term and of what else it serves.
+template <class T>
+struct GradientBy {
+  GroupCoefficients<T> by{};
+  GroupCoefficients<T> squares{};
+  T softmax = 0;
+  int squarings = 0;
+};
+
+template <class T, bool Tilt, Also Serves>
+inline Vec<T> gradient_at(Vec<T> es, Vec<T> et, Vec<T> gap, const GradientBy<T>& c) {
+  const auto of = [gap](Vec<T> s, Vec<T> t, const GroupCoefficients<T>& by) KDK_INLINE_LAMBDA {
+    if constexpr (!Tilt) return s * by.student - t * by.teacher;
+    return (s == 0 ? Vec<T>{} : s * (by.student + by.tilt * gap)) - t * by.teacher;
+  };
+  const Vec<T> gradient = of(es, et, c.by);
+  if constexpr (Serves == Also::squares) return gradient + of(es * es, et * et, c.squares);
+  if constexpr (Serves == Also::softmax) return gradient + squared<T>(es, c.squarings) * c.softmax;
+  return gradient;
 }
 
 // Writes (or adds) a tile's gradient from its kept exponentials.
-template <class T, bool Add, bool Tilt>
-void gradient_of_exps(const Exps<T>& exps, int count, const GroupCoefficients<T>& by, T* out) {
-  write_vectors<T, Add>({count}, out, [&](int i, auto) KDK_INLINE_LAMBDA {
-    const Vec<T> es = load(exps.student + i), et = load(exps.teacher + i);
-    if constexpr (!Tilt) return es * by.student - et * by.teacher;
-    const Vec<T> tilted = es == 0 ? Vec<T>{} : es * (by.student + by.tilt * load(exps.gap + i));
-    return tilted - et * by.teacher;
+template <class T, bool Add, bool Tilt, Also Serves>
+void gradient_of_exps(const Exps<T>& exps, int count, const GradientBy<T>& by, T* out) {
+  write_vectors<T, Add>({count}, out, [=](int i, auto) KDK_INLINE_LAMBDA {
+    const Vec<T> gap = Tilt ? load(exps.gap + i) : Vec<T>{};
+    return gradient_at<T, Tilt, Serves>(load(exps.student + i), load(exps.teacher + i), gap, by);
   });
 }
 
-// The same from the logits.
-template <class T, bool ByClass, bool Add, bool Tilt>
+// The same from the logits, whose exponents count from the given origins.
+template <class T, bool ByClass, bool Add, bool Tilt, Also Serves>
 void gradient_of_logits(const Source<T>& student, const Source<T>& teacher, const Classes& classes, T k,
-                        const GroupGradient<T>& group, T* out) {
-  const Vec<T> student_start = broadcast(start(group.student_origin));
-  const Vec<T> teacher_start = broadcast(start(group.teacher_origin));
-  const GroupCoefficients<T> by = group.by;
-  write_vectors<T, Add>(classes, out, [&, student, teacher](int i, auto lanes) KDK_INLINE_LAMBDA {
-    const Vec<T> xs = exponents(student.template at<ByClass>(i, lanes), student_start, k);
-    const Vec<T> xt = exponents(teacher.template at<ByClass>(i, lanes), teacher_start, k);
-    const Vec<T> es = exp2(xs), et = exp2(xt);
-    if constexpr (!Tilt) return es * by.student - et * by.teacher;
-    const Vec<T> tilted = es == 0 ? Vec<T>{} : es * (by.student + by.tilt * (xt - xs));
-    return tilted - et * by.teacher;
+                        T student_origin, T teacher_origin, const GradientBy<T>& by, T* out) {
+  const Vec<T> student_start = broadcast(start(student_origin)), teacher_start = broadcast(start(teacher_origin));
+  write_vectors<T, Add>(classes, out, [&, student, teacher, by](int i, auto lanes) KDK_INLINE_LAMBDA {
+    const Vec<T> xs = exponents(student.template seen_at<ByClass>(i, lanes), student_start, k);
+    const Vec<T> xt = exponents(teacher.template seen_at<ByClass>(i, lanes), teacher_start, k);
+    return gradient_at<T, Tilt, Serves>(exp2(xs, lanes), exp2(xt, lanes), xt - xs, by);
   });
+}
+
+// How a gradient is computed: on top of what is there or not, with gaps or not. Only the first term serves others.
+struct WantedGradient {
+  bool add, tilt;
+  Also also;
+};
+
+// Calls use(add, tilt, also) with the choice as constants.
+template <class Use>
+inline auto with_constants(const WantedGradient& wanted, const Use& use) {
+  constexpr std::true_type yes;
+  constexpr std::false_type no;
+  const auto by_tilt = [&](auto add, auto also) { return wanted.tilt ? use(add, yes, also) : use(add, no, also); };
+  if (wanted.also == Also::squares) return by_tilt(no, std::integral_constant<Also, Also::squares>());
+  if (wanted.also == Also::softmax) return by_tilt(no, std::integral_constant<Also, Also::softmax>());
+  constexpr std::integral_constant<Also, Also::nothing> nothing;
+  return wanted.add ? by_tilt(yes, nothing) : by_tilt(no, nothing);
 }
 
 template <class T>
-using GradientOfLogits = void (*)(const Source<T>&, const Source<T>&, const Classes&, T, const GroupGradient<T>&, T*);
+using GradientOfExps = void (*)(const Exps<T>&, int, const GradientBy<T>&, T*);
+template <class T>
+using GradientOfLogits = void (*)(const Source<T>&, const Source<T>&, const Classes&, T, T, T, const GradientBy<T>&, T*);
 
+template <class T>
+GradientOfExps<T> choose_gradient_of_exps(const WantedGradient& wanted) {
+  return with_constants(wanted, [](auto add, auto tilt, auto also) -> GradientOfExps<T> {
+    return gradient_of_exps<T, add(), tilt(), also()>;
+  });
+}
 template <class T, bool ByClass>
-GradientOfLogits<T> choose_gradient_of_logits(bool add, bool tilt) {
-  if (add) return tilt ? gradient_of_logits<T, ByClass, true, true> : gradient_of_logits<T, ByClass, true, false>;
-  return tilt ? gradient_of_logits<T, ByClass, false, true> : gradient_of_logits<T, ByClass, false, false>;
+GradientOfLogits<T> choose_gradient_of_logits(const WantedGradient& wanted) {
+  return with_constants(wanted, [](auto add, auto tilt, auto also) -> GradientOfLogits<T> {
+    return gradient_of_logits<T, ByClass, add(), tilt(), also()>;
+  });
 }
 
 // Adds the softmax's part of the cross entropy's gradient.

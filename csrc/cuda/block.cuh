@@ -41,10 +41,12 @@ struct Block {
   int thread, team, own, member;  // `own`: the thread's sample in the block; `member`: which one of the team it is
   int piece;                      // which one of the sample the block holds
   int begin, count;               // its classes
+  int lead;                       // the own sample's slots before its first class
   int vectors;                    // that they take
   int stride;                     // between a sample's slots
   Sample<T>* samples;
   Entry<T>* entries;           // of the own sample
+  Candidate<T>* candidates;    // too
   double* partials;            // of all samples
   GroupStats<double>* groups;  // room for those of one term, of all samples
   Exchange* exchange;
@@ -62,6 +64,7 @@ struct Block {
     count = static_cast<int>(min(call.classes - begin, static_cast<int64_t>(tiling.piece)));
     samples = reinterpret_cast<Sample<T>*>(shared_memory + at.samples);
     entries = reinterpret_cast<Entry<T>*>(shared_memory + at.entries) + own * tiling.entries;
+    candidates = reinterpret_cast<Candidate<T>*>(shared_memory + at.candidates) + own * tiling.candidates;
     partials = reinterpret_cast<double*>(shared_memory + at.partials);
     groups = reinterpret_cast<GroupStats<double>*>(shared_memory + at.groups);
     exchange = reinterpret_cast<Exchange*>(shared_memory + at.exchange);
@@ -69,8 +72,11 @@ struct Block {
     stride = kRows ? 1 : tiling.samples;
     tile[kStudent] = reinterpret_cast<X*>(shared_memory + at.student) + own * pitch;
     tile[kTeacher] = reinterpret_cast<X*>(shared_memory + at.teacher) + own * pitch;
-    vectors = 0;
+    lead = vectors = 0;
   }
+
+  // Whether the terms see the logits as they are.
+  __device__ bool plain() const { return call.objective.standardize == Standardize::none; }
 
   __device__ Sample<T>& sample() const { return samples[own]; }
   __device__ const Matrix& matrix(int side) const {
@@ -97,9 +103,9 @@ struct Block {
   }
 
   // The slot of a class of the piece, counted from the piece's first.
-  __device__ int slot_of(int of_piece) const { return sample().lead + of_piece; }
+  __device__ int slot_of(int of_piece) const { return lead + of_piece; }
   // The class, counted in the same way, of a vector's first element; past either end for pads.
-  __device__ int class_of(int vector) const { return vector * kWidth - sample().lead; }
+  __device__ int class_of(int vector) const { return vector * kWidth - lead; }
 
   // Sums and maxima over the team. Partial results are in `partials`, `kPartials` a warp (rows) or thread (pixels).
   __device__ int partial_results() const { return partial_count(kLayout, team); }
@@ -127,6 +133,25 @@ struct Block {
     value = over_lanes(value, [](double a, double b) { return a + b; });
     if (writes_result()) partial(own, own_result())[column] = value;
   }
+  // The same for four columns at once. Each step halves what a lane adds up: the first its columns, the others the
+  // lanes.
+  __device__ void put_four(int column, const double* values) const {
+    if constexpr (kRows) {
+      const int lane = member % 32;
+      const auto exchanged = [](double low, double high, bool takes_high, int distance) {
+        return (takes_high ? high : low) + __shfl_xor_sync(kAllLanes, takes_high ? low : high, distance);
+      };
+      const bool odd = lane % 2, upper = lane / 2 % 2;
+      double value =
+          exchanged(exchanged(values[0], values[1], odd, 1), exchanged(values[2], values[3], odd, 1), upper, 2);
+      for (int distance = 4; distance < min(team, 32); distance *= 2)
+        value += __shfl_xor_sync(kAllLanes, value, distance);
+      if (lane < 4) partial(own, own_result())[column + lane] = value;
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) partial(own, own_result())[column + i] = values[i];
+    }
+  }
   __device__ double total(int of_sample, int column) const {
     double sum = 0;
     for (int i = 0; i < partial_results(); ++i) sum += partial(of_sample, i)[column];
@@ -137,7 +162,7 @@ struct Block {
   __device__ void maximum(T* values) const {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) values[i] = over_lanes(values[i], [](T a, T b) { return larger(a, b); });
-    if (partial_results() == 1) return;
+    if (partial_results() == 1) return __syncwarp();
     if (writes_result())
       for (int i = 0; i < kCount; ++i) partial(own, own_result())[i] = values[i];
     __syncthreads();

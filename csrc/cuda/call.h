@@ -15,11 +15,12 @@ enum class Layout : int { rows = 0, pixels = 1 };
 
 // How the samples and classes of a call are shared out between blocks and threads.
 struct Tiling {
-  int samples = 1;  // of a block
-  int team = 1;     // threads of a block that share a sample
-  int piece = 1;    // classes of a sample that one block holds
-  int pieces = 1;   // blocks that share a sample; the last one's piece may be shorter
-  int entries = 0;  // classes of a piece that are worked on one by one
+  int samples = 1;     // of a block
+  int team = 1;        // threads of a block that share a sample
+  int piece = 1;       // classes of a sample that one block holds
+  int pieces = 1;      // blocks that share a sample; the last one's piece may be shorter
+  int entries = 0;     // classes of a piece that are worked on one by one
+  int candidates = 0;  // room for classes of a piece that may be among the best
 
   KDK_HOST_DEVICE int threads() const { return samples * team; }
 };
@@ -35,12 +36,22 @@ struct Exchange {
 
 // Where things are in shared memory, in bytes.
 struct Regions {
-  int samples, entries, partials, groups, results, exchange, student, teacher, total;
+  int samples, entries, candidates, partials, groups, results, exchange, student, teacher, total;
+};
+
+// What a sweep over the classes needs to know: of a term, or of two that differ in their weights alone.
+struct Sweep {
+  double exponent;
+  bool forward, reverse, tilted;
 };
 
 // Everything a launch reads and writes. What was not asked for is null.
 struct Call {
   Objective objective;
+  Sweep sweep[kMaxTerms] = {};
+  int sweeps = 0;
+  int entries_of_term[kMaxTerms + 1] = {};  // where each one's leading classes begin among the entries; their number
+  double far_below = 0;                     // difference of logits that leaves nothing of an exponential
   Tiling tiling;
   Regions regions;
   Matrix student, teacher, gradient;
@@ -75,18 +86,31 @@ struct Call {
   int64_t stretch = 0;
 
   KDK_HOST_DEVICE int64_t inner() const { return dims > 0 ? sample_size[dims - 1] : 1; }
-  // Whether the target is worked on by itself, before the leading classes.
-  KDK_HOST_DEVICE bool target_is_entry() const {
-    bool wanted = objective.has_ce();
-    for (int t = 0; t < objective.terms; ++t) wanted = wanted || objective.term[t].kind == PartitionKind::target;
-    return wanted;
-  }
-  // Where a term's leading classes are among the entries.
-  KDK_HOST_DEVICE int first_entry(int term) const {
-    int first = target_is_entry() ? 1 : 0;
-    for (int t = 0; t < term; ++t)
-      if (objective.term[t].by_rank()) first += objective.term[t].k;
-    return first;
+  // Where a term's leading classes are among the entries; the target may be before them.
+  KDK_HOST_DEVICE int first_entry(int term) const { return entries_of_term[term]; }
+  // Whether the target is worked on by itself.
+  KDK_HOST_DEVICE bool target_is_entry() const { return entries_of_term[0] > 0; }
+  KDK_HOST_DEVICE int sweep_of(int term) const { return term < sweeps ? term : 0; }
+  KDK_HOST_DEVICE bool tilted() const { return sweep[0].tilted || sweep[1].tilted; }
+
+  void set(const Objective& given) {
+    objective = given;
+    bool target = objective.has_ce();
+    for (int t = 0; t < objective.terms; ++t) target = target || objective.term[t].kind == PartitionKind::target;
+    entries_of_term[0] = target ? 1 : 0;
+    double warmest = 1;
+    for (int t = 0; t < objective.terms; ++t) {
+      const Term& term = objective.term[t];
+      const bool alike = t > 0 && objective.same_groups() && term.temperature == objective.term[0].temperature;
+      Sweep& of_term = sweep[alike ? 0 : sweeps++];
+      of_term.exponent = term.exponent();
+      of_term.forward |= term.wants_forward() || !term.wants_reverse();
+      of_term.reverse |= term.wants_reverse();
+      of_term.tilted |= term.tilted();
+      entries_of_term[t + 1] = entries_of_term[t] + (term.by_rank() ? term.k : 0);
+      warmest = term.temperature > warmest ? term.temperature : warmest;
+    }
+    far_below = 256 * warmest * kLn2;
   }
 };
 
@@ -100,7 +124,7 @@ struct Affine {
 template <class T>
 struct GroupShare {
   T student_origin, teacher_origin;
-  T student, tilt, teacher;  // coefficients: see evaluate.h
+  T student, tilt, teacher;  // coefficients: see evaluate.h, the teacher's with its sign
 };
 
 // What a block knows of one of its samples.
@@ -112,7 +136,8 @@ struct Sample {
   int target;
   int lead;  // slots before its first class
   bool valid;
-  T largest[3];  // of the student's and teacher's logits as the terms see them, and of the student's raw ones
+  int candidates;  // that were found
+  T largest[3];    // of the student's and teacher's logits as the terms see them, and of the student's raw ones
   Affine<T> student, teacher;
   T slope;                           // of the chain rule through standardised samples
   T factor;                          // of the gradient, where samples are standardised
@@ -130,6 +155,13 @@ struct Entry {
   int rank;
   int16_t group[kMaxTerms];
   int counts;  // 0 where an earlier entry is the same class; no bool, so that nothing is padded
+};
+
+// A class as the ranking sees it: by its logit (`value`), the lower index first among equals. NaN is never chosen.
+template <class T>
+struct Candidate {
+  T value;
+  int of_class;
 };
 
 // Partial sums of a warp (rows) or a thread (pixels): of the softmax, and four of each term.
@@ -167,6 +199,7 @@ KDK_HOST_DEVICE Regions regions_of(Layout layout, const Tiling& tiling, int elem
   };
   at.samples = place(tiling.samples * static_cast<int>(sizeof(Sample<T>)));
   at.entries = place(tiling.samples * tiling.entries * static_cast<int>(sizeof(Entry<T>)));
+  at.candidates = place(tiling.samples * tiling.candidates * static_cast<int>(sizeof(Candidate<T>)));
   at.partials =
       place(tiling.samples * partial_count(layout, tiling.team) * kPartials * static_cast<int>(sizeof(double)));
   at.groups = place(tiling.samples * kMaxGroups * static_cast<int>(sizeof(GroupStats<double>)));

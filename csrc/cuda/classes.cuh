@@ -69,15 +69,14 @@ __device__ __forceinline__ void class_moments(const Call& call) {
 // Puts gradient and gradient times logit, as the terms see it, in the place of the logits.
 template <class X, Layout kLayout>
 __device__ void gradient_and_product(const Block<X, kLayout>& block) {
-  const Objective& objective = block.call.objective;
-  const GradientNumbers<X> numbers(objective, block.sample());
+  const GradientNumbers<X> numbers(block.call, block.sample());
   for (int v = block.member; v < block.vectors; v += block.team) {
     X s[block.kWidth], t[block.kWidth], out[block.kWidth];
     block.load(kStudent, v, s);
     block.load(kTeacher, v, t);
     standardize(block, kStudent, v, s);
     standardize(block, kTeacher, v, t);
-    vector_gradient<X, block.kWidth>(numbers, objective.terms, s, t, out);
+    vector_gradient<kMaxTerms, true, X, block.kWidth>(numbers, block.call.sweeps, s, t, out);
 #pragma unroll
     for (int w = 0; w < block.kWidth; ++w) {
       const bool masked = s[w] == minus_infinity<X>();  // nothing comes from masked classes
@@ -92,7 +91,7 @@ __device__ void gradient_and_product(const Block<X, kLayout>& block) {
     const Entry<X>& entry = block.entries[e];
     if (!entry.counts || entry.student == minus_infinity<X>()) continue;
     const int slot = block.slot_of(entry.of_class - block.begin);
-    const X slope = entry_gradient(objective, block.sample(), entry);
+    const X slope = entry_gradient(block.call, block.sample(), entry);
     block.slot(kStudent, slot) = slope;
     block.slot(kTeacher, slot) = slope * entry.student;
   }

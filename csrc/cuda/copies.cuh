@@ -6,11 +6,11 @@
 
 namespace kdk::cuda {
 
+__device__ __forceinline__ void copy_16_bytes(unsigned shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
+}
 __device__ __forceinline__ void copy_16_bytes(void* shared, const void* global) {
-  asm volatile(
-      "cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(shared))),
-      "l"(global)
-      : "memory");
+  copy_16_bytes(static_cast<unsigned>(__cvta_generic_to_shared(shared)), global);
 }
 
 __device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
@@ -21,13 +21,14 @@ __device__ __forceinline__ bool row_in_vectors(const Block<X, Layout::rows>& blo
   const Matrix& matrix = block.matrix(side);
   const auto address = reinterpret_cast<uintptr_t>(static_cast<const X*>(matrix.data) + first);
   return matrix.dtype == dtype_of<X> && matrix.class_stride == 1 &&
-         address / sizeof(X) % block.kWidth == static_cast<unsigned>(block.sample().lead);
+         address / sizeof(X) % block.kWidth == static_cast<unsigned>(block.lead);
 }
 
 // Visits the slots of a row's first and last vector where these are not whole: visit(slot, whether it is a class).
 template <class X, class Visit>
 __device__ __forceinline__ void over_edges(const Block<X, Layout::rows>& block, int whole, Visit visit) {
-  const int lead = block.sample().lead, end = lead + block.count;
+  const int lead = block.lead, end = lead + block.count;
+  if (lead == 0 && whole == block.vectors) return;
   for (int i = block.member; i < 2 * block.kWidth; i += block.team) {
     const bool tail = i >= block.kWidth;
     const int slot = tail ? whole * block.kWidth + i - block.kWidth : i;
@@ -47,6 +48,19 @@ __device__ __forceinline__ bool pixels_in_vectors(const Block<X, Layout::pixels>
          matrix.class_stride * static_cast<int64_t>(sizeof(X)) % 16 == 0;
 }
 
+// Visits the thread's share of the vectors of a block's pixels: visit(first slot, its place in the matrix).
+template <class X, class Visit>
+__device__ __forceinline__ void over_pixel_vectors(const Block<X, Layout::pixels>& block, const Matrix& matrix,
+                                                   Visit visit) {
+  constexpr int kElements = 16 / sizeof(X);
+  const int samples = block.call.tiling.samples, of_class = samples / kElements;
+  const int first = block.thread / of_class, step = block.call.tiling.threads() / of_class;  // classes
+  int slot = block.thread * kElements;
+  int64_t at = (block.begin + first) * matrix.class_stride + block.thread % of_class * kElements;
+  for (int c = first; c < block.count; c += step, slot += step * samples, at += step * matrix.class_stride)
+    visit(slot, at);
+}
+
 // Starts to read a side's logits. Slots without a logit that counts get -inf.
 template <class X, Layout kLayout>
 __device__ void copy_in(const Block<X, kLayout>& block, int side, const Place& place) {
@@ -59,31 +73,29 @@ __device__ void copy_in(const Block<X, kLayout>& block, int side, const Place& p
   const int64_t first = sample.offset[side] + block.begin * matrix.class_stride;
   if constexpr (kLayout == Layout::rows) {
     if (sample.valid && row_in_vectors(block, side, first)) {
-      const X* from = static_cast<const X*>(matrix.data) + first - sample.lead;  // where slot 0 would be
+      const X* from = static_cast<const X*>(matrix.data) + first - block.lead;  // where slot 0 would be
       X* to = block.tile[side];
-      const int whole = (sample.lead + block.count) / block.kWidth;
-      for (int v = block.member + (sample.lead > 0); v < whole; v += block.team)
-        copy_16_bytes(to + v * block.kWidth, from + v * block.kWidth);
+      const int whole = (block.lead + block.count) / block.kWidth, begin = block.member + (block.lead > 0);
+      const auto* global = reinterpret_cast<const Vector*>(from) + begin;
+      const unsigned slots_at = static_cast<unsigned>(__cvta_generic_to_shared(to));
+      const unsigned end = slots_at + whole * sizeof(Vector), step = block.team * sizeof(Vector);
+      for (unsigned at = slots_at + begin * sizeof(Vector); at < end; at += step, global += block.team)
+        copy_16_bytes(at, global);
       over_edges(block, whole, [&](int i, bool inside) { to[i] = inside ? from[i] : none; });
       return;
     }
   } else {
     if (pixels_in_vectors(block, side, place)) {
-      constexpr int kElements = 16 / sizeof(X);
-      const int in_class = call.tiling.samples / kElements;
       const X* from = static_cast<const X*>(matrix.data) + block.samples[0].offset[side];
       X* to = block.tile[side] - block.own;
-      for (int i = block.thread; i < block.count * in_class; i += call.tiling.threads()) {
-        const int c = i / in_class, at = i % in_class * kElements;
-        copy_16_bytes(to + c * call.tiling.samples + at, from + (block.begin + c) * matrix.class_stride + at);
-      }
+      over_pixel_vectors(block, matrix, [&](int slot, int64_t at) { copy_16_bytes(to + slot, from + at); });
       for (int i = block.count + block.member; i < slots; i += block.team) block.slot(side, i) = none;
       return;
     }
   }
 #pragma unroll 4
   for (int i = block.member; i < slots; i += block.team) {
-    const int c = i - sample.lead;
+    const int c = i - block.lead;
     const bool inside = sample.valid && static_cast<unsigned>(c) < static_cast<unsigned>(block.count);
     block.slot(side, i) =
         inside ? narrow<X>(load_as<T>(matrix.data, matrix.dtype, first + c * matrix.class_stride)) : none;
@@ -120,13 +132,12 @@ __device__ void copy_out(const Block<X, kLayout>& block, const Place& place, boo
   bool done = false;
   if constexpr (kLayout == Layout::rows) {
     if (sample.number >= 0 && row_in_vectors(block, kGradient, first)) {
-      X* to = static_cast<X*>(matrix.data) + first - sample.lead;
+      X* to = static_cast<X*>(matrix.data) + first - block.lead;
       const X* from = block.tile[kStudent];
-      const int whole = (sample.lead + block.count) / block.kWidth;
-      for (int v = block.member + (sample.lead > 0); v < whole; v += block.team) {
-        const Vector vector = zero ? Vector{} : reinterpret_cast<const Vector*>(from)[v];
-        reinterpret_cast<Vector*>(to)[v] = vector;
-      }
+      const int whole = (block.lead + block.count) / block.kWidth, begin = block.member + (block.lead > 0);
+      auto* global = reinterpret_cast<Vector*>(to) + begin;
+      for (int v = begin; v < whole; v += block.team, global += block.team)
+        *global = zero ? Vector{} : reinterpret_cast<const Vector*>(from)[v];
       over_edges(block, whole, [&](int i, bool inside) {
         if (inside) to[i] = zero ? nothing : from[i];
       });
@@ -134,15 +145,11 @@ __device__ void copy_out(const Block<X, kLayout>& block, const Place& place, boo
     }
   } else {
     if (pixels_in_vectors(block, kGradient, place)) {
-      constexpr int kElements = 16 / sizeof(X);
-      const int in_class = call.tiling.samples / kElements;
       X* to = static_cast<X*>(matrix.data) + block.samples[0].offset[kGradient];
       const X* from = block.tile[kStudent] - block.own;
-      for (int i = block.thread; i < block.count * in_class; i += call.tiling.threads()) {
-        const int c = i / in_class, at = i % in_class * kElements;
-        const Vector vector = zero ? Vector{} : *reinterpret_cast<const Vector*>(from + c * call.tiling.samples + at);
-        *reinterpret_cast<Vector*>(to + (block.begin + c) * matrix.class_stride + at) = vector;
-      }
+      over_pixel_vectors(block, matrix, [&](int slot, int64_t at) {
+        *reinterpret_cast<Vector*>(to + at) = zero ? Vector{} : *reinterpret_cast<const Vector*>(from + slot);
+      });
       done = true;
     }
   }

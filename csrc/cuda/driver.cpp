@@ -165,7 +165,8 @@ const Device& current_device() {
   const int major = number(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR);
   const int minor = number(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR);
   return devices[device] = {10 * major + minor, number(CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN),
-                            number(CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR)};
+                            number(CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR),
+                            number(CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)};
 }
 
 void launch(const Launch& launch, const void* parameters, size_t bytes, const std::vector<Buffer>& buffers,
@@ -201,8 +202,9 @@ void launch(const Launch& launch, const void* parameters, size_t bytes, const st
 
 // Makes launches call `simulate` instead of the driver, as on a device of such limits; null ends that. For tests.
 extern "C" __attribute__((visibility("default"))) void kdk_simulate(kdk::cuda::Simulate simulate, int64_t capability,
-                                                                    int64_t shared_bytes, int64_t shared_bytes_of_all) {
+                                                                    int64_t shared_bytes, int64_t shared_bytes_of_all,
+                                                                    int64_t multiprocessors) {
   kdk::cuda::simulate = simulate;
   kdk::cuda::simulated_device = {static_cast<int>(capability), static_cast<int>(shared_bytes),
-                                 static_cast<int>(shared_bytes_of_all)};
+                                 static_cast<int>(shared_bytes_of_all), static_cast<int>(multiprocessors)};
 }

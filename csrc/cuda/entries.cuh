@@ -6,12 +6,6 @@
 
 namespace kdk::cuda {
 
-// A class as the ranking sees it: by its logit (`value`), the lower index first among equals. NaN is never chosen.
-template <class T>
-struct Candidate {
-  T value;
-  int of_class;
-};
 constexpr int kNoClass = 0x7fffffff;
 
 template <class T>
@@ -68,34 +62,135 @@ __device__ Candidate<Real<X>> best_of_team(const Block<X, kLayout>& block, Candi
   return own;
 }
 
-// Names the entries of the piece: the target, and for each term by rank the piece's k best classes.
+// The term by rank that an entry is a candidate of; -1 for the target.
+__device__ __forceinline__ int term_of_entry(const Call& call, int e) {
+  if (e < call.first_entry(0)) return -1;
+  const bool in_second = call.objective.terms > 1 && call.objective.term[1].by_rank() && e >= call.first_entry(1);
+  return in_second ? 1 : 0;
+}
+
+// What at least `k` of the sample's classes reach, if that many are seen: the lowest of the k best of groups of
+// classes. All threads of the block must call it.
+template <bool kLargest, class X, Layout kLayout>
+__device__ Real<X> bound_of_best(const Block<X, kLayout>& block, int k) {
+  using T = Real<X>;
+  constexpr int kGroups = block.kRows ? 8 : 16, kVectors = kGroups / block.kWidth;
+  T best[kGroups];
+#pragma unroll
+  for (int g = 0; g < kGroups; ++g) best[g] = minus_infinity<T>();
+#pragma unroll 1
+  for (int v = block.member; v < block.vectors;) {
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      if (i > 0 && v >= block.vectors) break;
+      T t[block.kWidth];
+      block.load(kTeacher, v, t);
+      standardize(block, kTeacher, v, t);
+      const int c = block.class_of(v);
+      if (c >= 0 && c + block.kWidth <= block.count) {
+#pragma unroll
+        for (int w = 0; w < block.kWidth; ++w)
+          best[i * block.kWidth + w] = larger(best[i * block.kWidth + w], kLargest ? t[w] : -t[w]);
+      }
+      v += block.team;
+    }
+  }
+  T bound = 0;
+#pragma unroll 1
+  for (int i = 0; i < k; ++i) {
+    bound = best[0];
+#pragma unroll
+    for (int g = 1; g < kGroups; ++g) bound = larger(bound, best[g]);
+    bound = block.over_lanes(bound, [](T a, T b) { return larger(a, b); });
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) best[g] = best[g] == bound ? minus_infinity<T>() : best[g];
+  }
+  block.template maximum<1>(&bound);  // what a warp's classes reach is as good as what another's do
+  return bound;
+}
+
+// Collects the sample's classes that reach a bound. False, for the whole block, if they are more than there is room
+// for.
+template <bool kLargest, class X, Layout kLayout>
+__device__ bool collect(const Block<X, kLayout>& block, Real<X> bound) {
+  using T = Real<X>;
+  Sample<T>& sample = block.sample();
+  const int room = block.call.tiling.candidates;
+  if (block.member == 0) sample.candidates = 0;
+  __syncthreads();
+  const int vectors = sample.valid ? block.vectors : 0;
+  for (int v = block.member; v < vectors; v += block.team) {
+    T t[block.kWidth], best = minus_infinity<T>();
+    block.load(kTeacher, v, t);
+    standardize(block, kTeacher, v, t);
+#pragma unroll
+    for (int w = 0; w < block.kWidth; ++w) best = larger(best, kLargest ? t[w] : -t[w]);
+    if (best < bound) continue;
+    const int c = block.class_of(v);
+#pragma unroll
+    for (int w = 0; w < block.kWidth; ++w) {
+      const T value = kLargest ? t[w] : -t[w];
+      const bool inside = static_cast<unsigned>(c + w) < static_cast<unsigned>(block.count);
+      if (!inside || !(value >= bound)) continue;
+      const int at = atomicAdd(&sample.candidates, 1);
+      if (at < room) block.candidates[at] = {value, block.begin + c + w};
+    }
+  }
+  __syncthreads();
+  return !__syncthreads_or(sample.valid && sample.candidates > room);
+}
+
+// Collects the classes that may be among the k best, and knows whether there was room for them.
+template <class X, Layout kLayout>
+__device__ bool collect_best(const Block<X, kLayout>& block, const Term& term) {
+  return term.largest ? collect<true>(block, bound_of_best<true>(block, term.k))
+                      : collect<false>(block, bound_of_best<false>(block, term.k));
+}
+
+// Names the k best classes, one after the other, whatever they are: each one is looked for among all that follow.
+template <class X, Layout kLayout>
+__device__ void rank_one_by_one(const Block<X, kLayout>& block, Real<X> sign, int k, Entry<Real<X>>* entries) {
+  using T = Real<X>;
+  Candidate<T> own = best_after(block, sign, Candidate<T>{static_cast<T>(INFINITY), -1});
+  for (int rank = 0; rank < k; ++rank) {
+    const Candidate<T> best = best_of_team(block, own, rank);
+    if (block.member == 0 && block.sample().valid && best.of_class != kNoClass) entries[rank].of_class = best.of_class;
+    if (best.of_class == own.of_class && best.of_class != kNoClass && rank + 1 < k) own = best_after(block, sign, best);
+  }
+}
+
+// Names the entries of the piece: the target, and for each term by rank the piece's k best classes. Ends with a
+// barrier.
 template <class X, Layout kLayout>
 __device__ void find_entries(const Block<X, kLayout>& block) {
   using T = Real<X>;
   const Call& call = block.call;
-  if (call.target_is_entry() && block.member == 0) {
-    const int target = block.sample().target;
-    const bool inside = block.sample().valid && target >= block.begin && target < block.begin + block.count;
-    block.entries[0].of_class = inside ? target : -1;
-    block.entries[0].rank = 0;
+  const Sample<T>& sample = block.sample();
+  for (int e = block.member; e < call.tiling.entries; e += block.team) {
+    const bool inside = sample.valid && sample.target >= block.begin && sample.target < block.begin + block.count;
+    const int t = term_of_entry(call, e);
+    block.entries[e].of_class = t < 0 && inside ? sample.target : -1;
+    block.entries[e].rank = t < 0 ? 0 : e - call.first_entry(t);
   }
   for (int t = 0; t < call.objective.terms; ++t) {
     const Term& term = call.objective.term[t];
     if (!term.by_rank()) continue;
-    const int first = call.first_entry(t);
     const T sign = term.largest ? T(1) : T(-1);
-    Candidate<T> own = best_after(block, sign, Candidate<T>{static_cast<T>(INFINITY), -1});
-    for (int rank = 0; rank < term.k; ++rank) {
-      const Candidate<T> best = best_of_team(block, own, rank);
-      if (block.member == 0) {
-        block.entries[first + rank].of_class = block.sample().valid && best.of_class != kNoClass ? best.of_class : -1;
-        block.entries[first + rank].rank = rank;
+    Entry<T>* entries = block.entries + call.first_entry(t);
+    if (collect_best(block, term)) {
+      const int count = sample.valid ? sample.candidates : 0;
+      for (int i = block.member; i < count; i += block.team) {
+        const Candidate<T> own = block.candidates[i];
+        int rank = 0;
+        for (int other = 0; other < count; ++other) rank += better(block.candidates[other], own);
+        if (rank < term.k) entries[rank].of_class = own.of_class;
       }
-      if (best.of_class == own.of_class && best.of_class != kNoClass && rank + 1 < term.k)
-        own = best_after(block, sign, best);
+    } else {
+      rank_one_by_one(block, sign, term.k, entries);
     }
     __syncthreads();
   }
+  __syncthreads();
 }
 
 // Takes the entries that forward found from `members`.
@@ -150,13 +245,6 @@ __device__ int rank_of(const Call& call, const Term& term, int first, int e, int
     }
   }
   return rank;
-}
-
-// The term by rank that an entry is a candidate of; -1 for the target.
-__device__ __forceinline__ int term_of_entry(const Call& call, int e) {
-  if (e < call.first_entry(0)) return -1;
-  const bool in_second = call.objective.terms > 1 && call.objective.term[1].by_rank() && e >= call.first_entry(1);
-  return in_second ? 1 : 0;
 }
 
 // Settles the ranks among all pieces of the cluster's samples.
@@ -247,13 +335,13 @@ __device__ GroupStats<double> entry_statistics(const Entry<T>* entries, int coun
 
 // The gradient of an entry in the logit that the terms see.
 template <class T>
-__device__ T entry_gradient(const Objective& objective, const Sample<T>& sample, const Entry<T>& entry) {
+__device__ T entry_gradient(const Call& call, const Sample<T>& sample, const Entry<T>& entry) {
   T sum = 0;
 #pragma unroll
   for (int t = 0; t < kMaxTerms; ++t) {
-    if (t >= objective.terms) break;
-    const Term& term = objective.term[t];
-    sum += slope_at(sample.share[t][entry.group[t]], static_cast<T>(term.exponent()), term.tilted(), entry.student,
+    if (t >= call.objective.terms) break;
+    const Sweep& sweep = call.sweep[call.sweep_of(t)];
+    sum += slope_at(sample.share[t][entry.group[t]], static_cast<T>(sweep.exponent), sweep.tilted, entry.student,
                     entry.teacher);
   }
   return sum;
@@ -267,7 +355,7 @@ __device__ double entry_products(const Block<X, kLayout>& block) {
   for (int e = block.member; e < block.call.tiling.entries; e += block.team) {
     const Entry<T>& entry = block.entries[e];
     if (entry.counts && entry.student != minus_infinity<T>())
-      total += entry_gradient(block.call.objective, block.sample(), entry) * entry.student;
+      total += entry_gradient(block.call, block.sample(), entry) * entry.student;
   }
   return total;
 }
@@ -281,7 +369,7 @@ __device__ void entry_gradients(const Block<X, kLayout>& block) {
   for (int e = block.member; e < call.tiling.entries; e += block.team) {
     const Entry<T>& entry = block.entries[e];
     if (!entry.counts) continue;
-    T slope = chained(block, entry.of_class, entry.student, entry_gradient(call.objective, sample, entry));
+    T slope = chained(block, entry.of_class, entry.student, entry_gradient(call, sample, entry));
     if (call.objective.has_ce()) {
       slope += softmax_gradient(sample, entry.raw);
       if (entry.of_class == sample.target) slope -= sample.entropy_factor;

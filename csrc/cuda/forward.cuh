@@ -66,7 +66,6 @@ __device__ __forceinline__ void forward(const Call& call) {
   }
   if (any && call.tiling.entries > 0) {
     find_entries(block);
-    __syncthreads();
     read_logits(block);
     __syncthreads();
     if (pieces > 1) {

@@ -25,8 +25,22 @@ int power_of_two_up_to(int64_t number) {
   return power;
 }
 
+int power_of_two_from(int number) {
+  int power = 1;
+  while (power < number) power *= 2;
+  return power;
+}
+
 // Classes that are worked on one by one, of one sample.
 int entry_count(const Call& call) { return call.first_entry(call.objective.terms); }
+
+// Room for the classes that a first look at a sample finds good enough to lead: most often a few more than will.
+int candidate_count(const Call& call) {
+  int leads = 0;
+  for (int t = 0; t < call.objective.terms; ++t)
+    if (call.objective.term[t].by_rank()) leads = std::max(leads, call.objective.term[t].k);
+  return leads == 0 ? 0 : leads + std::min(leads, 24) + 8;
+}
 
 Regions regions_of(DType type, Layout layout, const Tiling& tiling) {
   return type == DType::f64 ? regions_of<double>(layout, tiling, 8)
@@ -38,11 +52,11 @@ int shared_bytes(const Call& call, const Tiling& tiling) {
 }
 
 constexpr int kWarp = 32;
-// Elements that a thread works on: enough to share what each does once a sample.
-constexpr int kElements = 64;
-// Blocks of short rows are small, so that the next ones load while one computes.
-constexpr int kShortRowThreads = 128;
-constexpr int kLongestShortRow = 1024;
+// Vectors of each side that a thread works on: as many as fill a multiprocessor's shared memory and its registers
+// alike, and share what a thread does once a sample; fewer where there are so few rows that threads are left over.
+constexpr int kMostVectors = 16, kFewestVectors = 4;
+constexpr int kRowThreads = 128;  // of a block of short rows: small, so that the next ones load while one computes
+constexpr int kSmallestTeam = 4;
 constexpr int kMostSamples = 32;  // of a block: one warp takes step 2
 constexpr int kPixels = 32;       // side by side in memory: a sector or more of each class
 constexpr int kFewestPixels = 8;
@@ -54,24 +68,30 @@ constexpr int kBlocksAtATime = 3;
 constexpr int kReserved = 1024;  // bytes of a block that the device takes
 
 // Threads and samples of a block for a piece of that many classes.
-Tiling block_tiling(const Call& call, int piece, int pieces) {
+Tiling block_tiling(const Call& call, const Device& device, int piece, int pieces) {
   const DType type = tile_type(call);
   Tiling tiling;
   tiling.piece = piece;
   tiling.pieces = pieces;
   tiling.entries = entry_count(call);
+  tiling.candidates = candidate_count(call);
   if (layout_of(call) == Layout::pixels) {
     tiling.samples = kPixels;
     tiling.team = std::min(power_of_two_up_to(std::max(piece / kPixelElements, 1)), kMostClassWarps);
     return tiling;
   }
-  const int vectors = slots(Layout::rows, piece, element_bytes(type)) / width(Layout::rows, element_bytes(type));
-  if (piece <= kLongestShortRow) {
-    tiling.team = std::clamp(power_of_two_up_to(vectors / 3), 4, kWarp);
-    tiling.samples = std::min(kShortRowThreads / tiling.team, kMostSamples);
-    return tiling;
+  const auto vectors = ceil_div(piece, width(Layout::rows, element_bytes(type)));
+  const int64_t wanted = int64_t{kBlocksAtATime} * device.multiprocessors;
+  for (int each = kMostVectors;; each /= 2) {
+    const int team = static_cast<int>(ceil_div(vectors, each));
+    tiling.team =
+        team > kWarp ? std::min(round_up(team, kWarp), kMostThreads) : power_of_two_from(std::max(team, kSmallestTeam));
+    tiling.samples = std::clamp(kRowThreads / tiling.team, 1, kMostSamples);
+    if (each == kFewestVectors || ceil_div(call.samples, tiling.samples) * pieces >= wanted) break;
   }
-  tiling.team = std::clamp(round_up(piece / kElements, kWarp), 2 * kWarp, kMostThreads);
+  while (tiling.samples > 1 && tiling.threads() > kWarp &&
+         ceil_div(call.samples, tiling.samples) < device.multiprocessors)
+    tiling.samples /= 2;
   return tiling;
 }
 
@@ -118,7 +138,7 @@ std::optional<Tiling> fused_tiling(const Call& call, const Device& device) {
         const int piece = round_up(static_cast<int>(ceil_div(call.classes, pieces)), wide);
         if (pieces > 1 && int64_t{piece} * (pieces - 1) >= call.classes) break;
         const int held = pieces == 1 ? static_cast<int>(call.classes) : piece;
-        if (const auto tiling = fitting(call, block_tiling(call, held, pieces), limit, fewest)) return tiling;
+        if (const auto tiling = fitting(call, block_tiling(call, device, held, pieces), limit, fewest)) return tiling;
       }
     }
   }
@@ -130,7 +150,7 @@ Tiling piece_tiling(const Call& call, const Device& device) {
   const int limit = device.shared_bytes_of_all / kBlocksAtATime - kReserved;
   for (int piece = static_cast<int>(std::min<int64_t>(call.classes, kMostClasses));;
        piece = round_up(piece / 2, kFewestClasses)) {
-    const Tiling tiling = block_tiling(call, piece, static_cast<int>(ceil_div(call.classes, piece)));
+    const Tiling tiling = block_tiling(call, device, piece, static_cast<int>(ceil_div(call.classes, piece)));
     const auto fits = fitting(call, tiling, limit, 1);
     if (fits || piece <= kFewestClasses) return fits.value_or(tiling);
   }
@@ -172,7 +192,7 @@ Launch configure_merge(const char* step, Call& call) {
   // Of the tiles and entries nothing is in shared memory.
   Tiling tiling = call.tiling;
   tiling.samples = 1;
-  tiling.piece = tiling.entries = 0;
+  tiling.piece = tiling.entries = tiling.candidates = 0;
   call.regions = regions_of(type, Layout::rows, tiling);
   Launch launch;
   launch.kernel = std::string("kdk_") + step + "_rows_" + name_of(type);

@@ -15,6 +15,7 @@ struct Device {
   int capability = 90;               // 10 * major + minor
   int shared_bytes = 232448;         // that a block may have
   int shared_bytes_of_all = 233472;  // of one multiprocessor
+  int multiprocessors = 132;
 
   bool has_clusters() const { return capability >= 90; }
 };

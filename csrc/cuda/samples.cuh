@@ -63,7 +63,8 @@ __device__ bool read_samples(Block<X, kLayout>& block, const Place& place, bool 
     any = sample.valid;
   }
   any = __syncthreads_or(any);
-  block.vectors = (block.sample().lead + block.count + block.kWidth - 1) / block.kWidth;
+  block.lead = block.sample().lead;
+  block.vectors = (block.lead + block.count + block.kWidth - 1) / block.kWidth;
   return any;
 }
 

@@ -21,15 +21,17 @@ __device__ void piece_statistics(const Block<X, kLayout>& block, int of_sample, 
   const Term& term = call.objective.term[t];
   const Sample<T>& sample = block.samples[of_sample];
   const Entry<T>* entries = block.entries + (of_sample - block.own) * call.tiling.entries;
-  const T exponent = static_cast<T>(term.exponent());
+  const Sweep& sweep = call.sweep[call.sweep_of(t)];
+  const T exponent = static_cast<T>(sweep.exponent);
+  const int column = 1 + 4 * call.sweep_of(t);
   const int rest = term.groups() - 1;
   GroupStats<double> of_rest;
   of_rest.student_origin = sample.largest[kStudent] * exponent;
   of_rest.teacher_origin = sample.largest[kTeacher] * exponent;
-  of_rest.student_sum = block.total(of_sample, 1 + 4 * t);
-  of_rest.teacher_sum = block.total(of_sample, 2 + 4 * t);
-  if (term.wants_forward() || !term.wants_reverse()) of_rest.teacher_gap = block.total(of_sample, 3 + 4 * t);
-  if (term.wants_reverse()) of_rest.student_gap = block.total(of_sample, 4 + 4 * t);
+  of_rest.student_sum = block.total(of_sample, column);
+  of_rest.teacher_sum = block.total(of_sample, column + 1);
+  if (sweep.forward) of_rest.teacher_gap = block.total(of_sample, column + 2);
+  if (sweep.reverse) of_rest.student_gap = block.total(of_sample, column + 3);
   bool others = false;  // entries that are in the last group after all
   for (int e = 0; e < call.tiling.entries; ++e) others = others || (entries[e].counts && entries[e].group[t] == rest);
   if (others) merge(of_rest, entry_statistics(entries, call.tiling.entries, t, rest, exponent), 1.0);
@@ -170,13 +172,13 @@ __device__ void settle(const Block<X, kLayout>& block) {
         share.teacher_origin = static_cast<T>(start(stats[g].teacher_origin));
         share.student = valid ? static_cast<T>(by.student * factor) : T(0);
         share.tilt = valid ? static_cast<T>(by.tilt * factor) : T(0);
-        share.teacher = valid ? static_cast<T>(by.teacher * factor) : T(0);
+        share.teacher = valid ? static_cast<T>(-by.teacher * factor) : T(0);
         if (saved) {
           saved[0] = share.student_origin;
           saved[1] = share.teacher_origin;
           saved[2] = static_cast<T>(by.student);
           saved[3] = static_cast<T>(by.tilt);
-          saved[4] = static_cast<T>(by.teacher);
+          saved[4] = static_cast<T>(-by.teacher);
           saved += 5;
         }
       }

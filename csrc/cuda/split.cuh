@@ -52,7 +52,6 @@ __device__ __forceinline__ void part_statistics(const Call& call) {
   }
   if (call.tiling.entries > 0) {
     find_entries(block);
-    __syncthreads();
     read_logits(block);
     __syncthreads();
     mask_entries(block);
@@ -106,7 +105,7 @@ __device__ __forceinline__ void merge_parts(const Call& call) {
     for (int t = 0; t < call.objective.terms && count > 0; ++t) {
       const Term& term = call.objective.term[t];
       const int rest = term.groups() - 1;
-      const T exponent = static_cast<T>(term.exponent());
+      const T exponent = static_cast<T>(call.sweep[call.sweep_of(t)].exponent);
       merge(exchange.group[t][rest], entry_statistics(entries, count, t, rest, exponent), 1.0);
 #pragma unroll 1
       for (int g = 0; g < rest; ++g) exchange.group[t][g] = entry_statistics(entries, count, t, g, exponent);

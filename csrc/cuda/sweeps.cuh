@@ -8,47 +8,80 @@
 
 namespace kdk::cuda {
 
+// Numbers that are added up in the arithmetic's type before the sum goes on in double precision: so few that little is
+// rounded off.
+constexpr int kSummed = 16;
+
 template <class T>
 __device__ __forceinline__ T origin_of(T largest, T exponent) {
   return start(largest * exponent);
 }
 
-// The largest logit of a side that the thread looks at.
+// The largest logits of both sides that the thread looks at.
 template <class X, Layout kLayout>
-__device__ Real<X> own_maximum(const Block<X, kLayout>& block, int side) {
+__device__ __forceinline__ void own_maxima(const Block<X, kLayout>& block, Real<X>* largest) {
   using T = Real<X>;
   if constexpr (block.kRows && sizeof(X) == 2) {
     // Two at a time, as they are.
     using Pair = std::conditional_t<std::is_same_v<X, __half>, __half2, __nv_bfloat162>;
     const X none = narrow<X>(minus_infinity<T>());
-    Pair largest{none, none};
+    Pair pairs[2] = {{none, none}, {none, none}};
     for (int v = block.member; v < block.vectors; v += block.team) {
-      const Vector vector = reinterpret_cast<const Vector*>(block.tile[side])[v];
-      const unsigned words[4] = {vector.x, vector.y, vector.z, vector.w};
 #pragma unroll
-      for (int i = 0; i < 4; ++i) largest = __hmax2(largest, reinterpret_cast<const Pair&>(words[i]));
+      for (int side = kStudent; side <= kTeacher; ++side) {
+        const Vector vector = reinterpret_cast<const Vector*>(block.tile[side])[v];
+        const unsigned words[4] = {vector.x, vector.y, vector.z, vector.w};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) pairs[side] = __hmax2(pairs[side], reinterpret_cast<const Pair&>(words[i]));
+      }
     }
-    return larger(widen(largest.x), widen(largest.y));
+#pragma unroll
+    for (int side = kStudent; side <= kTeacher; ++side)
+      largest[side] = larger(widen(pairs[side].x), widen(pairs[side].y));
   } else {
-    T largest = minus_infinity<T>();
+    largest[kStudent] = largest[kTeacher] = minus_infinity<T>();
     for (int v = block.member; v < block.vectors; v += block.team) {
-      T values[block.kWidth];
-      block.load(side, v, values);
 #pragma unroll
-      for (int w = 0; w < block.kWidth; ++w) largest = larger(largest, values[w]);
+      for (int side = kStudent; side <= kTeacher; ++side) {
+        T values[block.kWidth];
+        block.load(side, v, values);
+#pragma unroll
+        for (int w = 0; w < block.kWidth; ++w) largest[side] = larger(largest[side], values[w]);
+      }
     }
-    return largest;
   }
+}
+
+// Puts what is masked as far below the largest logit as leaves nothing of an exponential, where the type has room for
+// that: a finite gap needs no care.
+template <class X, Layout kLayout>
+__device__ void lower_masks(const Block<X, kLayout>& block, const Real<X>* largest) {
+  using T = Real<X>;
+  const Call& call = block.call;
+  X masks[2];
+#pragma unroll
+  for (int side = kStudent; side <= kTeacher; ++side)
+    masks[side] = narrow<X>(largest[side] - larger(fabs(largest[side]), static_cast<T>(call.far_below)));
+  for (int e = block.member; e < call.tiling.entries; e += block.team) {
+    if (!block.entries[e].counts) continue;
+    const int slot = block.slot_of(block.entries[e].of_class - block.begin);
+    for (int side = kStudent; side <= kTeacher; ++side) block.slot(side, slot) = masks[side];
+  }
+  const int lead = block.lead, pads = block.vectors * block.kWidth - block.count;
+  for (int i = block.member; i < pads; i += block.team)
+    for (int side = kStudent; side <= kTeacher; ++side) block.slot(side, i < lead ? i : block.count + i) = masks[side];
 }
 
 // Maxima of what a block's samples have left: see Sample::largest. Ends with a barrier.
 template <class X, Layout kLayout>
 __device__ void maxima(const Block<X, kLayout>& block) {
   using T = Real<X>;
-  const bool standardize_first = block.call.objective.standardize != Standardize::none;
   T largest[3] = {minus_infinity<T>(), minus_infinity<T>(), minus_infinity<T>()};
-  if (!standardize_first) {
-    for (int side = kStudent; side <= kTeacher; ++side) largest[side] = own_maximum(block, side);
+  if (block.plain()) {
+    own_maxima(block, largest);
+    block.template maximum<2>(largest);
+    largest[2] = largest[kStudent];
+    lower_masks(block, largest);
   } else {
     for (int v = block.member; v < block.vectors; v += block.team) {
       T s[block.kWidth], t[block.kWidth];
@@ -64,44 +97,66 @@ __device__ void maxima(const Block<X, kLayout>& block) {
         largest[kTeacher] = larger(largest[kTeacher], t[w]);
       }
     }
+    block.template maximum<3>(largest);
   }
-  block.template maximum<3>(largest);
-  if (!standardize_first) largest[2] = largest[kStudent];
   if (block.member == 0)
     for (int i = 0; i < 3; ++i) block.sample().largest[i] = largest[i];
   __syncthreads();
 }
 
+// Adds up what the thread has of a term's last group. A class without probability adds nothing, however infinite its
+// gap: where that has to be looked at, or logits are standardised, it takes longer than if `kFast`.
+template <bool kForward, bool kReverse, bool kFast, class X, Layout kLayout>
+__device__ __forceinline__ void add_up_own(const Block<X, kLayout>& block, Real<X> exponent, double* total) {
+  using T = Real<X>;
+  constexpr int kVectors = kFast ? kSummed / block.kWidth : 1;
+  const T student_origin = origin_of(block.sample().largest[kStudent], exponent);
+  const T teacher_origin = origin_of(block.sample().largest[kTeacher], exponent);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) total[i] = 0;
+#pragma unroll 1
+  for (int v = block.member; v < block.vectors;) {
+    T sum[2][4];
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      if (i > 0 && v >= block.vectors) break;
+      T s[block.kWidth], t[block.kWidth];
+      block.load(kStudent, v, s);
+      block.load(kTeacher, v, t);
+      if constexpr (!kFast) {
+        standardize(block, kStudent, v, s);
+        standardize(block, kTeacher, v, t);
+      }
+#pragma unroll
+      for (int w = 0; w < block.kWidth; ++w) {
+        T(&to)[4] = sum[w % 2];
+        const bool first = i == 0 && w < 2;
+        const T a = fma(s[w], exponent, -student_origin), b = fma(t[w], exponent, -teacher_origin);
+        const T es = power(a), et = power(b), gap = b - a;
+        const T forward = kFast || et > 0 ? gap : T(0), reverse = kFast || es > 0 ? gap : T(0);
+        to[0] = first ? es : to[0] + es;
+        to[1] = first ? et : to[1] + et;
+        if constexpr (kForward) to[2] = first ? et * forward : fma(et, forward, to[2]);
+        if constexpr (kReverse) to[3] = first ? es * reverse : fma(es, reverse, to[3]);
+      }
+      v += block.team;
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      if (i < 2 || (i == 2 ? kForward : kReverse)) total[i] += sum[0][i] + sum[1][i];
+  }
+}
+
 // The four sums of a term's last group, in the partial results from `column` on.
 template <bool kForward, bool kReverse, class X, Layout kLayout>
 __device__ void add_up(const Block<X, kLayout>& block, Real<X> exponent, int column) {
-  using T = Real<X>;
-  const T student_origin = origin_of(block.sample().largest[kStudent], exponent);
-  const T teacher_origin = origin_of(block.sample().largest[kTeacher], exponent);
-  double total[4] = {};  // a vector is added up in the arithmetic's type: few numbers, so that little is rounded off
-  for (int v = block.member; v < block.vectors; v += block.team) {
-    T s[block.kWidth], t[block.kWidth], sum[4] = {};
-    block.load(kStudent, v, s);
-    block.load(kTeacher, v, t);
-    standardize(block, kStudent, v, s);
-    standardize(block, kTeacher, v, t);
-#pragma unroll
-    for (int w = 0; w < block.kWidth; ++w) {
-      const T a = fma(s[w], exponent, -student_origin), b = fma(t[w], exponent, -teacher_origin);
-      const T es = power(a), et = power(b), gap = b - a;
-      sum[0] += es;
-      sum[1] += et;
-      // A class without probability adds nothing, however infinite its gap.
-      if constexpr (kForward) sum[2] = et > 0 ? fma(et, gap, sum[2]) : sum[2];
-      if constexpr (kReverse) sum[3] = es > 0 ? fma(es, gap, sum[3]) : sum[3];
-    }
-#pragma unroll
-    for (int i = 0; i < 4; ++i) total[i] += sum[i];
-  }
-  block.put(column, total[0]);
-  block.put(column + 1, total[1]);
-  if constexpr (kForward) block.put(column + 2, total[2]);
-  if constexpr (kReverse) block.put(column + 3, total[3]);
+  double total[4] = {};
+  const bool fast = block.plain();
+  if (fast) add_up_own<kForward, kReverse, true>(block, exponent, total);
+  // Infinite gaps have made NaN.
+  const double gaps = kForward && kReverse ? total[2] + total[3] : total[kForward ? 2 : 3];
+  if (!fast || gaps != gaps) add_up_own<kForward, kReverse, false>(block, exponent, total);
+  block.put_four(column, total);
 }
 
 // The sum of the student's softmax, in the first partial result.
@@ -125,12 +180,11 @@ template <class X, Layout kLayout>
 __device__ void statistics(const Block<X, kLayout>& block) {
   const Objective& objective = block.call.objective;
   if (objective.has_ce()) add_up_softmax(block);
-  for (int t = 0; t < objective.terms; ++t) {
-    const Term& term = objective.term[t];
-    const auto exponent = static_cast<Real<X>>(term.exponent());
-    const bool forward = term.wants_forward(), reverse = term.wants_reverse();
-    if (forward && reverse) add_up<true, true>(block, exponent, 1 + 4 * t);
-    else if (reverse) add_up<false, true>(block, exponent, 1 + 4 * t);
+  for (int t = 0; t < block.call.sweeps; ++t) {
+    const Sweep& sweep = block.call.sweep[t];
+    const auto exponent = static_cast<Real<X>>(sweep.exponent);
+    if (sweep.forward && sweep.reverse) add_up<true, true>(block, exponent, 1 + 4 * t);
+    else if (sweep.reverse) add_up<false, true>(block, exponent, 1 + 4 * t);
     else add_up<true, false>(block, exponent, 1 + 4 * t);
   }
 }
@@ -139,7 +193,7 @@ __device__ void statistics(const Block<X, kLayout>& block) {
 template <class T>
 __device__ __forceinline__ T slope_at(const GroupShare<T>& share, T exponent, bool tilted, T student, T teacher) {
   const T a = fma(student, exponent, -share.student_origin), b = fma(teacher, exponent, -share.teacher_origin);
-  const T es = power(a), push = power(b) * -share.teacher;
+  const T es = power(a), push = power(b) * share.teacher;
   if (!tilted) return fma(es, share.student, push);
   return (es > 0 ? es * fma(b - a, share.tilt, share.student) : es) + push;
 }
@@ -151,38 +205,41 @@ struct GradientNumbers {
   bool tilted[kMaxTerms];
   GroupShare<T> rest[kMaxTerms];
 
-  __device__ GradientNumbers(const Objective& objective, const Sample<T>& sample) {
+  __device__ GradientNumbers(const Call& call, const Sample<T>& sample) {
 #pragma unroll
     for (int t = 0; t < kMaxTerms; ++t) {
-      if (t >= objective.terms) break;
-      const Term& term = objective.term[t];
-      exponent[t] = static_cast<T>(term.exponent());
-      tilted[t] = term.tilted();
-      rest[t] = sample.share[t][term.groups() - 1];
+      if (t >= call.objective.terms) break;
+      const GroupShare<T>& share = sample.share[t][call.objective.term[t].groups() - 1];
+      if (t < call.sweeps) {
+        exponent[t] = static_cast<T>(call.sweep[t].exponent);
+        tilted[t] = call.sweep[t].tilted;
+        rest[t] = share;
+      } else {
+        rest[0].student += share.student;
+        rest[0].tilt += share.tilt;
+        rest[0].teacher += share.teacher;
+      }
     }
   }
 };
 
-// The gradient of a vector of classes in the logits that the terms see.
-template <class T, int kWidth>
-__device__ __forceinline__ void vector_gradient(const GradientNumbers<T>& numbers, int terms, const T* s, const T* t,
+// The gradient of a vector of classes in the logits that the terms see: of at most `kSweeps` sweeps, none of them
+// tilted unless `kTilted`.
+template <int kSweeps, bool kTilted, class T, int kWidth>
+__device__ __forceinline__ void vector_gradient(const GradientNumbers<T>& numbers, int sweeps, const T* s, const T* t,
                                                 T* out) {
 #pragma unroll
-  for (int i = 0; i < kMaxTerms; ++i) {
-    if (i >= terms) break;
-    if (numbers.tilted[i]) {
+  for (int i = 0; i < kSweeps; ++i) {
+    if (i > 0 && i >= sweeps) break;
+    const auto add = [&](bool tilted) {
 #pragma unroll
       for (int w = 0; w < kWidth; ++w) {
-        const T slope = slope_at(numbers.rest[i], numbers.exponent[i], true, s[w], t[w]);
+        const T slope = slope_at(numbers.rest[i], numbers.exponent[i], tilted, s[w], t[w]);
         out[w] = i == 0 ? slope : out[w] + slope;
       }
-    } else {
-#pragma unroll
-      for (int w = 0; w < kWidth; ++w) {
-        const T slope = slope_at(numbers.rest[i], numbers.exponent[i], false, s[w], t[w]);
-        out[w] = i == 0 ? slope : out[w] + slope;
-      }
-    }
+    };
+    if (kTilted && numbers.tilted[i]) add(true);
+    else add(false);
   }
 }
 
@@ -216,8 +273,8 @@ __device__ __forceinline__ T softmax_gradient(const Sample<T>& sample, T logit) 
 template <class X, Layout kLayout>
 __device__ double product_sum(const Block<X, kLayout>& block) {
   using T = Real<X>;
-  const Objective& objective = block.call.objective;
-  const GradientNumbers<T> numbers(objective, block.sample());
+  const int sweeps = block.call.sweeps;
+  const GradientNumbers<T> numbers(block.call, block.sample());
   double total = 0;
   for (int v = block.member; v < block.vectors; v += block.team) {
     T s[block.kWidth], t[block.kWidth], out[block.kWidth], sum = 0;
@@ -225,7 +282,7 @@ __device__ double product_sum(const Block<X, kLayout>& block) {
     block.load(kTeacher, v, t);
     standardize(block, kStudent, v, s);
     standardize(block, kTeacher, v, t);
-    vector_gradient<T, block.kWidth>(numbers, objective.terms, s, t, out);
+    vector_gradient<kMaxTerms, true, T, block.kWidth>(numbers, sweeps, s, t, out);
 #pragma unroll
     for (int w = 0; w < block.kWidth; ++w) sum += s[w] == minus_infinity<T>() ? T(0) : out[w] * s[w];
     total += sum;
@@ -233,24 +290,30 @@ __device__ double product_sum(const Block<X, kLayout>& block) {
   return total;
 }
 
-// Puts the gradient in the student's place; that of entries comes after.
-template <class X, Layout kLayout>
-__device__ void gradient(const Block<X, kLayout>& block) {
+// The gradient, in the student's place, of at most `kSweeps` sweeps: of logits as they are if `kPlain`, and without
+// tilt unless `kTilted`.
+template <bool kPlain, int kSweeps, bool kTilted, class X, Layout kLayout>
+__device__ __forceinline__ void sweep_gradient(const Block<X, kLayout>& block) {
   using T = Real<X>;
-  const Objective& objective = block.call.objective;
+  const Call& call = block.call;
   const Sample<T>& sample = block.sample();
-  const bool plain = objective.standardize == Standardize::none, entropy = objective.has_ce();
-  const GradientNumbers<T> numbers(objective, sample);
+  const int sweeps = call.sweeps;
+  const bool entropy = call.objective.has_ce();
+  const GradientNumbers<T> numbers(call, sample);
+#pragma unroll 1
   for (int v = block.member; v < block.vectors; v += block.team) {
-    T raw[block.kWidth], s[block.kWidth], t[block.kWidth], out[block.kWidth];
+    T raw[block.kWidth], t[block.kWidth], out[block.kWidth];
     block.load(kStudent, v, raw);
     block.load(kTeacher, v, t);
+    if constexpr (kPlain) {
+      vector_gradient<kSweeps, kTilted, T, block.kWidth>(numbers, sweeps, raw, t, out);
+    } else {
+      T s[block.kWidth];
 #pragma unroll
-    for (int w = 0; w < block.kWidth; ++w) s[w] = raw[w];
-    standardize(block, kStudent, v, s);
-    standardize(block, kTeacher, v, t);
-    vector_gradient<T, block.kWidth>(numbers, objective.terms, s, t, out);
-    if (!plain) {
+      for (int w = 0; w < block.kWidth; ++w) s[w] = raw[w];
+      standardize(block, kStudent, v, s);
+      standardize(block, kTeacher, v, t);
+      vector_gradient<kSweeps, kTilted, T, block.kWidth>(numbers, sweeps, s, t, out);
 #pragma unroll
       for (int w = 0; w < block.kWidth; ++w) out[w] = chained(block, class_near(block, v, w), s[w], out[w]);
     }
@@ -260,6 +323,14 @@ __device__ void gradient(const Block<X, kLayout>& block) {
     }
     block.store(kStudent, v, out);
   }
+}
+
+// Puts the gradient in the student's place; that of entries comes after.
+template <class X, Layout kLayout>
+__device__ void gradient(const Block<X, kLayout>& block) {
+  if (!block.plain()) sweep_gradient<false, kMaxTerms, true>(block);
+  else if (block.call.tilted() || block.call.sweeps > 1) sweep_gradient<true, kMaxTerms, true>(block);
+  else sweep_gradient<true, 1, false>(block);
 }
 
 }  // namespace kdk::cuda
