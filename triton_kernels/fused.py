@@ -140,8 +140,8 @@ def fused_kernel(
     classes = ()
     raw = ()
     t = ()
-    held_s = ()
-    held_t = ()
+    loaded_s = ()
+    loaded_t = ()
     for c in tl.static_range(TILES):
         of_tile = c * BLOCK_C + tl.arange(0, BLOCK_C)
         at = (outer, within, of_tile, class_count, valid, there, sizes)
@@ -150,12 +150,11 @@ def fused_kernel(
         of_t = load_tile(teacher, at, teacher_strides, AXIS, WIDE)
         raw = raw + (of_s.to(dtype),)
         t = t + (of_t.to(dtype),)
-        if AGAIN:
-            held_s = held_s + (hold(of_s, WIDE),)
-            held_t = held_t + (hold(of_t, WIDE),)
+        loaded_s = loaded_s + (of_s,)
+        loaded_t = loaded_t + (of_t,)
     at = (outer, within, classes[0], class_count, valid, there, sizes)
     s = raw
-    held = (held_s, held_t)
+    held = (hold(loaded_s), hold(loaded_t)) if AGAIN else ()
     matrices = (student, teacher)
     of_student = ()
     of_teacher = ()
@@ -201,22 +200,20 @@ def fused_kernel(
         loss += number(numbers, low, CE_WEIGHT) * entropy
     values = (entropy,)
     kept = ()
+    nothing = number(numbers, low, NOTHING)
     for i in tl.static_range(len(TERMS)):
         exponent = number(numbers, low, TERMS[i][5] + EXPONENT)
-        single, top, found = partition(t, classes, class_count, targets, reveal(ks[i]), TERMS[i][0], TERMS[i][1])
+        single, top, found = partition(t, classes[0], class_count, targets, reveal(ks[i]), TERMS[i][0], TERMS[i][1])
         exps = ()
         if AGAIN:
-            nothing = number(numbers, low, NOTHING)
             of_top, of_rest = statistics_again(
                 held,
                 matrices,
                 (class_count, targets, found),
                 exponent,
                 nothing,
-                TERMS[i][0],
-                TERMS[i][1],
-                TERMS[i][2],
-                TERMS[i][3],
+                TILES,
+                TERMS[i],
             )
         else:
             of_top, of_rest, exps = statistics(s, t, single, top, exponent, TERMS[i][0], TERMS[i][2], TERMS[i][3])
@@ -277,14 +274,12 @@ def fused_kernel(
                         kept[0][0],
                         kept[0][1],
                         number(numbers, low, TERMS[0][5] + EXPONENT),
-                        number(numbers, low, NOTHING),
+                        nothing,
                         c,
-                        TERMS[0][0],
-                        TERMS[0][1],
-                        TERMS[0][4],
+                        TERMS[0],
                         not POKE,
                     )
-                    position = c * BLOCK_C + tl.arange(0, BLOCK_C)
+                    position = tl.arange(0, BLOCK_C) + (c * BLOCK_C + WIDE * nothing.to(tl.int32))
                     where = (outer, within, position, class_count, valid, there, sizes)
                     finish_tile(gradient, tile, logits, where, *ending, CE, POKE, AXIS, WIDE)
             else:

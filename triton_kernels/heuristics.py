@@ -49,13 +49,13 @@ def live_numbers(problem: Problem) -> float:
     return 2.5 * numbers if problem.low else numbers
 
 
-def live_logits(problem: Problem, wide: int) -> float:
+def live_logits(problem: Problem, layout: Layout) -> float:
     """The same where only logits are kept and the exponentials computed again; only one term's masks come cheap."""
     (term, *others) = problem.terms
     if others or problem.standardize or problem.low or (term.kind == TOP1_TOPK.value and term.reverse):
         return math.inf
     ranked = term.kind in (TOPK.value, TOP1_TOPK.value)
-    many = (term.forward and term.reverse) or term.kind == TOP1_TOPK.value or problem.ce or wide == 1
+    many = (term.forward and term.reverse) or term.kind == TOP1_TOPK.value or problem.ce
     return 4 if ranked and many else 3
 
 
@@ -90,7 +90,7 @@ def fused_tile(layout: Layout, problem: Problem) -> Tile | None:
             return Tile(block_n, block_c // tiles, num_warps, tiles)
         tile_c = num_warps * _LANES * max(layout.wide, 4)
         twice = per_thread >= _PER_THREAD and layout.axis != SAMPLES.value and tile_c <= block_c
-        if twice and fits(live_logits(problem, layout.wide), per_thread, num_warps):
+        if twice and fits(live_logits(problem, layout), per_thread, num_warps):
             return Tile(1, tile_c, num_warps, block_c // tile_c, again=True)
     return None
 

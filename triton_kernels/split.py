@@ -126,7 +126,7 @@ def split_kernel(
         exponent = number(numbers, low, TERMS[i][5] + EXPONENT)
         if by_rank(TERMS[i][0]) and ASIDE:
             values = ranked(t, (classes < class_count)[None, :], TERMS[i][1])
-            bound, last = select((values,), (classes,), reveal(ks[i]))
+            bound, last = select((values,), classes, reveal(ks[i]))
             aside = leads(values, classes, bound, last) & (classes < class_count)[None, :]
             place = tl.cumsum(aside.to(tl.int32), 1) - 1
             slot = row[:, None] * candidate_count + first + place
@@ -250,12 +250,12 @@ def merge_kernel(
             t = tl.load(candidates + 2 * slot + 1, mask=inside, other=float("-inf"))
             of_class = tl.load(candidate_classes + slot, mask=inside, other=0)
             ranks = ranked(t, inside, TERMS[i][1])
-            bound, last = select((ranks,), (position,), reveal(ks[i]))
+            bound, last = select((ranks,), position, reveal(ks[i]))
             # Any value that k candidates reach will do among them, but others may reach it too: none the k-th's.
             bound = tl.min(tl.where(ranks >= bound[:, None], ranks, float("inf")), 1)
             best = last
             if TERMS[i][0] == TOP1_TOPK:
-                best = first_best((ranks,), (position,))
+                best = first_best((ranks,), position)
             single, top = masks_of_rank(ranks, position, bound, last, best, TERMS[i][0])
             of_top, of_others, _ = statistics(
                 (s,), (t,), (single,), (top & inside,), exponent, TERMS[i][0], TERMS[i][2], TERMS[i][3]
@@ -449,7 +449,7 @@ def select_kernel(
             t = standardized_tile(t, 1, tile, samples, affines, saved, COLUMNS, STANDARDIZE)
             values = ranked(t, (classes < class_count)[None, :], TERM[1])
             of_tile = tl.max(values, 1)
-            index = first_best((values,), (classes,))
+            index = first_best((values,), classes)
             best = tl.where(of_tile > best_value, index, best)
             best_value = tl.maximum(best_value, of_tile)
     save_members(members, (bound, last, best), samples, there, COLUMNS[2], TERM[7])

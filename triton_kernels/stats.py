@@ -100,12 +100,18 @@ def without(logits, mask):
 
 
 @triton.jit
+def place_maxima(tiles):
+    """The maximum over the tiles at each place."""
+    maximum = tiles[0]
+    for c in tl.static_range(1, len(tiles)):
+        maximum = tl.maximum(maximum, tiles[c])
+    return maximum
+
+
+@triton.jit
 def maxima(tiles):
     """The maximum of each row over all of its tiles."""
-    largest = tiles[0]
-    for c in tl.static_range(1, len(tiles)):
-        largest = tl.maximum(largest, tiles[c])
-    return tl.max(largest, 1)
+    return tl.max(place_maxima(tiles), 1)
 
 
 @triton.jit
