@@ -8,13 +8,18 @@ cost is counted at the end.
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from helpers import Path, make_inputs, name_of, needed_target
 from kdkernels.triton_kernels.launch import scale_
-from losses import LOSSES, STANDARDIZED
+from losses import LOSSES, STANDARDIZED, Case
 from ptxsim import device_bytes
 from triton_targets import ARCHITECTURES, check, device, needs_simulator, run
+
+import kdkernels
+from kdkernels import objective
 
 pytestmark = pytest.mark.triton
 
@@ -88,12 +93,12 @@ def test_row_lengths(name: str, shape: tuple[int, int]) -> None:
         ("gdkd_worst", 9000, (F16, F16)),  # tiles beyond the last class
         ("dkd", 16382, (F16, BF16)),  # no more than a pair at a time
         ("dkd", 9000, (BF16, torch.float32)),
-        ("gdkd_k20", 8191, (F16, F16)),  # pairs in two threads
+        ("gdkd_k20", 8191, (F16, F16)),  # a class at a time
     ],
     ids=name_of,
 )
 def test_pairs_in_a_register(name: str, classes: int, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
-    """Long rows of 16 bits a logit are kept as they are loaded."""
+    """Long rows of 16 bits a logit are kept in half the registers."""
     inputs = make_inputs((1, classes), *dtypes)
     check(ALL[name], inputs.student, inputs.teacher, FUSED, LAST, **needed_target(ALL[name], inputs.target))
 
@@ -204,6 +209,19 @@ def test_ties_of_the_top_k(layout: str) -> None:
     student, teacher, _ = make_inputs(LAYOUTS[layout])
     teacher = (teacher / 2).round() * 2
     check(ALL["gdkd"], student, teacher, FUSED, LAST)
+
+
+@pytest.mark.parametrize("k", [5, 40])
+def test_leading_classes_in_one_place(k: int) -> None:
+    """Of rows in several tiles the best classes may all be in one place of theirs, equal, or as many as there are."""
+    student, teacher, _ = make_inputs((4, 2048))
+    teacher[0, 7::64] += 20.0  # a tile is a multiple of 64 wide
+    teacher[1, 7::64] = 20.0
+    teacher[2, 3:] = -torch.inf
+    student[2, 3:] = -torch.inf
+    teacher[3] = 1.0
+    loss = partial(kdkernels.gdkd_loss, k=k)
+    check(Case("gdkd", objective.gdkd(k), loss, ALL["gdkd"].parts), student, teacher, FUSED, LAST)
 
 
 def test_targets_out_of_range() -> None:
@@ -317,7 +335,9 @@ def test_cost_of_pixels(name: str, dtype: torch.dtype) -> None:
     ("name", "shape", "most"),
     [
         ("kd", (64, 4096), 36),
-        ("dkd", (64, 4096), 42.5),
+        ("dkd", (64, 4096), 43),
+        ("dkd", (4, 16384), 36),  # the longest rows that are looked at once
+        ("gdkd", (16, 4096), 136),  # masks of two groups and a selection; and exponentials twice
         ("dkd", (64, 100), 95),  # with what there is to do once a row
         ("gdkd", (64, 100), 210),
         ("dkd", (2, 19, 32, 32), 150),
