@@ -216,8 +216,9 @@ def check_amd(kernel: Any) -> None:
 
 
 def has_wide_amd(kernel: Any) -> bool:
-    """Whether loads move 16 bytes a thread."""
-    return bool(re.search(r"(global|buffer)_load_dwordx4", kernel.asm["amdgcn"]))
+    """Whether loads move 16 bytes a thread, or 8 where a single warp, of twice the threads, has no more for each."""
+    most = "[24]" if kernel.metadata.num_warps == 1 else "4"
+    return bool(re.search(rf"(global|buffer)_load_dwordx{most}", kernel.asm["amdgcn"]))
 
 
 # That the checks can fail -----------------------------------------------------------------------------------------
