@@ -36,6 +36,8 @@ _LEAST_NUMBERS = 2.5
 _LEAST_CLASSES = 16
 #: Rows that share a warp: tiles of classes that a thread has one after the other, if so many threads share a row.
 _SHORT_TILES, _SHORT_LANES = (4, 2, 1), 8
+#: Of more registers, ptxas spills some for sm_80 so that three such programs share a multiprocessor.
+_SHORT_REGISTERS = 200
 #: Threads of a warp, and samples next to one another that a program takes: each thread has one.
 _LANES = 32
 
@@ -61,9 +63,9 @@ def live_logits(problem: Problem, layout: Layout) -> float:
     return 4 if term.kind == TOPK.value and problem.ce and not layout.narrow else 3
 
 
-def fits(live: float, per_thread: int, num_warps: int) -> bool:
+def fits(live: float, per_thread: int, num_warps: int, most: int = 255) -> bool:
     """Whether threads have registers enough for so many elements of one sample and so many numbers of each."""
-    return num_warps <= _MOST_WARPS and _FIXED_REGISTERS + per_thread * live <= 255
+    return num_warps <= _MOST_WARPS and _FIXED_REGISTERS + per_thread * live <= most
 
 
 def fused_tile(layout: Layout, problem: Problem) -> Tile | None:
@@ -87,7 +89,9 @@ def fused_tile(layout: Layout, problem: Problem) -> Tile | None:
         for tiles in _SHORT_TILES:
             tile_c = block_c // tiles
             lanes = tile_c // layout.wide
-            if (tiles == 1 or lanes >= _SHORT_LANES) and lanes <= _LANES and fits(live, tiles * layout.wide, 4):
+            if not (tiles == 1 or lanes >= _SHORT_LANES) or lanes > _LANES:
+                continue
+            if fits(live, tiles * layout.wide, 4, _SHORT_REGISTERS):
                 return Tile(4 * _LANES // lanes, tile_c, 4, tiles)
     block_n = _LANES if layout.axis == SAMPLES.value else 1
     for per_thread in (_PER_THREAD, _PER_THREAD // 2, _PER_THREAD // 4, _PER_THREAD // 8, 2 * _PER_THREAD):
