@@ -16,6 +16,8 @@ from helpers import BACKENDS, CPU_PATHS, INTERPRETED, NATIVE_PATHS, PATHS, Path,
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leaves out marked tests unless ``-m`` asks for them, and under Triton's interpreter all but its own."""
     left_out = [name for name in ("large", "cuda") if name not in config.getoption("markexpr")]
+    if not INTERPRETED:
+        left_out.append("interpreted")
     chosen = [item for item in items if not any(map(item.get_closest_marker, left_out))]
     if INTERPRETED:
         chosen = [item for item in chosen if serves_triton(item)]

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from helpers import (
-    BACKENDS,
     DTYPES,
     INTERPRETED,
     Inputs,
@@ -230,17 +229,16 @@ def test_target_beyond_num_classes(path: Path, monkeypatch: pytest.MonkeyPatch) 
         kdkernels.dkd_loss(student, teacher, target, num_classes=20, **path.options)
 
 
-@pytest.mark.parametrize("mode", ["fused", "recompute"])
+@pytest.mark.interpreted
 @pytest.mark.parametrize("value", [-1, 23, 2**40])
 @pytest.mark.parametrize("name", ["dkd", "kd_ce"])
-@pytest.mark.parametrize("backend", [backend for backend in BACKENDS if backend == "triton"])
 def test_target_out_of_range_unchecked(
-    name: str, value: int, mode: str, backend: str, monkeypatch: pytest.MonkeyPatch
+    name: str, value: int, native_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a GPU nobody waits for a check: the sample's loss and gradient are NaN, and nothing else is touched."""
     monkeypatch.delenv(dispatch.DEBUG, raising=False)
     student, teacher, target = make_inputs((4, 23))
-    options = {"reduction": "none", "backend": backend, "mode": mode}
+    options = {"reduction": "none", **native_path.options}
     clean = measured(LOSSES[name].call, student, teacher, target=target, **options)
     target[2] = value
     got = measured(LOSSES[name].call, student, teacher, target=target, **options)

@@ -1,20 +1,21 @@
 """The Triton backend's kernels compiled ahead of time for every target: registers, spills, memory.
 
 Kernels are specialised on what the host code decides, so the public API is called on CPU tensors and its launches are
-compiled in place of run. :data:`SIZES` are calls that between them choose every tile that calls of any size choose, all
-compiled for sm_90 and every fourth for the other targets too; :data:`KINDS` differ in anything but size: losses,
-dtypes, layouts, modes.
+compiled in place of run. :data:`SIZES` are calls that between them choose every tile that calls of any size choose;
+:data:`KINDS` differ in anything but size: dtypes, layouts, modes. What several calls share is compiled once for each
+target.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ import triton.language as tl
 from helpers import name_of
 from losses import LOSSES, STANDARDIZED
 from triton.runtime.jit import JITFunction
-from triton_targets import TARGETS, compiler, takes_cpu_tensors
+from triton_targets import TARGETS, compiler
 
 pytestmark = pytest.mark.triton
 
@@ -42,8 +43,6 @@ class Call:
     loss: str
     shape: tuple[int, ...]
     dtype: torch.dtype = F32
-    #: Also for the targets other than sm_90.
-    everywhere: bool = False
     options: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -62,7 +61,7 @@ class Call:
         loss.backward(torch.full_like(loss, 2.0))
 
 
-SIZE_OPTIONS = ("BLOCK", "BLOCK_N", "BLOCK_C", "PARTS", "CANDIDATES", "num_warps")
+SIZE_OPTIONS = ("BLOCK", "BLOCK_N", "BLOCK_C", "TILES", "AGAIN", "PARTS", "CANDIDATES", "num_warps")
 
 
 @contextmanager
@@ -71,22 +70,37 @@ def choices() -> Iterator[set[tuple[Any, ...]]]:
     seen: set[tuple[Any, ...]] = set()
 
     def note(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
-        seen.add((kernel.fn.__name__, *((name, options[name]) for name in SIZE_OPTIONS if name in options)))
+        names = (*SIZE_OPTIONS, "WIDE") if options.get("AGAIN") else SIZE_OPTIONS
+        seen.add((kernel.fn.__name__, *((name, options[name]) for name in names if name in options)))
 
     before, JITFunction.run = JITFunction.run, note
     try:
-        with takes_cpu_tensors():
+        with compiler("sm_90"):
             yield seen
     finally:
         JITFunction.run = before
 
 
 def calls_of_all_sizes() -> Iterator[Call]:
-    """Rows and pixels, few classes to many; those with the most code come first."""
-    classes = [10, 30, 60, 100, 200, 500, 1000, 2000, 4000, 8000, 16000, 30000, 70000, 130000]
-    shapes = [(2, c) for c in classes] + [(1, c, 16, 16) for c in (10, 19, 50, 100, 200, 500, 1000)]
-    for loss in ("everything", "gdkd", "gdkd_k20", "ls_gdkd", "pr_dkd", "dkd"):
-        for dtype in (F32, F64):
+    """Rows and pixels, few classes to many; of losses with one tile, that with the most registers comes first."""
+    short = [10, 15, 16, 28, 30, 60, 64, 66, 100, 127, 128, 200, 255, 500, 512]
+    long = [2**n - odd for n in range(10, 15) for odd in (0, 1)] + [30000, 70000, 130000]
+    pixels = [(1, c, 16, 16) for c in (10, 19, 50, 100, 200, 500, 1000)]
+    shapes = [(2, c) for c in short + long] + pixels
+    for loss in (
+        *(
+            "everything",
+            "whole_and_topk",
+            "ls_gdkd",
+            "pr_gdkd",
+            "gdkd3_worst_both",
+            "gdkd_both_ce",
+            "gdkd3",
+            "gdkd_k20",
+        ),
+        *("bdd", "dkd", "kd"),
+    ):
+        for dtype in (F32, BF16, F64):
             yield from (Call(loss, shape, dtype) for shape in shapes if shape[1] > ALL[loss].smallest)
 
 
@@ -100,28 +114,31 @@ def cover(calls: Iterator[Call]) -> list[Call]:
         if chosen - known:
             known |= chosen
             needed.append(call)
-    return [replace(call, everywhere=i % 4 == 0) for i, call in enumerate(needed)]
+    return needed
 
 
 SIZES = cover(calls_of_all_sizes())
 RECOMPUTE = {"mode": "recompute"}
+#: For one target; what differs between losses is the same on all.
+EACH_LOSS = [Call(loss, (64, 100), options=RECOMPUTE) for loss in ALL]
 KINDS = [
-    *(Call(loss, (64, 100), options=RECOMPUTE) for loss in ALL),
-    Call("dkd", (64, 4096), BF16, everywhere=True),
-    Call("dkd", (64, 4095), BF16, everywhere=True),
-    Call("gdkd", (64, 1000), torch.float16, everywhere=True),
-    Call("gdkd", (2, 128256), BF16, everywhere=True),
-    Call("gdkd", (2, 21, 5, 7), everywhere=True),
+    Call("dkd", (64, 4096), BF16),
+    Call("dkd", (64, 4095), BF16),
+    Call("gdkd", (64, 1000), torch.float16),
+    # What takes the most registers of a tile is not known beforehand where exponentials are computed again.
+    *(Call(loss, (2, 16384 - odd), dtype) for loss in ("gdkd", "bdd") for dtype in (F32, BF16) for odd in (0, 1)),
+    Call("gdkd", (2, 128256), BF16),
+    Call("gdkd", (2, 21, 5, 7)),
     Call("kd", (2, 19, 16, 16), BF16),
-    Call("pr_dkd", (64, 1000), BF16, everywhere=True),
-    Call("dkd", (64, 1000), BF16, everywhere=True, options={**RECOMPUTE, "reduction": "none"}),
+    Call("pr_dkd", (64, 1000), BF16),
+    Call("dkd", (64, 1000), BF16, options={**RECOMPUTE, "reduction": "none"}),
     Call("kd", (64, 1000), options={"reduction": "none"}),
 ]
 
 
 @pytest.mark.parametrize(
     ("call", "target"),
-    [(call, target) for call in [*SIZES, *KINDS] for target in TARGETS if call.everywhere or target == "sm_90"],
+    [*itertools.product([*SIZES, *KINDS], TARGETS), *((call, "sm_90") for call in EACH_LOSS)],
     ids=str,
 )
 def test_compiles(call: Call, target: str) -> None:
@@ -199,8 +216,9 @@ def check_amd(kernel: Any) -> None:
 
 
 def has_wide_amd(kernel: Any) -> bool:
-    """Whether there are loads of 16 bytes a thread, or of 8: warps have twice the threads, and short rows no more."""
-    return bool(re.search(r"(global|buffer)_load_dwordx[24]", kernel.asm["amdgcn"]))
+    """Whether loads move 16 bytes a thread, or 8 where a single warp, of twice the threads, has no more for each."""
+    most = "[24]" if kernel.metadata.num_warps == 1 else "4"
+    return bool(re.search(rf"(global|buffer)_load_dwordx{most}", kernel.asm["amdgcn"]))
 
 
 # That the checks can fail -----------------------------------------------------------------------------------------

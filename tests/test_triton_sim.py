@@ -8,13 +8,18 @@ cost is counted at the end.
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from helpers import Path, make_inputs, name_of, needed_target
 from kdkernels.triton_kernels.launch import scale_
-from losses import LOSSES, STANDARDIZED
+from losses import LOSSES, STANDARDIZED, Case
 from ptxsim import device_bytes
 from triton_targets import ARCHITECTURES, check, device, needs_simulator, run
+
+import kdkernels
+from kdkernels import objective
 
 pytestmark = pytest.mark.triton
 
@@ -70,6 +75,7 @@ def test_dtypes(name: str, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
         ("gdkd3", (1, 8192)),  # exponentials that do not fit on chip are computed twice
         ("dkd", (1, 16383)),  # likewise, in narrow accesses
         ("gdkd", (1, 16384)),  # the longest rows that fit on chip
+        ("dkd", (2, 9000)),  # tiles beyond the last class
         ("dkd", (2, 16385)),  # one class more: split
         ("gdkd", (1, 40000)),
     ],
@@ -77,6 +83,23 @@ def test_dtypes(name: str, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
 )
 def test_row_lengths(name: str, shape: tuple[int, int]) -> None:
     inputs = make_inputs(shape)
+    check(ALL[name], inputs.student, inputs.teacher, FUSED, LAST, **needed_target(ALL[name], inputs.target))
+
+
+@pytest.mark.parametrize(
+    ("name", "classes", "dtypes"),
+    [
+        ("gdkd", 16384, (BF16, BF16)),
+        ("gdkd_worst", 9000, (F16, F16)),  # tiles beyond the last class
+        ("dkd", 16382, (F16, BF16)),  # no more than a pair at a time
+        ("dkd", 9000, (BF16, torch.float32)),
+        ("gdkd_k20", 8191, (F16, F16)),  # a class at a time
+    ],
+    ids=name_of,
+)
+def test_pairs_in_a_register(name: str, classes: int, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    """Long rows of 16 bits a logit are kept in half the registers."""
+    inputs = make_inputs((1, classes), *dtypes)
     check(ALL[name], inputs.student, inputs.teacher, FUSED, LAST, **needed_target(ALL[name], inputs.target))
 
 
@@ -188,6 +211,19 @@ def test_ties_of_the_top_k(layout: str) -> None:
     check(ALL["gdkd"], student, teacher, FUSED, LAST)
 
 
+@pytest.mark.parametrize("k", [5, 40])
+def test_leading_classes_in_one_place(k: int) -> None:
+    """Of rows in several tiles the best classes may all be in one place of theirs, equal, or as many as there are."""
+    student, teacher, _ = make_inputs((4, 2048))
+    teacher[0, 7::64] += 20.0  # a tile is a multiple of 64 wide
+    teacher[1, 7::64] = 20.0
+    teacher[2, 3:] = -torch.inf
+    student[2, 3:] = -torch.inf
+    teacher[3] = 1.0
+    loss = partial(kdkernels.gdkd_loss, k=k)
+    check(Case("gdkd", objective.gdkd(k), loss, ALL["gdkd"].parts), student, teacher, FUSED, LAST)
+
+
 def test_targets_out_of_range() -> None:
     """No access out of bounds; the sample's loss is NaN and the others' are untouched."""
     student, teacher, target = make_inputs((6, 90))
@@ -261,8 +297,7 @@ def cost(name: str, shape: tuple[int, ...], dtype: torch.dtype, arch: int = LAST
 @pytest.mark.parametrize(
     ("name", "classes", "dtype", "arch"),
     [
-        *((name, c, BF16, 90) for name in ("dkd", "gdkd", "bdd") for c in (100, 1000, 4096)),
-        *((name, 16384, BF16, 90) for name in ("dkd", "bdd")),
+        *((name, c, BF16, 90) for name in ("dkd", "gdkd", "bdd") for c in (100, 1000, 4096, 16384)),
         *(("dkd", c, torch.float32, 90) for c in (100, 1000, 4096, 16384)),
         ("gdkd", 16384, torch.float32, 90),
         *(("dkd", c, BF16, 80) for c in (100, 4096)),
@@ -270,7 +305,7 @@ def cost(name: str, shape: tuple[int, ...], dtype: torch.dtype, arch: int = LAST
     ids=name_of,
 )
 def test_cost_of_rows_on_chip(name: str, classes: int, dtype: torch.dtype, arch: int) -> None:
-    samples = 64 if classes == 100 else 16
+    samples = {100: 64, 16384: 4}.get(classes, 16)
     moved, coalescing, _, launches = cost(name, (samples, classes), dtype, arch)
     assert moved <= ON_CHIP
     if classes * dtype.itemsize % 32 == 0:  # rows of whole sectors
@@ -279,10 +314,8 @@ def test_cost_of_rows_on_chip(name: str, classes: int, dtype: torch.dtype, arch:
 
 
 @needs_simulator
-@pytest.mark.parametrize(
-    ("name", "classes"),
-    [*((name, c) for name in ("dkd", "gdkd", "bdd") for c in (32000, 128256)), ("gdkd", 16384)],
-)
+@pytest.mark.parametrize("classes", [32000, 128256])
+@pytest.mark.parametrize("name", ["dkd", "gdkd", "bdd"])
 def test_cost_of_split_rows(name: str, classes: int) -> None:
     moved, coalescing, _, _ = cost(name, (2, classes), BF16)
     assert moved <= SPLIT
@@ -302,7 +335,9 @@ def test_cost_of_pixels(name: str, dtype: torch.dtype) -> None:
     ("name", "shape", "most"),
     [
         ("kd", (64, 4096), 36),
-        ("dkd", (64, 4096), 47),
+        ("dkd", (64, 4096), 43),
+        ("dkd", (4, 16384), 36),  # the longest rows that are looked at once
+        ("gdkd", (16, 4096), 136),  # masks of two groups and a selection; and exponentials twice
         ("dkd", (64, 100), 95),  # with what there is to do once a row
         ("gdkd", (64, 100), 210),
         ("dkd", (2, 19, 32, 32), 150),

@@ -57,15 +57,31 @@ def log_of_one_plus(x, most: tl.constexpr):
 
 
 @triton.jit
-def log_sum_exp(origin, empty, log_sum, nats):
-    """A group's logsumexp, in float64: origins may be large. -inf for a group without probability."""
+def log_sum_exp(origin, unit, empty, log_sum):
+    """A group's logsumexp, in float64: origins, so many nats each, may be large. -inf without any probability."""
     origin = tl.where(empty, 0.0, origin).to(tl.float64)
-    return tl.where(empty, float("-inf"), tl.fma(origin, tl.full(origin.shape, nats, tl.float64), log_sum))
+    return tl.where(empty, float("-inf"), tl.fma(origin, tl.full(origin.shape, unit, tl.float64), log_sum))
+
+
+@triton.jit
+def masses_of_two(distance):
+    """The same for two groups, from the second one's logsumexp less the first one's."""
+    second = distance > 0  # is the larger
+    distance = -tl.abs(distance)
+    power = tl.exp(distance)
+    larger = 1.0 / (1.0 + power)
+    smaller = power * larger
+    log_larger = -log_of_one_plus(power, 1)
+    log_smaller = distance + log_larger
+    masses = (tl.where(second, smaller, larger), tl.where(second, larger, smaller))
+    return masses, (tl.where(second, log_smaller, log_larger), tl.where(second, log_larger, log_smaller))
 
 
 @triton.jit
 def group_masses(logsumexps, dtype: tl.constexpr):
     """``(masses, their logarithms)``: softmax over logsumexps, exact where one group holds nearly everything."""
+    if len(logsumexps) == 2:
+        return masses_of_two((logsumexps[1] - logsumexps[0]).to(dtype))
     largest = logsumexps[0]
     for g in tl.static_range(1, len(logsumexps)):
         largest = tl.where(logsumexps[g] > largest, logsumexps[g], largest)
@@ -138,39 +154,46 @@ def evaluate(
     for g in tl.static_range(GROUPS):
         student_origin, teacher_origin, student_sum, teacher_sum, teacher_gap, student_gap = stats[g]
         no_student, no_teacher = student_sum == 0, teacher_sum == 0
-        student_inverse = tl.where(no_student, 0.0, 1.0 / tl.where(no_student, 1.0, student_sum))
-        teacher_inverse = tl.where(no_teacher, 0.0, 1.0 / tl.where(no_teacher, 1.0, teacher_sum))
-        student_mean_gap = student_gap * student_inverse * nats
-        forward_weight = tl.where(sizes[g] == 1, 0.0, number(numbers, low, FIRST + GROUP + 2 * g))
-        reverse_weight = tl.where(sizes[g] == 1, 0.0, number(numbers, low, FIRST + GROUP + 2 * g + 1))
-        forward, reverse = zero, zero
-        log_ratio = tl.zeros(student_sum.shape, tl.float64)  # of the sums; those of a single class are 1
-        if g > 0 or not has_single(KIND):
-            ratio = tl.where(no_teacher, 1.0, teacher_sum) * tl.where(no_student, 1.0, student_inverse)
-            log_ratio = log(ratio, LOG_TERMS)
-        if FORWARD:
-            difference = teacher_gap * teacher_inverse * nats - log_ratio
-            forward = tl.where(no_teacher | (sizes[g] == 1), 0.0, tl.where(no_student, float("inf"), difference))
-            forward = forward.to(dtype)
-        if REVERSE:
-            difference = log_ratio - student_mean_gap
-            reverse = tl.where(no_student | (sizes[g] == 1), 0.0, tl.where(no_teacher, float("inf"), difference))
-            reverse = reverse.to(dtype)
-        loss += weighed(forward_weight, reverse_weight, forward, reverse)
-        of_groups = of_groups + ((forward, reverse),)
-        student_inverse, teacher_inverse = student_inverse.to(dtype), teacher_inverse.to(dtype)
-        student, tilt = slope * student_inverse * forward_weight, zero
-        if REVERSE:
-            tilted = tl.where(reverse_weight != 0, reverse_weight * student_mean_gap.to(dtype), 0.0)
-            student += slope * student_inverse * tilted
-            tilt = -slope * slope * reverse_weight * student_inverse
-        coefficients = coefficients + ((student, tilt, slope * forward_weight * teacher_inverse),)
-        if GROUPS > 1:
-            log_sum = tl.zeros(student_sum.shape, tl.float64)
-            if g > 0 or not has_single(KIND):
+        if g == 0 and has_single(KIND):  # its sums are 1, and inside it there is no divergence
+            student_inverse = student_sum.to(dtype)
+            student_lse = log_sum_exp(student_origin, nats, no_student, 0.0)
+            teacher_lse = log_sum_exp(teacher_origin, nats, no_teacher, 0.0)
+            of_groups = of_groups + ((zero, zero),)
+            coefficients = coefficients + ((zero, zero, zero),)
+        else:
+            student_inverse = tl.where(no_student, 0.0, 1.0 / tl.where(no_student, 1.0, student_sum))
+            teacher_inverse = tl.where(no_teacher, 0.0, 1.0 / tl.where(no_teacher, 1.0, teacher_sum))
+            student_mean_gap = student_gap * student_inverse * LN2
+            forward_weight = tl.where(sizes[g] == 1, 0.0, number(numbers, low, FIRST + GROUP + 2 * g))
+            reverse_weight = tl.where(sizes[g] == 1, 0.0, number(numbers, low, FIRST + GROUP + 2 * g + 1))
+            forward, reverse = zero, zero
+            log_ratio = log(
+                tl.where(no_teacher, 1.0, teacher_sum) * tl.where(no_student, 1.0, student_inverse), LOG_TERMS
+            )
+            if FORWARD:
+                difference = teacher_gap * teacher_inverse * LN2 - log_ratio
+                forward = tl.where(no_teacher | (sizes[g] == 1), 0.0, tl.where(no_student, float("inf"), difference))
+                forward = forward.to(dtype)
+            if REVERSE:
+                difference = log_ratio - student_mean_gap
+                reverse = tl.where(no_student | (sizes[g] == 1), 0.0, tl.where(no_teacher, float("inf"), difference))
+                reverse = reverse.to(dtype)
+            loss += weighed(forward_weight, reverse_weight, forward, reverse)
+            of_groups = of_groups + ((forward, reverse),)
+            student_inverse, teacher_inverse = student_inverse.to(dtype), teacher_inverse.to(dtype)
+            student, tilt = slope * student_inverse * forward_weight, zero
+            if REVERSE:
+                tilted = tl.where(reverse_weight != 0, reverse_weight * student_mean_gap.to(dtype), 0.0)
+                student += slope * student_inverse * tilted
+                tilt = -slope * LN2 * reverse_weight * student_inverse
+            coefficients = coefficients + ((student, tilt, slope * forward_weight * teacher_inverse),)
+            if GROUPS > 1:
                 log_sum = log(tl.where(no_student, 1.0, student_sum), LOG_TERMS)
-            student_lses = student_lses + (log_sum_exp(student_origin, no_student, log_sum, nats),)
-            teacher_lses = teacher_lses + (log_sum_exp(teacher_origin, no_teacher, log_sum + log_ratio, nats),)
+                student_lse = log_sum_exp(student_origin, LN2, no_student, log_sum)
+                teacher_lse = log_sum_exp(teacher_origin, LN2, no_teacher, log_sum + log_ratio)
+        if GROUPS > 1:
+            student_lses = student_lses + (student_lse,)
+            teacher_lses = teacher_lses + (teacher_lse,)
             student_inverses = student_inverses + (student_inverse,)
     if GROUPS == 1:
         return loss, weigh_parts((zero, zero), of_groups, numbers, low, MIX, PARTS), coefficients

@@ -6,6 +6,7 @@ when they are short) and pixels (samples next to one another) alike: the compile
 
 import triton
 import triton.language as tl
+from kdkernels.triton_kernels.again import gradient_again, hold, statistics_again
 from kdkernels.triton_kernels.evaluate import evaluate
 from kdkernels.triton_kernels.gradient import (
     chain,
@@ -24,123 +25,66 @@ from kdkernels.triton_kernels.objective import (
     EPS,
     EXPONENT,
     NOTHING,
-    by_rank,
     has_single,
     number,
     only_targets,
 )
-from kdkernels.triton_kernels.partition import group_sizes, masks_of, partition
+from kdkernels.triton_kernels.partition import group_sizes, partition
 from kdkernels.triton_kernels.samples import read_factor, read_samples, write_results
 from kdkernels.triton_kernels.saved import save_members, save_term, store_columns
 from kdkernels.triton_kernels.standardize import (
+    chain_sums,
     sample_moments,
-    slope_of_sample,
     standardization_of_sample,
     standardize,
     standardize_by_class,
 )
 from kdkernels.triton_kernels.stats import (
-    add,
-    exponentials,
-    folded,
     groups_with,
-    larger,
-    logits_of_groups,
     only,
-    origins_from,
     softmax_statistics,
     start,
     statistics,
-    statistics_from,
     statistics_of_single,
-    summands,
 )
 
 
 @triton.jit
-def masks_again(t, c: tl.constexpr, class_count, targets, found, nothing, KIND: tl.constexpr, LARGEST: tl.constexpr):
-    """``(single, top)`` of tile ``c``, computed anew.
-
-    ``nothing`` is 0, which the compiler does not know: it would keep what was computed before in registers.
-    """
-    begin = c * t.shape[1] + nothing.to(tl.int32)
-    if by_rank(KIND):
-        found = (found[0] + nothing, found[1] - begin, found[2] - begin)
-    classes = tl.arange(0, t.shape[1])
-    return masks_of(t, classes, class_count - begin, targets - begin, found, KIND, LARGEST)
-
-
-@triton.jit
-def exponentials_again(s, t, single, top, of_top, of_rest, exponent, nothing, KIND: tl.constexpr):
-    """The exponentials of a tile, likewise."""
-    of_top = (of_top[0] + nothing, of_top[1] + nothing)
-    of_rest = (of_rest[0] + nothing, of_rest[1] + nothing)
-    return exponentials(s, t, single, top, of_top, of_rest, exponent, KIND)
-
-
-@triton.jit
-def statistics_again(
-    s,
-    t,
-    class_count,
-    targets,
-    found,
-    exponent,
-    nothing,
-    KIND: tl.constexpr,
-    LARGEST: tl.constexpr,
-    FORWARD: tl.constexpr,
-    REVERSE: tl.constexpr,
-):
-    """``(statistics of top, statistics of rest)`` of whole rows, of which no masks or exponentials remain."""
-    largest = ()
-    for c in tl.static_range(len(s)):
-        single, top = masks_again(t[c], c, class_count, targets, found, nothing, KIND, LARGEST)
-        largest = larger(largest, logits_of_groups(s[c], t[c], single, top, KIND))
-    of_top, of_rest = origins_from(largest)
-    sums = ()
-    for c in tl.static_range(len(s)):
-        single, top = masks_again(t[c], c, class_count, targets, found, 2 * nothing, KIND, LARGEST)
-        exps = exponentials(s[c], t[c], single, top, of_top, of_rest, exponent, KIND)
-        sums = add(sums, folded(summands(exps, top, KIND, FORWARD, REVERSE)))
-    return statistics_from(of_top, of_rest, sums, len(s), FORWARD, REVERSE)
-
-
-@triton.jit
-def tile_gradient(
-    s,
-    t,
-    classes,
-    class_count,
-    targets,
-    kept,
-    c: tl.constexpr,
-    numbers,
-    low,
-    TERMS: tl.constexpr,
-    POKE: tl.constexpr,
-    AGAIN: tl.constexpr,
-):
-    """The gradient of a tile in the logits that the terms see; with ``POKE`` 0 at the targets."""
+def tile_gradient(s, kept, c: tl.constexpr, TERMS: tl.constexpr, POKE: tl.constexpr):
+    """The gradient of tile ``c`` in the logits that the terms see; with ``POKE`` 0 at the targets."""
     result = s
     for i in tl.static_range(len(TERMS)):
-        stats, coefficients, found, exps, single, top = kept[i]
-        if AGAIN:
-            exponent = number(numbers, low, TERMS[i][5] + EXPONENT)
-            nothing = number(numbers, low, NOTHING)
-            of_single, of_top = masks_again(t, c, class_count, targets, found, 3 * nothing, TERMS[i][0], TERMS[i][1])
-            top_origins, rest_origins = stats[max(len(stats) - 2, 0)], stats[len(stats) - 1]
-            of_tile = exponentials_again(
-                s, t, of_single, of_top, top_origins, rest_origins, exponent, nothing, TERMS[i][0]
-            )
-        else:
-            of_tile, of_single, of_top = exps[c], single[c], top[c]
-        of_term = gradient_of(of_tile, of_single, of_top, stats, coefficients, TERMS[i][0], TERMS[i][4], not POKE)
+        stats, coefficients, _, exps, single, top = kept[i]
+        of_term = gradient_of(exps[c], single[c], top[c], stats, coefficients, TERMS[i][0], TERMS[i][4], not POKE)
         if i == 0:
             result = of_term
         else:
             result += of_term
     return result
+
+
+@triton.jit
+def finish_tile(
+    gradient,
+    result,
+    logits,
+    at,
+    strides,
+    gradient_classes,
+    targets,
+    softmax,
+    of_entropy,
+    CE: tl.constexpr,
+    POKE: tl.constexpr,
+    AXIS: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Adds the gradient of the cross entropy and writes the tile."""
+    if CE:
+        result += softmax_gradient(logits, (softmax[0][:, None], softmax[1][:, None]), of_entropy[:, None])
+        if not POKE:
+            result -= tl.where(at[2][None, :] == targets[:, None], of_entropy[:, None], 0.0)
+    store_gradient(gradient, result, at, strides, gradient_classes, AXIS, WIDE)
 
 
 @triton.jit(do_not_specialize=["class_count", "gradient_classes", "ignore_index"])
@@ -195,16 +139,23 @@ def fused_kernel(
     weights = weights * read_factor(scale, divisor).to(dtype)
     classes = ()
     raw = ()
-    s = ()
     t = ()
+    loaded_s = ()
+    loaded_t = ()
     for c in tl.static_range(TILES):
         of_tile = c * BLOCK_C + tl.arange(0, BLOCK_C)
         at = (outer, within, of_tile, class_count, valid, there, sizes)
         classes = classes + (of_tile,)
-        raw = raw + (load_tile(student, at, student_strides, AXIS, WIDE, dtype),)
-        t = t + (load_tile(teacher, at, teacher_strides, AXIS, WIDE, dtype),)
+        of_s = load_tile(student, at, student_strides, AXIS, WIDE)
+        of_t = load_tile(teacher, at, teacher_strides, AXIS, WIDE)
+        raw = raw + (of_s.to(dtype),)
+        t = t + (of_t.to(dtype),)
+        loaded_s = loaded_s + (of_s,)
+        loaded_t = loaded_t + (of_t,)
     at = (outer, within, classes[0], class_count, valid, there, sizes)
     s = raw
+    held = (hold(loaded_s), hold(loaded_t)) if AGAIN else ()
+    matrices = (student, teacher)
     of_student = ()
     of_teacher = ()
     if STANDARDIZE == BY_CLASS:
@@ -249,24 +200,20 @@ def fused_kernel(
         loss += number(numbers, low, CE_WEIGHT) * entropy
     values = (entropy,)
     kept = ()
+    nothing = number(numbers, low, NOTHING)
     for i in tl.static_range(len(TERMS)):
         exponent = number(numbers, low, TERMS[i][5] + EXPONENT)
-        single, top, found = partition(t, classes, class_count, targets, reveal(ks[i]), TERMS[i][0], TERMS[i][1])
+        single, top, found = partition(t, classes[0], class_count, targets, reveal(ks[i]), TERMS[i][0], TERMS[i][1])
         exps = ()
         if AGAIN:
-            nothing = number(numbers, low, NOTHING)
             of_top, of_rest = statistics_again(
-                s,
-                t,
-                class_count,
-                targets,
-                found,
+                held,
+                matrices,
+                (class_count, targets, found),
                 exponent,
                 nothing,
-                TERMS[i][0],
-                TERMS[i][1],
-                TERMS[i][2],
-                TERMS[i][3],
+                TILES,
+                TERMS[i],
             )
         else:
             of_top, of_rest, exps = statistics(s, t, single, top, exponent, TERMS[i][0], TERMS[i][2], TERMS[i][3])
@@ -307,36 +254,41 @@ def fused_kernel(
     results = ()
     if STANDARDIZE == BY_SAMPLE:
         for c in tl.static_range(TILES):
-            result = tile_gradient(
-                s[c], t[c], classes[c], class_count, targets, kept, c, numbers, low, TERMS, POKE, AGAIN
-            )
-            results = results + (result,)
-        high, factor, offset, slope = of_student
-        slope = slope_of_sample(results, s, slope)
-        of_student = (high, factor, offset, slope)
+            results = results + (tile_gradient(s[c], kept, c, TERMS, POKE),)
+        high, factor, offset, slope, level = of_student
+        product, sum_ = chain_sums(results, s)
+        slope, level = slope * product.to(dtype), level * sum_.to(dtype)
+        of_student = (high, factor, offset, slope, level)
     if saved is not None:
         header = (tl.where(valid, weights, 0.0),) + softmax + of_student + of_teacher
         store_columns(saved, header, samples, there, COLUMNS[1], 0)
     if gradient is not None:
+        ending = (gradient_strides, gradient_classes, targets, softmax, of_entropy)
         for c in tl.static_range(TILES):
-            if STANDARDIZE == BY_SAMPLE:
-                result = chain(results[c], s[c], 0.0, slope[:, None], (factor * weights)[:, None])
-            else:
-                result = tile_gradient(
-                    s[c], t[c], classes[c], class_count, targets, kept, c, numbers, low, TERMS, POKE, AGAIN
-                )
-            if CE:
-                origin = softmax[0]
-                if AGAIN:
-                    origin += number(numbers, low, NOTHING)
-                result += softmax_gradient(raw[c], (origin[:, None], softmax[1][:, None]), of_entropy[:, None])
-                if not POKE:
-                    result -= tl.where(at_target[c], of_entropy[:, None], 0.0)
-            of_tile = classes[c]
             if AGAIN:
-                of_tile = tl.arange(0, BLOCK_C) + (c * BLOCK_C + WIDE * number(numbers, low, NOTHING).to(tl.int32))
-            of_tile = (outer, within, of_tile, class_count, valid, there, sizes)
-            store_gradient(gradient, result, of_tile, gradient_strides, gradient_classes, AXIS, WIDE)
+                if c * BLOCK_C < gradient_classes:
+                    tile, logits = gradient_again(
+                        held,
+                        matrices,
+                        (class_count, targets, kept[0][2]),
+                        kept[0][0],
+                        kept[0][1],
+                        number(numbers, low, TERMS[0][5] + EXPONENT),
+                        nothing,
+                        c,
+                        TERMS[0],
+                        not POKE,
+                    )
+                    position = tl.arange(0, BLOCK_C) + (c * BLOCK_C + WIDE * nothing.to(tl.int32))
+                    where = (outer, within, position, class_count, valid, there, sizes)
+                    finish_tile(gradient, tile, logits, where, *ending, CE, POKE, AXIS, WIDE)
+            else:
+                if STANDARDIZE == BY_SAMPLE:
+                    result = chain(results[c], s[c], level[:, None], slope[:, None], (factor * weights)[:, None])
+                else:
+                    result = tile_gradient(s[c], kept, c, TERMS, POKE)
+                at = (outer, within, classes[c], class_count, valid, there, sizes)
+                finish_tile(gradient, result, raw[c], at, *ending, CE, POKE, AXIS, WIDE)
         if POKE:
             value = tl.zeros([BLOCK_N], dtype)
             for i in tl.static_range(len(TERMS)):

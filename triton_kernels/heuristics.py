@@ -29,10 +29,15 @@ def power_of_two(number: int) -> int:
 # A program's elements are in registers, of which a thread has 255 if no more than 8 warps share them.
 _FIXED_REGISTERS = 60
 _PER_THREAD = 32
+_PER_TILE = 8
 _MOST_WARPS = 8
+#: What an element needs of an objective whose every element fits at twice the number a thread.
+_LEAST_NUMBERS = 2.5
 _LEAST_CLASSES = 16
 #: Rows that share a warp: tiles of classes that a thread has one after the other, if so many threads share a row.
 _SHORT_TILES, _SHORT_LANES = (4, 2, 1), 8
+#: Of more registers, ptxas spills some for sm_80 so that three such programs share a multiprocessor.
+_SHORT_REGISTERS = 200
 #: Threads of a warp, and samples next to one another that a program takes: each thread has one.
 _LANES = 32
 
@@ -48,18 +53,19 @@ def live_numbers(problem: Problem) -> float:
     return 2.5 * numbers if problem.low else numbers
 
 
-def live_logits(problem: Problem, wide: int) -> float:
+def live_logits(problem: Problem, layout: Layout) -> float:
     """The same where only logits are kept and the exponentials computed again; only one term's masks come cheap."""
     (term, *others) = problem.terms
-    if others or problem.standardize or problem.low or (term.kind == TOP1_TOPK.value and term.reverse):
+    if others or problem.standardize or problem.low:
         return math.inf
-    ranked = term.kind in (TOPK.value, TOP1_TOPK.value)
-    return 4 if ranked and (term.reverse or term.kind == TOP1_TOPK.value or problem.ce or wide > 4) else 3
+    if term.kind == TOP1_TOPK.value and (layout.narrow or term.reverse):
+        return 4
+    return 4 if term.kind == TOPK.value and problem.ce and not layout.narrow else 3
 
 
-def fits(live: float, per_thread: int, num_warps: int) -> bool:
+def fits(live: float, per_thread: int, num_warps: int, most: int = 255) -> bool:
     """Whether threads have registers enough for so many elements of one sample and so many numbers of each."""
-    return num_warps <= _MOST_WARPS and _FIXED_REGISTERS + per_thread * live <= 255
+    return num_warps <= _MOST_WARPS and _FIXED_REGISTERS + per_thread * live <= most
 
 
 def fused_tile(layout: Layout, problem: Problem) -> Tile | None:
@@ -68,24 +74,35 @@ def fused_tile(layout: Layout, problem: Problem) -> Tile | None:
     What is known of a sample takes registers, too, and time: rows share a warp only where each thread still has one
     (short ones, in whose program every warp has some rows of its own). 32 elements a thread share what every thread
     does once a row; fewer where the objective needs many registers and no second look at the logits, tile by tile,
-    makes up for them. The longest rows have 64.
+    makes up for them. The longest rows have 64: those of 16 bits a logit, loaded in pairs, even in one look.
+
+    So rows of up to 16384 classes are on chip in float32, bfloat16 and float16 where the objective has a single term of
+    logits that are not standardised. Up to 8192 classes are where there are three groups of 16 bits a logit or with
+    reverse divergences, or leading classes and the cross entropy in float32; 2048 to 8192, by the registers they need,
+    where objectives have two terms or standardised logits; 1024 to 8192 in float64.
     """
     block_c = max(power_of_two(layout.gradient_classes), _LEAST_CLASSES)
-    live = live_numbers(problem) + (4 if layout.axis == SAMPLES.value else 0)  # each class has an address there
+    live = live_numbers(problem)
+    if layout.axis == SAMPLES.value:  # each class has an address there, a simpler one if a single warp has them all
+        live += 3.4 if block_c <= _PER_THREAD else 4
     if layout.axis != SAMPLES.value:
         for tiles in _SHORT_TILES:
             tile_c = block_c // tiles
             lanes = tile_c // layout.wide
-            if (tiles == 1 or lanes >= _SHORT_LANES) and lanes <= _LANES and fits(live, tiles * layout.wide, 4):
+            if not (tiles == 1 or lanes >= _SHORT_LANES) or lanes > _LANES:
+                continue
+            if fits(live, tiles * layout.wide, 4, _SHORT_REGISTERS):
                 return Tile(4 * _LANES // lanes, tile_c, 4, tiles)
     block_n = _LANES if layout.axis == SAMPLES.value else 1
     for per_thread in (_PER_THREAD, _PER_THREAD // 2, _PER_THREAD // 4, _PER_THREAD // 8, 2 * _PER_THREAD):
         num_warps = max(block_n * block_c // (_LANES * per_thread), 1)
-        if per_thread <= _PER_THREAD and fits(live, per_thread, num_warps):
-            return Tile(block_n, block_c, num_warps)
+        paired = layout.narrow and layout.wide == 8 and live <= _LEAST_NUMBERS
+        if (per_thread <= _PER_THREAD or paired) and fits(live, per_thread, num_warps):
+            tiles = per_thread // _PER_TILE if layout.axis != SAMPLES.value and per_thread > _PER_TILE else 1
+            return Tile(block_n, block_c // tiles, num_warps, tiles)
         tile_c = num_warps * _LANES * max(layout.wide, 4)
         twice = per_thread >= _PER_THREAD and layout.axis != SAMPLES.value and tile_c <= block_c
-        if twice and fits(live_logits(problem, layout.wide), per_thread, num_warps):
+        if twice and fits(live_logits(problem, layout), per_thread, num_warps):
             return Tile(1, tile_c, num_warps, block_c // tile_c, again=True)
     return None
 

@@ -30,6 +30,8 @@ from kdkernels.triton_kernels.split_standardize import (
 from kdkernels.triton_kernels.standardize import ROWS, affines_kernel
 from kdkernels.triton_kernels.sweep import gradient_kernel
 from torch import Tensor
+from triton import knobs
+from triton.runtime.driver import driver
 
 from kdkernels.validation import REDUCTIONS
 
@@ -101,12 +103,15 @@ class Kept(NamedTuple):
 
 
 def _options(num_warps: int) -> dict[str, int | bool]:
-    """Launch options. Multiply-adds are where the kernels say so and nowhere else.
+    """Launch options, from the number of warps if each has 32 threads: AMD's have 64, and the threads stay as many.
+
+    Multiply-adds are where the kernels say so and nowhere else.
 
     A compiler that contracts others may do so differently in the threads that add up the same numbers in another order:
     their sums would differ, and the result would depend on which of them comes first.
     """
-    return {"num_warps": num_warps, "enable_fp_fusion": False}
+    lanes = 32 if knobs.runtime.interpret else driver.active.get_current_target().warp_size
+    return {"num_warps": max(32 * num_warps // lanes, 1), "enable_fp_fusion": False}
 
 
 def _constants(layout: Layout, tile: Tile) -> dict[str, int | bool]:
@@ -379,7 +384,7 @@ def _split(
         # differ in the last bit, and which of them is kept is left to chance.
     )
     if by_sample:
-        products = m.new(samples, split, dtype=torch.float64)
+        products = m.new(samples, split, 2, dtype=torch.float64)
         products_kernel[grid](
             m.student,
             m.teacher,

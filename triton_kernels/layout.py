@@ -37,6 +37,8 @@ class Layout(NamedTuple):
     axis: int
     #: How many classes next to one another a thread may move at a time, as far as alignment allows; a power of two.
     wide: int
+    #: Whether no matrix has more than 16 bits an element.
+    narrow: bool
 
 
 def opaque(*numbers: int) -> tuple[int, ...]:
@@ -95,7 +97,7 @@ def find_layout(
         steps = [step for stride in of_matrix for step in stride[1:]]
         wide = math.gcd(WIDTH // min(bytes_of), classes, shape[class_dim], *steps)
     codes = [opaque(stride[0], *(step // wide for step in stride[1:])) for stride in of_matrix]
-    return Layout(samples, sizes[0], opaque(*sizes), *codes, classes, shape[class_dim], axis, wide)
+    return Layout(samples, sizes[0], opaque(*sizes), *codes, classes, shape[class_dim], axis, wide, max(bytes_of) <= 2)
 
 
 @triton.jit
@@ -166,8 +168,8 @@ def store_one(matrix, values, at, strides, classes_of, AXIS: tl.constexpr, WIDE:
 
 
 @triton.jit
-def load_tile(matrix, at, strides, AXIS: tl.constexpr, WIDE: tl.constexpr, dtype: tl.constexpr):
-    """A tile of logits, ``[samples, classes]``, as ``dtype``; -inf where there is none that counts.
+def load_tile(matrix, at, strides, AXIS: tl.constexpr, WIDE: tl.constexpr):
+    """A tile of logits, ``[samples, classes]``, as they are; -inf where there is none that counts.
 
     ``at``: ``(outer, within, classes, class_count, valid, there, sizes)``.
     """
@@ -176,4 +178,4 @@ def load_tile(matrix, at, strides, AXIS: tl.constexpr, WIDE: tl.constexpr, dtype
     inside = classes < class_count
     if AXIS == CLASSES:
         inside = classes < multiple(class_count, WIDE)
-    return tl.load(matrix + where, mask=valid[:, None] & inside[None, :], other=float("-inf")).to(dtype)
+    return tl.load(matrix + where, mask=valid[:, None] & inside[None, :], other=float("-inf"))

@@ -20,7 +20,7 @@ CE_WEIGHT, CORRECTION, EPS, NOTHING = (tl.constexpr(i) for i in range(4))
 EXPONENT, MASS, GROUP = tl.constexpr(0), tl.constexpr(1), tl.constexpr(3)
 
 # How many columns there are of what forward keeps: before the terms, of a standardised sample, of a group; integers.
-SAVED_HEADER, SAVED_SAMPLE, SAVED_GROUP, MEMBERS = (tl.constexpr(columns) for columns in (3, 7, 5, 3))
+SAVED_HEADER, SAVED_SAMPLE, SAVED_GROUP, MEMBERS = (tl.constexpr(columns) for columns in (3, 8, 5, 3))
 
 
 class Term(NamedTuple):

@@ -10,8 +10,9 @@ from kdkernels.triton_kernels.select import first_best, leads, ranked, select
 def partition(teacher, classes, class_count, target, k, KIND: tl.constexpr, LARGEST: tl.constexpr):
     """``(single, top, found)`` of whole rows; ``found`` tells :func:`masks_of` the leading classes later.
 
-    ``teacher`` and ``classes``, ``single`` and ``top`` have one entry a tile.
+    ``teacher``, ``single`` and ``top`` have one entry a tile; ``classes`` are the first one's, as in :mod:`select`.
     """
+    TILE: tl.constexpr = teacher[0].shape[1]
     singles = ()
     tops = ()
     if KIND == WHOLE:
@@ -20,18 +21,18 @@ def partition(teacher, classes, class_count, target, k, KIND: tl.constexpr, LARG
         return tops, tops, ()
     elif KIND == TARGET:
         for c in tl.static_range(len(teacher)):
-            singles = singles + (classes[c][None, :] == target[:, None],)
+            singles = singles + (classes[None, :] == (target - c * TILE)[:, None],)
         return singles, singles, ()
     else:
         values = ()
         for c in tl.static_range(len(teacher)):
-            values = values + (ranked(teacher[c], (classes[c] < class_count)[None, :], LARGEST),)
+            values = values + (ranked(teacher[c], (classes < class_count - c * TILE)[None, :], LARGEST),)
         bound, last = select(values, classes, k)
         best = last
         if KIND == TOP1_TOPK:
             best = first_best(values, classes)
         for c in tl.static_range(len(teacher)):
-            single, top = masks_of_rank(values[c], classes[c], bound, last, best, KIND)
+            single, top = masks_of_rank(values[c], classes, bound, last - c * TILE, best - c * TILE, KIND)
             singles = singles + (single,)
             tops = tops + (top,)
         return singles, tops, (bound, last, best)

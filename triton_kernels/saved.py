@@ -1,8 +1,9 @@
 """What forward keeps of a sample so that its gradient can be computed later.
 
 Numbers in the arithmetic's type: the sample's weight, the softmax's origin and inverse sum; where samples are
-standardised, the student's high, factor, offset and slope and the teacher's high, factor and offset; for each group of
-each term both origins and the three coefficients. Integers, for each term by rank: what tells the leading classes.
+standardised, the student's high, factor, offset, slope and level and the teacher's high, factor and offset; for each
+group of each term both origins and the three coefficients. Integers, for each term by rank: what tells the leading
+classes.
 """
 
 import triton

@@ -112,8 +112,8 @@ def split_kernel(
     classes = part * BLOCK_C + tl.arange(0, BLOCK_C)
     targets, weights, valid = read_samples(target, weight, samples, there, class_count, ignore_index, dtype)
     at = (outer, within, classes, class_count, valid, there, sizes)
-    raw = load_tile(student, at, student_strides, AXIS, WIDE, dtype)
-    t = load_tile(teacher, at, teacher_strides, AXIS, WIDE, dtype)
+    raw = load_tile(student, at, student_strides, AXIS, WIDE).to(dtype)
+    t = load_tile(teacher, at, teacher_strides, AXIS, WIDE).to(dtype)
     s = standardized_tile(raw, 0, at, samples, affines, saved, COLUMNS, STANDARDIZE)
     t = standardized_tile(t, 1, at, samples, affines, saved, COLUMNS, STANDARDIZE)
     row = samples * parts + part
@@ -126,7 +126,7 @@ def split_kernel(
         exponent = number(numbers, low, TERMS[i][5] + EXPONENT)
         if by_rank(TERMS[i][0]) and ASIDE:
             values = ranked(t, (classes < class_count)[None, :], TERMS[i][1])
-            bound, last = select((values,), (classes,), reveal(ks[i]))
+            bound, last = select((values,), classes, reveal(ks[i]))
             aside = leads(values, classes, bound, last) & (classes < class_count)[None, :]
             place = tl.cumsum(aside.to(tl.int32), 1) - 1
             slot = row[:, None] * candidate_count + first + place
@@ -230,7 +230,7 @@ def merge_kernel(
     first = tl.full((), 0, tl.int32)
     for i in tl.static_range(len(TERMS)):
         exponent = number(numbers, low, TERMS[i][5] + EXPONENT)
-        of_rest = merge_along(load_parts(stats, row, mask, PART, part_column(TERMS, i, ASIDE, _REST), dtype), exponent)
+        of_rest = merge_along(load_parts(stats, row, mask, PART, part_column(TERMS, i, ASIDE, _REST), dtype))
         of_single = of_rest
         of_top = of_rest
         if by_rank(TERMS[i][0]) and ASIDE:
@@ -250,17 +250,17 @@ def merge_kernel(
             t = tl.load(candidates + 2 * slot + 1, mask=inside, other=float("-inf"))
             of_class = tl.load(candidate_classes + slot, mask=inside, other=0)
             ranks = ranked(t, inside, TERMS[i][1])
-            bound, last = select((ranks,), (position,), reveal(ks[i]))
+            bound, last = select((ranks,), position, reveal(ks[i]))
             # Any value that k candidates reach will do among them, but others may reach it too: none the k-th's.
             bound = tl.min(tl.where(ranks >= bound[:, None], ranks, float("inf")), 1)
             best = last
             if TERMS[i][0] == TOP1_TOPK:
-                best = first_best((ranks,), (position,))
+                best = first_best((ranks,), position)
             single, top = masks_of_rank(ranks, position, bound, last, best, TERMS[i][0])
             of_top, of_others, _ = statistics(
                 (s,), (t,), (single,), (top & inside,), exponent, TERMS[i][0], TERMS[i][2], TERMS[i][3]
             )
-            of_rest = merge(of_rest, of_others, exponent)
+            of_rest = merge(of_rest, of_others)
             if has_single(TERMS[i][0]):
                 of_single = statistics_of_single(only((s,), (single,)), only((t,), (single,)))
             # Parts may have more equals of the k-th than they have candidates: those come after the last one taken.
@@ -276,9 +276,7 @@ def merge_kernel(
                 )
                 of_single = statistics_of_single(tl.sum(of_student, 1).to(dtype), tl.sum(of_teacher, 1).to(dtype))
             if by_rank(TERMS[i][0]):
-                of_top = merge_along(
-                    load_parts(stats, row, mask, PART, part_column(TERMS, i, ASIDE, _TOP), dtype), exponent
-                )
+                of_top = merge_along(load_parts(stats, row, mask, PART, part_column(TERMS, i, ASIDE, _TOP), dtype))
         groups = groups_with(of_single, of_top, of_rest, TERMS[i][0])
         of_term, of_parts, coefficients = evaluate(
             groups,
@@ -329,7 +327,7 @@ def reach_of(
     for begin in range(0, class_count, BLOCK_C):
         classes = begin + tl.arange(0, BLOCK_C)
         tile = (outer, within, classes, class_count, valid, there, sizes)
-        t = load_tile(teacher, tile, strides, AXIS, WIDE, dtype)
+        t = load_tile(teacher, tile, strides, AXIS, WIDE).to(dtype)
         t = standardized_tile(t, 1, tile, samples, affines, saved, COLUMNS, STANDARDIZE)
         values = ranked(t, (classes < class_count)[None, :], LARGEST)
         if EQUAL:
@@ -447,11 +445,11 @@ def select_kernel(
         for begin in range(0, class_count, BLOCK_C):
             classes = begin + tl.arange(0, BLOCK_C)
             tile = (outer, within, classes, class_count, valid, there, sizes)
-            t = load_tile(teacher, tile, strides, AXIS, WIDE, dtype)
+            t = load_tile(teacher, tile, strides, AXIS, WIDE).to(dtype)
             t = standardized_tile(t, 1, tile, samples, affines, saved, COLUMNS, STANDARDIZE)
             values = ranked(t, (classes < class_count)[None, :], TERM[1])
             of_tile = tl.max(values, 1)
-            index = first_best((values,), (classes,))
+            index = first_best((values,), classes)
             best = tl.where(of_tile > best_value, index, best)
             best_value = tl.maximum(best_value, of_tile)
     save_members(members, (bound, last, best), samples, there, COLUMNS[2], TERM[7])

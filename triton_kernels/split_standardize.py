@@ -1,4 +1,4 @@
-"""Standardisation of samples that do not fit on chip: their moments before the statistics, their slope after them."""
+"""Standardisation of samples that do not fit on chip: moments before the statistics, slope and level after them."""
 
 import triton
 import triton.language as tl
@@ -6,8 +6,7 @@ from kdkernels.triton_kernels.layout import load_tile, locate
 from kdkernels.triton_kernels.objective import CORRECTION, EPS, SAVED_HEADER, number
 from kdkernels.triton_kernels.samples import read_samples
 from kdkernels.triton_kernels.saved import load_columns, store_columns
-from kdkernels.triton_kernels.standardize import sample_moments, standardization_of_sample
-from kdkernels.triton_kernels.stats import totals
+from kdkernels.triton_kernels.standardize import chain_sums, sample_moments, standardization_of_sample
 from kdkernels.triton_kernels.sweep import read_kept, standardized_tile, term_gradients
 
 MOMENTS = tl.constexpr(3)  # count, mean and sum of squared deviations
@@ -39,8 +38,8 @@ def sample_moments_kernel(
     classes = part * BLOCK_C + tl.arange(0, BLOCK_C)
     _, _, valid = read_samples(target, weight, samples, there, class_count, ignore_index, dtype)
     at = (outer, within, classes, class_count, valid, there, sizes)
-    of_student = sample_moments((load_tile(student, at, student_strides, AXIS, WIDE, dtype),))
-    of_teacher = sample_moments((load_tile(teacher, at, teacher_strides, AXIS, WIDE, dtype),))
+    of_student = sample_moments((load_tile(student, at, student_strides, AXIS, WIDE).to(dtype),))
+    of_teacher = sample_moments((load_tile(teacher, at, teacher_strides, AXIS, WIDE).to(dtype),))
     store_columns(moments, of_student + of_teacher, samples * parts + part, there, 2 * MOMENTS, 0)
 
 
@@ -56,7 +55,7 @@ def settle_moments_kernel(
     BLOCK_N: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """Merges the parts' moments and keeps what standardises the samples; the slope is still that for a sum of 1."""
+    """Merges the parts' moments and keeps what standardises the samples; slope and level are still for sums of 1."""
     dtype: tl.constexpr = saved.dtype.element_ty
     samples = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     there = samples < count
@@ -73,11 +72,11 @@ def settle_moments_kernel(
         away = tl.where(counts == 0, 0.0, means - mean[:, None])
         m2 = tl.sum(m2s + counts * away * away, 1)
         correction, eps = number(numbers, low, CORRECTION), number(numbers, low, EPS)
-        high, factor, offset, slope = standardization_of_sample((number_of, mean, m2), correction, eps, dtype)
+        numbers_of = standardization_of_sample((number_of, mean, m2), correction, eps, dtype)
         if side == 0:
-            kept = (high, factor, offset, slope)
+            kept = numbers_of
         else:
-            kept = kept + (high, factor, offset)
+            kept = kept + (numbers_of[0], numbers_of[1], numbers_of[2])
     store_columns(saved, kept, samples, there, COLUMNS[1], SAVED_HEADER)
 
 
@@ -103,7 +102,7 @@ def products_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Sums of the terms' gradient times the standardised logits, over one part of a block of samples."""
+    """Sums of the terms' gradient, and of it times the standardised logits, over one part of a block of samples."""
     dtype: tl.constexpr = saved.dtype.element_ty
     parts = tl.cdiv(class_count, BLOCK_C)
     part = tl.program_id(0) % parts
@@ -111,23 +110,24 @@ def products_kernel(
     classes = part * BLOCK_C + tl.arange(0, BLOCK_C)
     targets, weights, valid = read_kept(target, None, saved, samples, there, COLUMNS, False)
     at = (outer, within, classes, class_count, valid, there, sizes)
-    s = load_tile(student, at, student_strides, AXIS, WIDE, dtype)
-    t = load_tile(teacher, at, teacher_strides, AXIS, WIDE, dtype)
+    s = load_tile(student, at, student_strides, AXIS, WIDE).to(dtype)
+    t = load_tile(teacher, at, teacher_strides, AXIS, WIDE).to(dtype)
     s = standardized_tile(s, 0, at, samples, saved, saved, COLUMNS, STANDARDIZE)
     t = standardized_tile(t, 1, at, samples, saved, saved, COLUMNS, STANDARDIZE)
     one = tl.zeros_like(weights) + 1.0
     gradient = term_gradients(s, t, at, samples, targets, one, saved, members, numbers, low, TERMS, COLUMNS)
-    product = totals((tl.where(s == float("-inf"), 0.0, gradient * s),))
-    store_columns(products, (product,), samples * parts + part, there, 1, 0)
+    store_columns(products, chain_sums((gradient,), (s,)), samples * parts + part, there, 2, 0)
 
 
 @triton.jit(do_not_specialize=["count", "parts"])
 def slope_kernel(products, saved, count, parts, COLUMNS: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr):
-    """Settles the slope of the chain rule from the parts' products."""
+    """Settles slope and level of the chain rule from the parts' sums."""
     samples = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     there = samples < count
     part = tl.arange(0, PARTS)
     mask = there[:, None] & (part < parts)[None, :]
-    product = tl.sum(tl.load(products + samples[:, None] * parts + part[None, :], mask=mask, other=0.0), 1)
-    (slope,) = load_columns(saved, samples, there, COLUMNS[1], _SLOPE, 1)
-    store_columns(saved, (slope * product,), samples, there, COLUMNS[1], _SLOPE)
+    at = products + (samples[:, None] * parts + part[None, :]) * 2
+    product = tl.sum(tl.load(at, mask=mask, other=0.0), 1)
+    sum_ = tl.sum(tl.load(at + 1, mask=mask, other=0.0), 1)
+    slope, level = load_columns(saved, samples, there, COLUMNS[1], _SLOPE, 2)
+    store_columns(saved, (slope * product, level * sum_), samples, there, COLUMNS[1], _SLOPE)

@@ -5,7 +5,7 @@ Logits of -inf are no part of the moments and stay -inf: such a class is masked.
 
 import triton
 import triton.language as tl
-from kdkernels.triton_kernels.stats import totals
+from kdkernels.triton_kernels.stats import total_pair, totals
 
 
 @triton.jit
@@ -118,22 +118,27 @@ def sample_moments(logits):
 
 @triton.jit
 def standardization_of_sample(moments, correction, eps, dtype: tl.constexpr):
-    """``(high, factor, offset)`` of each row, and the slope of the chain rule for a sum of 1, from its moments."""
+    """``(high, factor, offset)`` of each row, and slope and level of the chain rule for sums of 1, from its moments."""
     count, mean, m2 = moments
     deviation = tl.sqrt(m2 / degrees(count, correction))
     factor = inverse_deviation(deviation + eps)
     constant = deviation == 0
     slope = tl.where(constant, 0.0, 1.0 / (tl.where(constant, 1.0, deviation) * factor * degrees(count, correction)))
-    return affine(mean, factor, dtype) + (slope.to(dtype),)
+    level = 1.0 / tl.maximum(count, 1.0)
+    return affine(mean, factor, dtype) + (slope.to(dtype), level.to(dtype))
 
 
 @triton.jit
-def slope_of_sample(gradient, h, unit_slope):
-    """The slope of the chain rule of each row, from all tiles of its gradient.
+def chain_sums(gradient, h):
+    """``(sum of the gradient times h, sum of the gradient)`` of each row, of which all tiles are given.
 
-    The terms do not change when all logits of a sample move together, so the mean of their gradient is 0.
+    The terms do not change when all logits of a sample move together, so the second one is 0 but for rounding, which
+    equal logits have in common.
     """
-    products = ()
+    product = tl.zeros_like(gradient[0])
+    sum_ = tl.zeros_like(gradient[0])
     for c in tl.static_range(len(h)):
-        products = products + (tl.where(h[c] == float("-inf"), 0.0, gradient[c] * h[c]),)
-    return unit_slope * totals(products).to(unit_slope.dtype)
+        counted = tl.where(h[c] == float("-inf"), 0.0, gradient[c])
+        product += counted * tl.where(h[c] == float("-inf"), 0.0, h[c])
+        sum_ += counted
+    return total_pair(product, sum_, len(h))

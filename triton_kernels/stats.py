@@ -1,11 +1,11 @@
 """Step 1, group statistics: all that a loss needs to know of the classes of one group of one sample.
 
 With k = log2(e) / T, for the classes i of a group:
-    es_i = 2^(k * (student_i - student_origin)),  et_i = 2^(k * (teacher_i - teacher_origin)),
-    gap_i = (teacher_i - teacher_origin) - (student_i - student_origin)
+    es_i = 2^(k * student_i - student_origin),  et_i = 2^(k * teacher_i - teacher_origin),
+    gap_i = log2(et_i) - log2(es_i)
     statistics = (student_origin, teacher_origin, sum es, sum et, sum et * gap, sum es * gap)
-Origins are maxima, logits themselves: a constant added to all logits cancels before anything is rounded. Statistics
-merge exactly, over any parts of a row.
+Origins are maxima, times k and rounded. Exponents are one multiply-add each, so that a constant added to all logits
+cancels before anything else is rounded. Statistics merge exactly, over any parts of a row.
 
 A tile is ``[samples, classes]``; rows may be in several, which are worked on one after the other: that needs fewer
 registers. There are up to three groups: ``single``, one class (the target, or the teacher's best),
@@ -30,17 +30,35 @@ def start(origin):
 
 
 @triton.jit
-def total(sum_, TILES: tl.constexpr):
-    """The sum over the classes, in float64, of the sum of so many tiles."""
+def chunks(sum_, TILES: tl.constexpr):
+    """Sums over some of the classes, in float64, from the sum of so many tiles."""
     N: tl.constexpr = sum_.shape[0]
     C: tl.constexpr = sum_.shape[1]
     if sum_.dtype == tl.float64 or C < 16 * CHUNK:
-        return tl.sum(sum_.to(tl.float64), 1)
+        return sum_.to(tl.float64)
     elif TILES > 1 or C < 64 * LOADS * CHUNK:
-        return tl.sum(tl.sum(tl.reshape(sum_, [N, C // CHUNK, CHUNK]), 2).to(tl.float64), 1)
+        return tl.sum(tl.reshape(sum_, [N, C // CHUNK, CHUNK]), 2).to(tl.float64)
     else:
         sum_ = tl.sum(tl.reshape(sum_, [N, LOADS, C // LOADS]), 1)
-        return tl.sum(tl.sum(tl.reshape(sum_, [N, C // LOADS // CHUNK, CHUNK]), 2).to(tl.float64), 1)
+        return tl.sum(tl.reshape(sum_, [N, C // LOADS // CHUNK, CHUNK]), 2).to(tl.float64)
+
+
+@triton.jit
+def total(sum_, TILES: tl.constexpr):
+    """The sum over the classes, in float64, of the sum of so many tiles."""
+    return tl.sum(chunks(sum_, TILES), 1)
+
+
+@triton.jit
+def total_pair(a, b, TILES: tl.constexpr):
+    """Two such sums at once: threads wait for one another half as often."""
+    return tl.split(tl.sum(tl.join(chunks(a, TILES), chunks(b, TILES)), 1))
+
+
+@triton.jit
+def max_pair(a, b):
+    """Two maxima of each row, likewise."""
+    return tl.split(tl.max(tl.join(a, b), 1))
 
 
 @triton.jit
@@ -69,7 +87,7 @@ def power_of_single(origin):
 
 @triton.jit
 def statistics_of_single(student, teacher):
-    """Statistics of a group of one class from its logits."""
+    """Statistics of a group of one class from its logits, which are its origins as they are, not times k."""
     zero = tl.zeros_like(student).to(tl.float64)
     student_sum, teacher_sum = power_of_single(student).to(tl.float64), power_of_single(teacher).to(tl.float64)
     return (student, teacher, student_sum, teacher_sum, zero, zero)
@@ -82,12 +100,18 @@ def without(logits, mask):
 
 
 @triton.jit
+def place_maxima(tiles):
+    """The maximum over the tiles at each place."""
+    maximum = tiles[0]
+    for c in tl.static_range(1, len(tiles)):
+        maximum = tl.maximum(maximum, tiles[c])
+    return maximum
+
+
+@triton.jit
 def maxima(tiles):
     """The maximum of each row over all of its tiles."""
-    largest = tiles[0]
-    for c in tl.static_range(1, len(tiles)):
-        largest = tl.maximum(largest, tiles[c])
-    return tl.max(largest, 1)
+    return tl.max(place_maxima(tiles), 1)
 
 
 @triton.jit
@@ -115,11 +139,13 @@ def larger(largest, logits):
 
 
 @triton.jit
-def origins_from(largest):
+def origins_from(largest, k):
     """Origins of the top group (where there is one) and of the rest, a pair of pairs, from all tiles' maxima."""
-    of_rest = (tl.max(largest[0], 1), tl.max(largest[1], 1))
+    student, teacher = max_pair(largest[0], largest[1])
+    of_rest = (student * k, teacher * k)
     if len(largest) > 2:
-        return (tl.max(largest[2], 1), tl.max(largest[3], 1)), of_rest
+        student, teacher = max_pair(largest[2], largest[3])
+        return (student * k, teacher * k), of_rest
     else:
         return of_rest, of_rest
 
@@ -133,24 +159,24 @@ def exponentials(student, teacher, single, top, of_top, of_rest, k, KIND: tl.con
     if by_rank(KIND):
         student_start = tl.where(top, start(of_top[0])[:, None], student_start)
         teacher_start = tl.where(top, start(of_top[1])[:, None], teacher_start)
-    student, teacher = student - student_start, teacher - teacher_start
-    return tl.exp2(student * k), tl.exp2(teacher * k), teacher - student
+    student, teacher = tl.fma(student, k, -student_start), tl.fma(teacher, k, -teacher_start)
+    return tl.exp2(student), tl.exp2(teacher), teacher - student
 
 
 @triton.jit
 def summands_of(exps, mask, MASKED: tl.constexpr, FORWARD: tl.constexpr, REVERSE: tl.constexpr):
-    """What a tile adds to the four sums of the classes in ``mask`` (if ``MASKED``; else of all).
+    """What the four sums of the classes in ``mask`` (if ``MASKED``; else of all) are made of: es, et and their gaps.
 
     A class without probability adds nothing, however infinite its gap.
     """
     es, et, gap = exps
     if MASKED:
         es, et = tl.where(mask, es, 0.0), tl.where(mask, et, 0.0)
-    of_teacher, of_student = et, es
+    of_teacher, of_student = gap, gap
     if FORWARD:
-        of_teacher = et * tl.where(et > 0, gap, 0.0)
+        of_teacher = tl.where(et > 0, gap, 0.0)
     if REVERSE:
-        of_student = es * tl.where(es > 0, gap, 0.0)
+        of_student = tl.where(es > 0, gap, 0.0)
     return es, et, of_teacher, of_student
 
 
@@ -170,37 +196,46 @@ def fold(x):
 
 
 @triton.jit
-def folded(parts):
-    """The summands of all groups, folded: fewer numbers to carry on."""
+def add(sums, parts):
+    """The four sums of all groups, tile after tile: the fewer are waiting, the fewer registers they take."""
     groups = ()
     for g in tl.static_range(len(parts)):
-        a = parts[g]
-        groups = groups + ((fold(a[0]), fold(a[1]), fold(a[2]), fold(a[3])),)
+        es, et, of_teacher, of_student = parts[g]
+        if len(sums) == 0:
+            groups = groups + ((es, et, et * of_teacher, es * of_student),)
+        else:
+            a = sums[g]
+            of_teacher, of_student = tl.fma(et, of_teacher, a[2]), tl.fma(es, of_student, a[3])
+            groups = groups + ((a[0] + es, a[1] + et, of_teacher, of_student),)
     return groups
 
 
 @triton.jit
-def add(sums, parts):
-    """Sums of the summands of all groups, tile after tile: the fewer are waiting, the fewer registers they take."""
-    if len(sums) == 0:
-        return parts
-    else:
-        groups = ()
-        for g in tl.static_range(len(sums)):
-            a, b = sums[g], parts[g]
-            groups = groups + ((a[0] + b[0], a[1] + b[1], a[2] + b[2], a[3] + b[3]),)
-        return groups
+def add_folded(sums, parts):
+    """The same with neighbours added up first: fewer numbers to carry on."""
+    parts = add((), parts)
+    groups = ()
+    for g in tl.static_range(len(parts)):
+        b = parts[g]
+        b = (fold(b[0]), fold(b[1]), fold(b[2]), fold(b[3]))
+        if len(sums) > 0:
+            a = sums[g]
+            b = (a[0] + b[0], a[1] + b[1], a[2] + b[2], a[3] + b[3])
+        groups = groups + (b,)
+    return groups
 
 
 @triton.jit
 def totals_of_group(sums, TILES: tl.constexpr, FORWARD: tl.constexpr, REVERSE: tl.constexpr):
     """A group's four sums over all classes, in float64."""
-    student_sum, teacher_sum = total(sums[0], TILES), total(sums[1], TILES)
+    student_sum, teacher_sum = total_pair(sums[0], sums[1], TILES)
     zero = tl.zeros_like(student_sum)
     teacher_gap, student_gap = zero, zero
-    if FORWARD:
+    if FORWARD and REVERSE:
+        teacher_gap, student_gap = total_pair(sums[2], sums[3], TILES)
+    elif FORWARD:
         teacher_gap = total(sums[2], TILES)
-    if REVERSE:
+    elif REVERSE:
         student_gap = total(sums[3], TILES)
     return (student_sum, teacher_sum, teacher_gap, student_gap)
 
@@ -224,7 +259,7 @@ def statistics(student, teacher, single, top, k, KIND: tl.constexpr, FORWARD: tl
     largest = ()
     for c in tl.static_range(len(student)):
         largest = larger(largest, logits_of_groups(student[c], teacher[c], single[c], top[c], KIND))
-    of_top, of_rest = origins_from(largest)
+    of_top, of_rest = origins_from(largest, k)
     exps = ()
     sums = ()
     for c in tl.static_range(len(student)):
@@ -236,13 +271,13 @@ def statistics(student, teacher, single, top, k, KIND: tl.constexpr, FORWARD: tl
 
 
 @triton.jit
-def rebase(stats, student, teacher, k):
+def rebase(stats, student, teacher):
     """The sums of ``stats``, counted from the origins ``student`` and ``teacher``, which are at least as large."""
     student_origin, teacher_origin, student_sum, teacher_sum, teacher_gap, student_gap = stats
     # Without a class there is nothing to count anew, but the factor must not be infinite.
     by_student = tl.where(student_origin == float("-inf"), 0.0, start(student_origin) - start(student)).to(tl.float64)
     by_teacher = tl.where(teacher_origin == float("-inf"), 0.0, start(teacher_origin) - start(teacher)).to(tl.float64)
-    student_factor, teacher_factor = tl.exp2(by_student * k), tl.exp2(by_teacher * k)
+    student_factor, teacher_factor = tl.exp2(by_student), tl.exp2(by_teacher)
     gap = by_teacher - by_student
     teacher_gap = tl.where(teacher_factor == 0, 0.0, teacher_factor * (teacher_gap + gap * teacher_sum))
     student_gap = tl.where(student_factor == 0, 0.0, student_factor * (student_gap + gap * student_sum))
@@ -250,18 +285,18 @@ def rebase(stats, student, teacher, k):
 
 
 @triton.jit
-def merge_along(stats, k):
+def merge_along(stats):
     """The statistics of rows from those of their parts, ``[samples, parts]``."""
     student, teacher = tl.max(stats[0], 1), tl.max(stats[1], 1)
-    sums_ = rebase(stats, student[:, None], teacher[:, None], k)
+    sums_ = rebase(stats, student[:, None], teacher[:, None])
     return (student, teacher, tl.sum(sums_[0], 1), tl.sum(sums_[1], 1), tl.sum(sums_[2], 1), tl.sum(sums_[3], 1))
 
 
 @triton.jit
-def merge(a, b, k):
+def merge(a, b):
     """The statistics of two parts of a group together."""
     student, teacher = tl.maximum(a[0], b[0]), tl.maximum(a[1], b[1])
-    of_a, of_b = rebase(a, student, teacher, k), rebase(b, student, teacher, k)
+    of_a, of_b = rebase(a, student, teacher), rebase(b, student, teacher)
     return (student, teacher, of_a[0] + of_b[0], of_a[1] + of_b[1], of_a[2] + of_b[2], of_a[3] + of_b[3])
 
 

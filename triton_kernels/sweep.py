@@ -59,7 +59,7 @@ def standardized_tile(
     if STANDARDIZE == BY_CLASS:
         return standardize_by_class(raw, affines, side, classes, class_count)
     elif STANDARDIZE == BY_SAMPLE:
-        high, factor, offset = load_columns(saved, samples, there, COLUMNS[1], SAVED_HEADER + 4 * side, 3)
+        high, factor, offset = load_columns(saved, samples, there, COLUMNS[1], SAVED_HEADER + 5 * side, 3)
         return standardize(raw, high[:, None], factor[:, None], offset[:, None])
     else:
         return raw
@@ -136,8 +136,8 @@ def gradient_kernel(
     classes = tl.program_id(0) % tiles * BLOCK_C + tl.arange(0, BLOCK_C)
     targets, weights, valid = read_kept(target, grad_loss, saved, samples, there, COLUMNS, EACH)
     at = (outer, within, classes, class_count, valid, there, sizes)
-    raw = load_tile(student, at, student_strides, AXIS, WIDE, dtype)
-    t = load_tile(teacher, at, teacher_strides, AXIS, WIDE, dtype)
+    raw = load_tile(student, at, student_strides, AXIS, WIDE).to(dtype)
+    t = load_tile(teacher, at, teacher_strides, AXIS, WIDE).to(dtype)
     s = standardized_tile(raw, 0, at, samples, affines, saved, COLUMNS, STANDARDIZE)
     t = standardized_tile(t, 1, at, samples, affines, saved, COLUMNS, STANDARDIZE)
     result = term_gradients(s, t, at, samples, targets, weights, saved, members, numbers, low, TERMS, COLUMNS)
@@ -146,8 +146,8 @@ def gradient_kernel(
         slope = read_row(affines, SLOPE, classes, class_count)
         result = chain(result, s, level, slope, read_row(affines, STUDENT + FACTOR, classes, class_count))
     if STANDARDIZE == BY_SAMPLE:
-        factor, _, slope = load_columns(saved, samples, there, COLUMNS[1], SAVED_HEADER + FACTOR, 3)
-        result = chain(result, s, 0.0, (slope * weights)[:, None], factor[:, None])
+        factor, _, slope, level = load_columns(saved, samples, there, COLUMNS[1], SAVED_HEADER + FACTOR, 4)
+        result = chain(result, s, (level * weights)[:, None], (slope * weights)[:, None], factor[:, None])
     if CE:
         origin, inverse = load_columns(saved, samples, there, COLUMNS[1], 1, 2)
         of_entropy = (number(numbers, low, CE_WEIGHT) * weights)[:, None]
