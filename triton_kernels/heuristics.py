@@ -47,7 +47,8 @@ def live_numbers(problem: Problem) -> float:
     numbers = 0.0
     for term in problem.terms:
         numbers += 3 if term.reverse else 2
-        numbers += {WHOLE.value: 0.0, TARGET.value: 0.5, TOPK.value: 4.2, TOP1_TOPK.value: 5.0}[term.kind]
+        three_groups = 5.5 if term.reverse else 5.0
+        numbers += {WHOLE.value: 0.0, TARGET.value: 0.5, TOPK.value: 4.2, TOP1_TOPK.value: three_groups}[term.kind]
     numbers += 1 if problem.ce else 0
     numbers += {0: 0, BY_CLASS.value: 4, BY_SAMPLE.value: 11}[problem.standardize]
     return 2.5 * numbers if problem.low else numbers
@@ -126,9 +127,13 @@ def sum_warps(block: int) -> int:
 
 
 def split_tile(layout: Layout, problem: Problem) -> Tile:
-    """The part of some samples whose statistics a program takes. Small parts fill a GPU even with one sample."""
+    """The part of some samples whose statistics a program takes. Small parts fill a GPU even with one sample.
+
+    In float64 by half as many warps: with more, ptxas spills for sm_80 so that two programs share a multiprocessor.
+    """
     per_thread = _PER_THREAD // 2 if fits(live_numbers(problem), _PER_THREAD // 2, 4) else _PER_THREAD // 4
-    return _spread(layout, 8 * _LANES * per_thread, per_thread)
+    num_warps = 4 if problem.low else 8
+    return _spread(layout, num_warps * _LANES * per_thread, per_thread)
 
 
 def sets_aside(split: int, tile: Tile, problem: Problem) -> bool:
