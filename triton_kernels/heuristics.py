@@ -137,9 +137,9 @@ def split_tile(layout: Layout, problem: Problem) -> Tile:
 
 
 def sets_aside(split: int, tile: Tile, problem: Problem) -> bool:
-    """Whether the parts' own best classes are few enough to be candidates in one merge."""
+    """Whether the parts' own best classes are few enough to be candidates in one merge. More would spill in float64."""
     k = max(problem.ks)
-    return 0 < k <= tile.block_c // 4 and split * k <= _MERGE_SIZES[-1]
+    return 0 < k <= tile.block_c // 4 and split * k <= _MERGE_SIZES[-2 if problem.low else -1]
 
 
 def merge_tile(split: int, k: int) -> Tile:
