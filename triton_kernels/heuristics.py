@@ -129,11 +129,12 @@ def sum_warps(block: int) -> int:
 def split_tile(layout: Layout, problem: Problem) -> Tile:
     """The part of some samples whose statistics a program takes. Small parts fill a GPU even with one sample.
 
-    In float64 by half as many warps: with more, ptxas spills for sm_80 so that two programs share a multiprocessor.
+    A thread has fewer classes where they take more registers, and fewest of two terms in float64.
     """
     per_thread = _PER_THREAD // 2 if fits(live_numbers(problem), _PER_THREAD // 2, 4) else _PER_THREAD // 4
-    num_warps = 4 if problem.low else 8
-    return _spread(layout, num_warps * _LANES * per_thread, per_thread)
+    if problem.low and len(problem.terms) > 1:
+        per_thread = _PER_THREAD // 8
+    return _spread(layout, 8 * _LANES * per_thread, per_thread)
 
 
 def sets_aside(split: int, tile: Tile, problem: Problem) -> bool:
