@@ -10,26 +10,38 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import BACKENDS, CPU_PATHS, INTERPRETED, NATIVE_PATHS, PATHS, Path, name_of, require
+from helpers import (
+    BACKENDS,
+    CPU_PATHS,
+    GPU_BACKENDS,
+    INTERPRETED,
+    NATIVE_BACKENDS,
+    NATIVE_PATHS,
+    PATHS,
+    Path,
+    name_of,
+    require,
+    served,
+)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leaves out marked tests unless ``-m`` asks for them, and under Triton's interpreter all but its own."""
     left_out = [name for name in ("large", "cuda") if name not in config.getoption("markexpr")]
-    if not INTERPRETED:
-        left_out.append("interpreted")
     chosen = [item for item in items if not any(map(item.get_closest_marker, left_out))]
+    of_gpus = ["triton"] if INTERPRETED else GPU_BACKENDS
+    chosen = [item for item in chosen if item.get_closest_marker("of_gpus") is None or backend_of(item) in of_gpus]
     if INTERPRETED:
-        chosen = [item for item in chosen if serves_triton(item)]
+        chosen = [item for item in chosen if backend_of(item) == "triton"]
     config.hook.pytest_deselected(items=list(set(items) - set(chosen)))
     items[:] = chosen
 
 
-def serves_triton(item: pytest.Item) -> bool:
-    """Whether a test is one of the Triton backend: by its parameters, or marked so."""
+def backend_of(item: pytest.Item) -> str | None:
+    """The backend that is among a test's parameters, by itself or in a path."""
     parameters = getattr(item, "callspec", None)
-    values = parameters.params.values() if parameters else ()
-    return any(value == "triton" or (isinstance(value, Path) and value.backend == "triton") for value in values)
+    names = [getattr(value, "backend", value) for value in parameters.params.values()] if parameters else []
+    return next((name for name in names if isinstance(name, str) and name in BACKENDS), None)
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -85,17 +97,17 @@ def poison() -> Iterator[None]:
 
 
 @pytest.fixture(params=PATHS, ids=name_of)
-def path(request: pytest.FixtureRequest) -> Path:
+def path(request: pytest.FixtureRequest) -> Iterator[Path]:
     """Every backend and mode."""
-    require(request.param.backend)
-    return request.param
+    with served(request.param.backend):
+        yield request.param
 
 
 @pytest.fixture(params=NATIVE_PATHS, ids=name_of)
-def native_path(request: pytest.FixtureRequest) -> Path:
+def native_path(request: pytest.FixtureRequest) -> Iterator[Path]:
     """Every backend with kernels, in every mode: for promises that plain PyTorch does not make."""
-    require(request.param.backend)
-    return request.param
+    with served(request.param.backend):
+        yield request.param
 
 
 @pytest.fixture(params=CPU_PATHS, ids=name_of)
@@ -106,10 +118,17 @@ def cpu_path(request: pytest.FixtureRequest) -> Path:
 
 
 @pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> str:
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every backend, in its default mode."""
-    require(request.param)
-    return request.param
+    with served(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=NATIVE_BACKENDS)
+def native_backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every backend with kernels, for tests that say the mode."""
+    with served(request.param):
+        yield request.param
 
 
 @pytest.fixture

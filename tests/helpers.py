@@ -22,7 +22,9 @@ from kdkernels.validation import check_call
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED:
     os.environ[dispatch.TRITON_CPU] = "1"
-BACKENDS = ["triton"] if INTERPRETED else ["reference", "cpu"]
+#: Backends of CUDA tensors, where there is a GPU to run them on.
+GPU_BACKENDS = ["cuda", "triton"] if torch.cuda.is_available() and not INTERPRETED else []
+BACKENDS = ["triton"] if INTERPRETED else ["reference", "cpu", *GPU_BACKENDS]
 #: Backends whose two modes are different code.
 NATIVE_BACKENDS = [backend for backend in BACKENDS if backend != "reference"]
 
@@ -61,12 +63,23 @@ def must_have_native() -> bool:
 
 def require(backend: str) -> None:
     """Skips the test, or fails it where native backends are mandatory, if this machine lacks ``backend``."""
-    reason = dispatch.why_not(backend, "cpu")
+    reason = dispatch.why_not(backend, device_of(backend).type)
     if reason is None:
         return
     if must_have_native():
         pytest.fail(f"backend {backend!r} is required here, but {reason}")
     pytest.skip(f"backend {backend!r}: {reason}")
+
+
+def device_of(backend: str) -> torch.device:
+    """Where the tests of a backend have their tensors: in their bodies it is the default device."""
+    return torch.device("cuda" if backend in GPU_BACKENDS else "cpu")
+
+
+def served(backend: str) -> torch.device:
+    """Fails or skips the test if this machine lacks the backend; entered, new tensors are on its device."""
+    require(backend)
+    return device_of(backend)
 
 
 def instruction_sets() -> list[str]:
@@ -117,16 +130,18 @@ def make_inputs(
     generator = torch.Generator().manual_seed(seed)
     samples = [size for dim, size in enumerate(shape) if dim != class_dim % len(shape)]
     count = torch.Size(samples).numel()
-    scales = torch.full((count,), scale) if scale else torch.tensor(ROW_SCALES).repeat(count // 4 + 1)[:count]
-    student, teacher = (
-        (torch.randn(count, shape[class_dim], generator=generator, dtype=torch.float64) * scales[:, None])
-        .reshape(*samples, shape[class_dim])
-        .movedim(-1, class_dim)
-        .contiguous()
-        for _ in range(2)
-    )
-    target = torch.randint(shape[class_dim], samples, generator=generator)
-    return Inputs(student.to(dtype), teacher.to(teacher_dtype or dtype), target)
+    there = torch.get_default_device()
+    with torch.device("cpu"):  # the same numbers everywhere
+        scales = torch.full((count,), scale) if scale else torch.tensor(ROW_SCALES).repeat(count // 4 + 1)[:count]
+        student, teacher = (
+            (torch.randn(count, shape[class_dim], generator=generator, dtype=torch.float64) * scales[:, None])
+            .reshape(*samples, shape[class_dim])
+            .movedim(-1, class_dim)
+            .contiguous()
+            for _ in range(2)
+        )
+        target = torch.randint(shape[class_dim], samples, generator=generator)
+    return Inputs(student.to(there, dtype), teacher.to(there, teacher_dtype or dtype), target.to(there))
 
 
 class Outcome(NamedTuple):
@@ -271,8 +286,11 @@ def check_size(case: Case, student: Tensor, teacher: Tensor, path: Path, target:
 
 
 @cache
-def standard(name: str, shape: tuple[int, int], dtypes: tuple[torch.dtype, torch.dtype]) -> tuple[Inputs, Outcome]:
-    """The inputs and the expectation of a loss for a shape; the same for all backends, modes and instruction sets."""
+def standard(
+    name: str, shape: tuple[int, int], dtypes: tuple[torch.dtype, torch.dtype], device: torch.device
+) -> tuple[Inputs, Outcome]:
+    """The inputs and the expectation of a loss for a shape on a device; the same for all backends there, modes and
+    instruction sets."""
     inputs, case = make_inputs(shape, *dtypes), LOSSES[name]
     return inputs, expected(case.objective, inputs.student, inputs.teacher, **needed_target(case, inputs.target))
 
@@ -281,7 +299,7 @@ def check_standard(
     case: Case, shape: tuple[int, int], path: Path, dtypes: tuple[torch.dtype, torch.dtype] = (torch.float32,) * 2
 ) -> None:
     """:func:`check` on random inputs of a shape."""
-    (student, teacher, target), want = standard(case.name, shape, dtypes)
+    (student, teacher, target), want = standard(case.name, shape, dtypes, torch.get_default_device())
     got = measured(case.call, student, teacher, **path.options, **needed_target(case, target))
     assert_same(got, want, student, teacher)
 
@@ -293,8 +311,9 @@ def needed_target(case: Case, target: Tensor) -> dict[str, Tensor]:
 
 def allocations(run: Callable[[], object]) -> list[int]:
     """Bytes of every tensor that ``run`` allocates, in Python or C++, freed or not."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(profile_memory=True) as profile:
         run()
     events = profile.events()
     assert events is not None
-    return [event.self_cpu_memory_usage for event in events if event.self_cpu_memory_usage > 0]
+    of_device = f"self_{torch.get_default_device().type}_memory_usage".replace("cuda", "device")
+    return [size for size in (getattr(event, of_device) for event in events) if size > 0]

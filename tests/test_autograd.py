@@ -20,7 +20,6 @@ from helpers import (
     measured,
     name_of,
     needed_target,
-    require,
 )
 from losses import LOSSES, SOME_LOSSES, Case, each
 from torch import Tensor
@@ -402,22 +401,18 @@ def retained_by(case: Case, path: Path) -> tuple[Tensor, StorageWeakRef]:
     return case.call(logits, teacher, **path.options, **needed_target(case, target)), watched
 
 
-@pytest.mark.parametrize("backend", NATIVE_BACKENDS)
 @each(SOME_LOSSES)
-def test_fused_mode_lets_the_logits_go(case: Case, backend: str) -> None:
+def test_fused_mode_lets_the_logits_go(case: Case, native_backend: str) -> None:
     """With the gradient at hand nothing needs them: their memory is free before backward."""
-    require(backend)
-    loss, logits = retained_by(case, Path(backend, "fused"))
+    loss, logits = retained_by(case, Path(native_backend, "fused"))
     gc.collect()
     assert logits.expired()
     loss.backward()
 
 
-@pytest.mark.parametrize("backend", NATIVE_BACKENDS)
 @each(SOME_LOSSES)
-def test_recompute_mode_keeps_the_logits_and_nothing_else_of_their_size(case: Case, backend: str) -> None:
-    require(backend)
-    path = Path(backend, "recompute")
+def test_recompute_mode_keeps_the_logits_and_nothing_else_of_their_size(case: Case, native_backend: str) -> None:
+    path = Path(native_backend, "recompute")
     loss, logits = retained_by(case, path)
     assert not logits.expired()
     loss.backward()

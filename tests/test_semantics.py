@@ -229,7 +229,7 @@ def test_target_beyond_num_classes(path: Path, monkeypatch: pytest.MonkeyPatch) 
         kdkernels.dkd_loss(student, teacher, target, num_classes=20, **path.options)
 
 
-@pytest.mark.interpreted
+@pytest.mark.of_gpus
 @pytest.mark.parametrize("value", [-1, 23, 2**40])
 @pytest.mark.parametrize("name", ["dkd", "kd_ce"])
 def test_target_out_of_range_unchecked(

@@ -48,7 +48,7 @@ __device__ void read_saved(const Block<X, kLayout>& block) {
     sample.softmax_factor = sample.valid ? saved[2] * sample.entropy_factor : T(0);
     saved += kSavedHeader;
     if (by_sample) {
-      sample.student = sample.teacher = {T(0), T(0), T(0)};
+      sample.student = sample.teacher = {T(0), T(1), T(0)};  // leaves its logits -inf
       sample.slope = T(0);
       if (sample.valid) read_standardization(saved, sample);
       sample.factor = sample.student.factor * weight;
