@@ -24,6 +24,7 @@ struct Term {
   bool largest;
   double temperature;
   double scale;
+  double slope;  // scale / temperature: of a divergence in the logits
   KlWeights mass;
   KlWeights group[kMaxGroups];
   KlWeights mass_part;
@@ -39,6 +40,10 @@ struct Term {
   KDK_HOST_DEVICE int lead_group(int rank) const { return kind == PartitionKind::top1_topk && rank > 0 ? 1 : 0; }
   KDK_HOST_DEVICE int group_begin(int g) const { return kind == PartitionKind::top1_topk && g == 1 ? 1 : 0; }
   KDK_HOST_DEVICE int group_end(int g) const { return kind == PartitionKind::top1_topk && g == 0 ? 1 : leads(); }
+  // How many of the classes a group has.
+  KDK_HOST_DEVICE int64_t group_size(int g, int64_t classes) const {
+    return g < groups() - 1 ? group_end(g) - group_begin(g) : classes - (groups() == 1 ? 0 : leads());
+  }
   KDK_HOST_DEVICE double exponent() const { return kLog2E / temperature; }
   KDK_HOST_DEVICE int parts() const { return 1 + groups(); }
 
@@ -134,6 +139,7 @@ inline bool decode(const double* numbers, int64_t count, Objective& objective) {
     term.largest = *next++ != 0;
     term.temperature = *next++;
     term.scale = *next++;
+    term.slope = term.scale / term.temperature;
     term.mass = weights();
     for (KlWeights& pair : term.group) pair = weights();
     term.mass_part = weights();

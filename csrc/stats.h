@@ -8,8 +8,11 @@
 
 #if defined(__CUDACC__)
 #define KDK_HOST_DEVICE __host__ __device__ __forceinline__
+// Before a loop whose rounds are not to overlap: a GPU's registers are few.
+#define KDK_ONE_BY_ONE _Pragma("unroll 1")
 #else
 #define KDK_HOST_DEVICE inline
+#define KDK_ONE_BY_ONE
 #endif
 
 namespace kdk {

@@ -389,7 +389,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
       step.parameters.point("saved", call.saved, saved, true);
       if (members.numel() > 0) step.parameters.point("members", call.members, members, true);
     }
-    const std::optional<Tiling> fused = fused_tiling(call, device_limits());
+    const std::optional<Tiling> lanes = parts ? std::nullopt : lane_tiling(call);
+    const std::optional<Tiling> fused = lanes ? lanes : fused_tiling(call, device_limits());
     call.tiling = fused ? *fused : piece_tiling(call, device_limits());
     const int64_t blocks = fused ? sample_blocks(call) : samples;
     Tensor block_losses = loss, block_parts = part_values;
@@ -399,7 +400,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
     }
     step.parameters.point("losses", call.losses, block_losses, true);
     if (parts) step.parameters.point("parts", call.part_values, block_parts, true);
-    if (fused) step.launch("forward", true);
+    if (fused) step.launch(lanes ? "lanes" : "forward", true);
     else step.split();
     if (!each) {
       step.sum_rows(block_losses, loss);

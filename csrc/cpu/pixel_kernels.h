@@ -476,12 +476,6 @@ class PixelWorker {
     }
   }
 
-  // Classes of a group; a whole row's, where there is one group.
-  int64_t size(const Term& term, int g) const {
-    const int rest = term.groups() - 1;
-    return g < rest ? term.group_end(g) - term.group_begin(g) : p_.classes - (rest ? term.leads() : 0);
-  }
-
   // Step 1 of the chunk at hand, for one term.
   void add_term(int t) {
     const Term& term = o_.term[t];
@@ -491,7 +485,7 @@ class PixelWorker {
       term.wants_reverse() ? exponentiate<kind(), true, true>(t, part) : exponentiate<kind(), true, false>(t, part);
     });
     for (int g = 0; g < term.groups(); ++g) {
-      if (size(term, g) == 1) settle_single(part[g]);
+      if (term.group_size(g, p_.classes) == 1) settle_single(part[g]);
       if (begin_ == 0) continue;
       for (int i = 0; i < count_; ++i) {
         GroupStats<double> total = scratch_.stats[t][g].lane(i);
@@ -507,7 +501,7 @@ class PixelWorker {
     constexpr int G = groups_of(Kind);
     const Vec<T> nothing = broadcast(T(-INFINITY));
     bool single[G];
-    for (int g = 0; g < G; ++g) single[g] = size(o_.term[t], g) == 1;
+    for (int g = 0; g < G; ++g) single[g] = o_.term[t].group_size(g, p_.classes) == 1;
     for (int i = 0; i < tile_; i += W) {
       const PixelGroups<T, Kind> groups(scratch_.leaders[t], o_.term[t].largest, i);
       Vec<T> student_top[G], teacher_top[G];
@@ -659,13 +653,9 @@ class PixelWorker {
       for (int t = 0; t < o_.terms; ++t) {
         const Term& term = o_.term[t];
         GroupStats<Doubles> stats[kMaxGroups];
-        int64_t sizes[kMaxGroups];
-        for (int g = 0; g < term.groups(); ++g) {
-          stats[g] = scratch_.stats[t][g].lanes(i);
-          sizes[g] = size(term, g);
-        }
+        for (int g = 0; g < term.groups(); ++g) stats[g] = scratch_.stats[t][g].lanes(i);
         TermResult<Doubles> result;
-        evaluate(term, stats, sizes, unit(t), result);
+        evaluate(term, stats, p_.classes, unit(t), result);
         loss += result.loss;
         for (int g = 0; g < term.groups(); ++g) {
           keep(scratch_.by[t][g].student, result.group[g].student);

@@ -520,13 +520,9 @@ class Worker {
     int64_t first_part = 2;
     for (int t = 0; t < o_.terms; ++t) {
       const Term& term = o_.term[t];
-      const int rest = term.groups() - 1;
-      int64_t sizes[kMaxGroups];
-      for (int g = 0; g < rest; ++g) sizes[g] = term.group_end(g) - term.group_begin(g);
-      sizes[rest] = p_.classes - (rest ? term.leads() : 0);
       TermResult<Doubles> result, of_others;
-      evaluate(term, stats.group[t], sizes, unit(t), result);
-      if (&of_losses != &stats) evaluate(term, of_losses.group[t], sizes, unit(t), of_others);
+      evaluate(term, stats.group[t], p_.classes, unit(t), result);
+      if (&of_losses != &stats) evaluate(term, of_losses.group[t], p_.classes, unit(t), of_others);
       const TermResult<Doubles>& losses = &of_losses != &stats ? of_others : result;
       for (int i = 0; i < count; ++i) {
         Row<T>& row = rows[i];

@@ -8,8 +8,8 @@
 namespace kdk::cuda {
 
 // Reads a piece and what its gradient takes, and masks its entries; ends with a barrier. False if no sample counts.
-template <class X, Layout kLayout>
-__device__ bool prepare(Block<X, kLayout>& block, const Place& place) {
+template <class X, Layout kLayout, Use kUse>
+__device__ bool prepare(Block<X, kLayout, kUse>& block, const Place& place) {
   if (!read_samples(block, place, true)) return false;
   read_saved(block);
   copy_in(block, place);
@@ -24,10 +24,10 @@ __device__ bool prepare(Block<X, kLayout>& block, const Place& place) {
   return true;
 }
 
-template <class X, Layout kLayout>
+template <class X, Layout kLayout, Use kUse>
 __device__ __forceinline__ void backward(const Call& call) {
   const int pieces = call.tiling.pieces;
-  Block<X, kLayout> block(call, static_cast<int>(blockIdx.x % pieces));
+  Block<X, kLayout, kUse> block(call, static_cast<int>(blockIdx.x % pieces));
   const Place place = place_of<kLayout>(call, blockIdx.x / pieces);
   const bool any = prepare(block, place);
   if (any) {

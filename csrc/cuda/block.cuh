@@ -49,11 +49,12 @@ __device__ __forceinline__ void in_turn(At first, At end, Step step, Visit visit
 
 // A thread's view of its block: it belongs to the team of one sample. Elements of a sample's piece are taken in vectors
 // of kWidth; a team's thread takes every so many vectors.
-template <class X, Layout kLayout>
+template <class X, Layout kLayout, Use kUse>
 struct Block {
   using T = Real<X>;
   static constexpr int kWidth = width(kLayout, sizeof(X));
   static constexpr bool kRows = kLayout == Layout::rows;
+  static constexpr bool kAny = kUse == Use::any, kRanks = kUse != Use::simple;
 
   const Call& call;
   int thread, team, own, member;  // `own`: the thread's sample in the block; `member`: which one of the team it is
@@ -107,7 +108,10 @@ struct Block {
   }
 
   // Whether the terms see the logits as they are.
-  __device__ bool plain() const { return call.objective.standardize == Standardize::none; }
+  __device__ Standardize standardization() const { return kAny ? call.objective.standardize : Standardize::none; }
+  __device__ bool plain() const { return standardization() == Standardize::none; }
+  // Whether what is known of the pieces is in global memory, and not in the blocks of a cluster.
+  __device__ bool split() const { return kAny && call.exchange; }
 
   __device__ Sample<T>& sample() const { return samples[own]; }
   __device__ const Matrix& matrix(int side) const {

@@ -8,10 +8,14 @@
 
 namespace kdk::cuda {
 
-constexpr int kMostThreads = 224;  // of a block: two of them leave each thread 144 registers
+constexpr int kMostThreads = 224;  // of a block: two of them leave each thread 144 registers, three 96
 
 // What is next to one another in memory, and so in a block: the classes of a sample, or the samples of a class.
 enum class Layout : int { rows = 0, pixels = 1 };
+
+// What a kernel is compiled for: any call, or those whose whole samples blocks hold, of logits as they are, with terms
+// by rank among them (ranked) or none (simple). These take few registers, so that many of their warps are at work.
+enum class Use : int { any = 0, ranked = 1, simple = 2 };
 
 // How the samples and classes of a call are shared out between blocks and threads.
 struct Tiling {
@@ -173,7 +177,7 @@ KDK_HOST_DEVICE int round_up(unsigned number, unsigned step) {
 }
 
 // Numbers of a TermResult (evaluate.h).
-constexpr int kResults = 1 + 1 + kMaxGroups + 3 * kMaxGroups;
+constexpr int kResults = 1 + 1 + kMaxGroups + 3 * kMaxGroups + 3 * kMaxGroups;
 
 // Elements that a thread takes at a time: of a row 16 bytes; of pixels, which are apart, a few.
 KDK_HOST_DEVICE constexpr int width(Layout layout, int element_bytes) {

@@ -7,8 +7,8 @@
 namespace kdk::cuda {
 
 // Calls visit(student slot, teacher slot) for every sample of the block, at the thread's own class.
-template <class X, Layout kLayout, class Visit>
-__device__ void over_samples(const Block<X, kLayout>& block, Visit visit) {
+template <class X, Layout kLayout, Use kUse, class Visit>
+__device__ void over_samples(const Block<X, kLayout, kUse>& block, Visit visit) {
   const int samples = block.call.tiling.samples;
   for (int i = 0; i < samples; ++i) {
     // Pixels of a class are next to one another: threads take them in turn, each from another memory bank.
@@ -40,10 +40,10 @@ struct RunningMoments {
   }
 };
 
-template <class X, Layout kLayout>
+template <class X, Layout kLayout, Use kUse>
 __device__ __forceinline__ void class_moments(const Call& call) {
   const int pieces = call.tiling.pieces;
-  Block<X, kLayout> block(call, static_cast<int>(blockIdx.x % pieces));
+  Block<X, kLayout, kUse> block(call, static_cast<int>(blockIdx.x % pieces));
   const int64_t stretch = blockIdx.x / pieces, first = stretch * call.stretch;
   const int64_t last = min(first + call.stretch, blocks_of_samples<kLayout>(call));
   RunningMoments<X> moments[2];
@@ -66,8 +66,8 @@ __device__ __forceinline__ void class_moments(const Call& call) {
 }
 
 // Puts gradient and gradient times logit, as the terms see it, in the place of the logits.
-template <class X, Layout kLayout>
-__device__ void gradient_and_product(const Block<X, kLayout>& block) {
+template <class X, Layout kLayout, Use kUse>
+__device__ void gradient_and_product(const Block<X, kLayout, kUse>& block) {
   const GradientNumbers<X> numbers(block.call, block.sample());
   for (int v = block.member; v < block.vectors; v += block.team) {
     X s[block.kWidth], t[block.kWidth], out[block.kWidth];
@@ -97,10 +97,10 @@ __device__ void gradient_and_product(const Block<X, kLayout>& block) {
   __syncthreads();
 }
 
-template <class X, Layout kLayout>
+template <class X, Layout kLayout, Use kUse>
 __device__ __forceinline__ void class_sums(const Call& call) {
   const int pieces = call.tiling.pieces;
-  Block<X, kLayout> block(call, static_cast<int>(blockIdx.x % pieces));
+  Block<X, kLayout, kUse> block(call, static_cast<int>(blockIdx.x % pieces));
   const int64_t stretch = blockIdx.x / pieces, first = stretch * call.stretch;
   const int64_t last = min(first + call.stretch, blocks_of_samples<kLayout>(call));
   double sum = 0, product = 0;

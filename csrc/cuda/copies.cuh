@@ -16,8 +16,8 @@ __device__ __forceinline__ void copy_16_bytes(void* shared, const void* global) 
 __device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 // Whether a row can be copied in vectors: it lies in memory as in its slots.
-template <class X>
-__device__ __forceinline__ bool row_in_vectors(const Block<X, Layout::rows>& block, int side, int64_t first) {
+template <class X, Use kUse>
+__device__ __forceinline__ bool row_in_vectors(const Block<X, Layout::rows, kUse>& block, int side, int64_t first) {
   const Matrix& matrix = block.matrix(side);
   const auto address = reinterpret_cast<uintptr_t>(static_cast<const X*>(matrix.data) + first);
   return matrix.dtype == dtype_of<X> && matrix.class_stride == 1 &&
@@ -25,8 +25,8 @@ __device__ __forceinline__ bool row_in_vectors(const Block<X, Layout::rows>& blo
 }
 
 // Visits the slots of a row's first and last vector where these are not whole: visit(slot, whether it is a class).
-template <class X, class Visit>
-__device__ __forceinline__ void over_edges(const Block<X, Layout::rows>& block, Visit visit) {
+template <class X, Use kUse, class Visit>
+__device__ __forceinline__ void over_edges(const Block<X, Layout::rows, kUse>& block, Visit visit) {
   const int lead = block.lead, end = lead + block.count, whole = block.whole;
   if (lead == 0 && whole == block.vectors) return;
   for (int i = block.member; i < 2 * block.kWidth; i += block.team) {
@@ -38,8 +38,9 @@ __device__ __forceinline__ void over_edges(const Block<X, Layout::rows>& block, 
 }
 
 // Whether a block of pixels can be: all of them are there, and every class of them begins at a multiple of 16 bytes.
-template <class X>
-__device__ __forceinline__ bool pixels_in_vectors(const Block<X, Layout::pixels>& block, int side, const Place& place) {
+template <class X, Use kUse>
+__device__ __forceinline__ bool pixels_in_vectors(const Block<X, Layout::pixels, kUse>& block, int side,
+                                                  const Place& place) {
   const Matrix& matrix = block.matrix(side);
   const int samples = block.call.tiling.samples;
   const auto address = reinterpret_cast<uintptr_t>(static_cast<const X*>(matrix.data) + block.samples[0].offset[side]);
@@ -49,9 +50,9 @@ __device__ __forceinline__ bool pixels_in_vectors(const Block<X, Layout::pixels>
 }
 
 // Visits the thread's share of the vectors of a block's pixels: visit(where it is in the tile, and in the matrix).
-template <class X, class Visit>
-__device__ __forceinline__ void over_pixel_vectors(const Block<X, Layout::pixels>& block, X* tile, const Matrix& matrix,
-                                                   int64_t offset, Visit visit) {
+template <class X, Use kUse, class Visit>
+__device__ __forceinline__ void over_pixel_vectors(const Block<X, Layout::pixels, kUse>& block, X* tile,
+                                                   const Matrix& matrix, int64_t offset, Visit visit) {
   constexpr int kElements = 16 / sizeof(X);
   const int samples = block.call.tiling.samples, of_class = samples / kElements;
   const int first = block.thread / of_class, step = block.call.tiling.threads() / of_class;  // classes
@@ -68,8 +69,8 @@ __device__ __forceinline__ void over_pixel_vectors(const Block<X, Layout::pixels
 }
 
 // Starts to read a side's logits. Slots without a logit that counts get -inf.
-template <class X, Layout kLayout>
-__device__ void copy_in(const Block<X, kLayout>& block, int side, const Place& place) {
+template <class X, Layout kLayout, Use kUse>
+__device__ void copy_in(const Block<X, kLayout, kUse>& block, int side, const Place& place) {
   using T = Real<X>;
   const Call& call = block.call;
   const Matrix& matrix = block.matrix(side);
@@ -110,8 +111,8 @@ __device__ void copy_in(const Block<X, kLayout>& block, int side, const Place& p
 }
 
 // Reads the piece's logits of both sides.
-template <class X, Layout kLayout>
-__device__ void copy_in(const Block<X, kLayout>& block, const Place& place) {
+template <class X, Layout kLayout, Use kUse>
+__device__ void copy_in(const Block<X, kLayout, kUse>& block, const Place& place) {
   copy_in(block, kStudent, place);
   copy_in(block, kTeacher, place);
   wait_for_copies();
@@ -128,8 +129,8 @@ __device__ void copy_in(const Block<X, kLayout>& block, const Place& place) {
 }
 
 // Writes the gradient from the student's slots (zeros if `zero`), and zeros for the classes that are not compared.
-template <class X, Layout kLayout>
-__device__ void copy_out(const Block<X, kLayout>& block, const Place& place, bool zero = false) {
+template <class X, Layout kLayout, Use kUse>
+__device__ void copy_out(const Block<X, kLayout, kUse>& block, const Place& place, bool zero = false) {
   using T = Real<X>;
   const Call& call = block.call;
   const Matrix& matrix = call.gradient;

@@ -20,8 +20,9 @@ __device__ __forceinline__ Candidate<T> best_of(const Candidate<T>& a, const Can
 }
 
 // The best class of the thread's own that is not as good as `last`.
-template <class X, Layout kLayout>
-__device__ Candidate<Real<X>> best_after(const Block<X, kLayout>& block, Real<X> sign, const Candidate<Real<X>>& last) {
+template <class X, Layout kLayout, Use kUse>
+__device__ Candidate<Real<X>> best_after(const Block<X, kLayout, kUse>& block, Real<X> sign,
+                                         const Candidate<Real<X>>& last) {
   using T = Real<X>;
   Candidate<T> best{minus_infinity<T>(), kNoClass};
   for (int v = block.member; v < block.vectors; v += block.team) {
@@ -42,8 +43,8 @@ __device__ Candidate<Real<X>> best_after(const Block<X, kLayout>& block, Real<X>
 
 // The best candidate of the team, known to all of it. All threads of the block must call it. `round` alternates the
 // place of partial results, so that one barrier a round is enough.
-template <class X, Layout kLayout>
-__device__ Candidate<Real<X>> best_of_team(const Block<X, kLayout>& block, Candidate<Real<X>> own, int round) {
+template <class X, Layout kLayout, Use kUse>
+__device__ Candidate<Real<X>> best_of_team(const Block<X, kLayout, kUse>& block, Candidate<Real<X>> own, int round) {
   using T = Real<X>;
   if constexpr (block.kRows) {
     for (int distance = min(block.team, 32) / 2; distance > 0; distance /= 2) {
@@ -64,8 +65,8 @@ __device__ Candidate<Real<X>> best_of_team(const Block<X, kLayout>& block, Candi
 
 // Visits the entries of all of the block's samples, of whatever team the threads are: few take few warps.
 // visit(the block as the sample's team sees it, which entry)
-template <class X, Layout kLayout, class Visit>
-__device__ __forceinline__ void over_entries(const Block<X, kLayout>& block, Visit visit) {
+template <class X, Layout kLayout, Use kUse, class Visit>
+__device__ __forceinline__ void over_entries(const Block<X, kLayout, kUse>& block, Visit visit) {
   const Tiling& tiling = block.call.tiling;
   for (int i = block.thread; i < tiling.samples * tiling.entries; i += tiling.threads())
     visit(block.of_sample(i % tiling.samples), i / tiling.samples);
@@ -80,8 +81,8 @@ __device__ __forceinline__ int term_of_entry(const Call& call, int e) {
 
 // What at least `k` of the sample's classes reach, if that many are seen: the lowest of the k best of groups of
 // classes. All threads of the block must call it.
-template <bool kLargest, class X, Layout kLayout>
-__device__ Real<X> bound_of_best(const Block<X, kLayout>& block, int k) {
+template <bool kLargest, class X, Layout kLayout, Use kUse>
+__device__ Real<X> bound_of_best(const Block<X, kLayout, kUse>& block, int k) {
   using T = Real<X>;
   constexpr int kGroups = block.kRows ? 8 : 16, kVectors = kGroups / block.kWidth;
   T best[kGroups];
@@ -120,8 +121,8 @@ __device__ Real<X> bound_of_best(const Block<X, kLayout>& block, int k) {
 
 // Collects the sample's classes that reach a bound. False, for the whole block, if they are more than there is room
 // for.
-template <bool kLargest, class X, Layout kLayout>
-__device__ bool collect(const Block<X, kLayout>& block, Real<X> bound) {
+template <bool kLargest, class X, Layout kLayout, Use kUse>
+__device__ bool collect(const Block<X, kLayout, kUse>& block, Real<X> bound) {
   using T = Real<X>;
   Sample<T>& sample = block.sample();
   const int room = block.call.tiling.candidates;
@@ -150,15 +151,15 @@ __device__ bool collect(const Block<X, kLayout>& block, Real<X> bound) {
 }
 
 // Collects the classes that may be among the k best, and knows whether there was room for them.
-template <class X, Layout kLayout>
-__device__ bool collect_best(const Block<X, kLayout>& block, const Term& term) {
+template <class X, Layout kLayout, Use kUse>
+__device__ bool collect_best(const Block<X, kLayout, kUse>& block, const Term& term) {
   return term.largest ? collect<true>(block, bound_of_best<true>(block, term.k))
                       : collect<false>(block, bound_of_best<false>(block, term.k));
 }
 
 // Names the k best classes, one after the other, whatever they are: each one is looked for among all that follow.
-template <class X, Layout kLayout>
-__device__ void rank_one_by_one(const Block<X, kLayout>& block, Real<X> sign, int k, Entry<Real<X>>* entries) {
+template <class X, Layout kLayout, Use kUse>
+__device__ void rank_one_by_one(const Block<X, kLayout, kUse>& block, Real<X> sign, int k, Entry<Real<X>>* entries) {
   using T = Real<X>;
   Candidate<T> own = best_after(block, sign, Candidate<T>{static_cast<T>(INFINITY), -1});
   for (int rank = 0; rank < k; ++rank) {
@@ -170,18 +171,18 @@ __device__ void rank_one_by_one(const Block<X, kLayout>& block, Real<X> sign, in
 
 // Names the entries of the piece: the target, and for each term by rank the piece's k best classes. Ends with a
 // barrier.
-template <class X, Layout kLayout>
-__device__ void find_entries(const Block<X, kLayout>& block) {
+template <class X, Layout kLayout, Use kUse>
+__device__ void find_entries(const Block<X, kLayout, kUse>& block) {
   using T = Real<X>;
   const Call& call = block.call;
   const Sample<T>& sample = block.sample();
-  over_entries(block, [&](const Block<X, kLayout>& of, int e) {
+  over_entries(block, [&](const Block<X, kLayout, kUse>& of, int e) {
     const int target = of.sample().target, t = term_of_entry(call, e);
     const bool inside = of.sample().valid && target >= block.begin && target < block.begin + block.count;
     of.entries[e].of_class = t < 0 && inside ? target : -1;
     of.entries[e].rank = t < 0 ? 0 : e - call.first_entry(t);
   });
-  for (int t = 0; t < call.objective.terms; ++t) {
+  for (int t = 0; block.kRanks && t < call.objective.terms; ++t) {
     const Term& term = call.objective.term[t];
     if (!term.by_rank()) continue;
     const T sign = term.largest ? T(1) : T(-1);
@@ -203,11 +204,11 @@ __device__ void find_entries(const Block<X, kLayout>& block) {
 }
 
 // Takes the entries that forward found from `members`.
-template <class X, Layout kLayout>
-__device__ void read_entries(const Block<X, kLayout>& block) {
+template <class X, Layout kLayout, Use kUse>
+__device__ void read_entries(const Block<X, kLayout, kUse>& block) {
   const Call& call = block.call;
   const int first = call.first_entry(0), columns = call.tiling.entries - first;
-  over_entries(block, [&](const Block<X, kLayout>& of, int e) {
+  over_entries(block, [&](const Block<X, kLayout, kUse>& of, int e) {
     const Sample<Real<X>>& sample = of.sample();
     const int64_t of_class = !sample.valid ? -1
                              : e < first   ? sample.target
@@ -222,9 +223,9 @@ __device__ void read_entries(const Block<X, kLayout>& block) {
 }
 
 // Reads the entries' logits; a barrier must come before and after.
-template <class X, Layout kLayout>
-__device__ void read_logits(const Block<X, kLayout>& block) {
-  over_entries(block, [](const Block<X, kLayout>& of, int e) {
+template <class X, Layout kLayout, Use kUse>
+__device__ void read_logits(const Block<X, kLayout, kUse>& block) {
+  over_entries(block, [](const Block<X, kLayout, kUse>& of, int e) {
     Entry<Real<X>>& entry = of.entries[e];
     entry.raw = entry.student = entry.teacher = 0;
     if (entry.of_class < 0) return;
@@ -255,8 +256,8 @@ __device__ int rank_of(const Call& call, const Term& term, int first, int e, int
 }
 
 // Settles the ranks among all pieces of the cluster's samples.
-template <class X, Layout kLayout>
-__device__ void rank_in_cluster(const Block<X, kLayout>& block) {
+template <class X, Layout kLayout, Use kUse>
+__device__ void rank_in_cluster(const Block<X, kLayout, kUse>& block) {
   const Call& call = block.call;
   for (int e = block.member; e < call.tiling.entries; e += block.team) {
     Entry<Real<X>>& entry = block.entries[e];
@@ -296,9 +297,9 @@ __device__ void resolve(const Call& call, const Entry<T>* entries, int e, int ta
 }
 
 // Resolves the entries and masks their logits; barriers must come before and after.
-template <class X, Layout kLayout>
-__device__ void mask_entries(const Block<X, kLayout>& block) {
-  over_entries(block, [](const Block<X, kLayout>& of, int e) {
+template <class X, Layout kLayout, Use kUse>
+__device__ void mask_entries(const Block<X, kLayout, kUse>& block) {
+  over_entries(block, [](const Block<X, kLayout, kUse>& of, int e) {
     Entry<Real<X>>& entry = of.entries[e];
     resolve(of.call, of.entries, e, of.sample().target, entry);
     if (!entry.counts) return;
@@ -355,8 +356,8 @@ __device__ T entry_gradient(const Call& call, const Sample<T>& sample, const Ent
 }
 
 // The entries' share of product_sum().
-template <class X, Layout kLayout>
-__device__ double entry_products(const Block<X, kLayout>& block) {
+template <class X, Layout kLayout, Use kUse>
+__device__ double entry_products(const Block<X, kLayout, kUse>& block) {
   using T = Real<X>;
   double total = 0;
   for (int e = block.member; e < block.call.tiling.entries; e += block.team) {
@@ -368,9 +369,9 @@ __device__ double entry_products(const Block<X, kLayout>& block) {
 }
 
 // Puts the entries' gradient in the student's place; a barrier must come before and after.
-template <class X, Layout kLayout>
-__device__ void entry_gradients(const Block<X, kLayout>& block) {
-  over_entries(block, [](const Block<X, kLayout>& of, int e) {
+template <class X, Layout kLayout, Use kUse>
+__device__ void entry_gradients(const Block<X, kLayout, kUse>& block) {
+  over_entries(block, [](const Block<X, kLayout, kUse>& of, int e) {
     const Call& call = of.call;
     const Sample<Real<X>>& sample = of.sample();
     const Entry<Real<X>>& entry = of.entries[e];

@@ -8,8 +8,8 @@
 namespace kdk::cuda {
 
 // Moments of whole samples, over all pieces of the cluster.
-template <class X, Layout kLayout>
-__device__ void standardize_samples(const Block<X, kLayout>& block) {
+template <class X, Layout kLayout, Use kUse>
+__device__ void standardize_samples(const Block<X, kLayout, kUse>& block) {
   const Call& call = block.call;
   Moments<double> moments[2];
   sample_moments(block, moments);
@@ -28,8 +28,8 @@ __device__ void standardize_samples(const Block<X, kLayout>& block) {
 }
 
 // The slope of the chain rule of standardised samples, over all pieces of the cluster; ends with a barrier.
-template <class X, Layout kLayout>
-__device__ void settle_slopes(const Block<X, kLayout>& block) {
+template <class X, Layout kLayout, Use kUse>
+__device__ void settle_slopes(const Block<X, kLayout, kUse>& block) {
   using T = Real<X>;
   const Call& call = block.call;
   block.put(0, product_sum(block) + entry_products(block));
@@ -50,12 +50,12 @@ __device__ void settle_slopes(const Block<X, kLayout>& block) {
   __syncthreads();
 }
 
-template <class X, Layout kLayout>
+template <class X, Layout kLayout, Use kUse>
 __device__ __forceinline__ void forward(const Call& call) {
   const int pieces = call.tiling.pieces;
-  Block<X, kLayout> block(call, static_cast<int>(blockIdx.x % pieces));
+  Block<X, kLayout, kUse> block(call, static_cast<int>(blockIdx.x % pieces));
   const Place place = place_of<kLayout>(call, blockIdx.x / pieces);
-  const bool by_sample = call.objective.standardize == Standardize::by_sample;
+  const bool by_sample = block.standardization() == Standardize::by_sample;
   const bool any = read_samples(block, place, false);
   if (any) {
     copy_in(block, place);

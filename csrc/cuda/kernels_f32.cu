@@ -1,4 +1,5 @@
 #include "kernels.cuh"
 
 KDK_KERNELS(f32, float)
+KDK_KERNELS_OF_USE(f32, float)
 KDK_CLASS_KERNELS(f32, float)

@@ -145,6 +145,20 @@ std::optional<Tiling> fused_tiling(const Call& call, const Device& device) {
   return std::nullopt;
 }
 
+std::optional<Tiling> lane_tiling(const Call& call) {
+  constexpr int kMostClasses = 64, kLaneSamples = 128;  // the L1 cache has as many logits as a multiprocessor's lanes
+  const Objective& objective = call.objective;
+  const DType type = tile_type(call);
+  if (layout_of(call) != Layout::pixels || call.classes > kMostClasses || type == DType::f64 ||
+      type != call.student.dtype || type != call.teacher.dtype || objective.standardize != Standardize::none ||
+      objective.terms > 1 || objective.term[0].by_rank() || call.saved || call.part_values)
+    return std::nullopt;
+  Tiling tiling;
+  tiling.samples = kLaneSamples;
+  tiling.piece = static_cast<int>(call.classes);
+  return tiling;
+}
+
 Tiling piece_tiling(const Call& call, const Device& device) {
   constexpr int kMostClasses = 4096, kFewestClasses = 16;
   const int limit = device.shared_bytes_of_all / kBlocksAtATime - kReserved;
@@ -202,19 +216,28 @@ Launch configure_merge(const char* step, Call& call) {
   return launch;
 }
 
+// Which of forward's kernels serves a call; double precision has one for all.
+const char* use_of(const Call& call, DType type) {
+  if (type == DType::f64 || call.objective.standardize != Standardize::none) return "";
+  for (int t = 0; t < call.objective.terms; ++t)
+    if (call.objective.term[t].by_rank()) return "_ranked";
+  return "_simple";
+}
+
 Launch configure(const char* step, Call& call, bool clustered) {
   const Tiling& tiling = call.tiling;
   const bool of_classes = std::string(step).rfind("class_", 0) == 0;  // in the arithmetic's type
   DType type = tile_type(call);
   if (of_classes && type != DType::f64) type = DType::f32;
+  const bool alone = std::string(step) == "lanes";  // threads that share nothing
   Launch launch;
-  launch.kernel =
-      std::string("kdk_") + step + (layout_of(call) == Layout::rows ? "_rows_" : "_pixels_") + name_of(type);
+  launch.kernel = std::string("kdk_") + step + (std::string(step) == "forward" ? use_of(call, type) : "") +
+                  (layout_of(call) == Layout::rows ? "_rows_" : "_pixels_") + name_of(type);
   launch.blocks = sample_blocks(call) * tiling.pieces;
-  launch.threads = tiling.threads();
+  launch.threads = alone ? kWarp : tiling.threads();
   launch.cluster = clustered ? tiling.pieces : 1;
   call.regions = regions_of(type, layout_of(call), tiling);
-  launch.shared_bytes = std::string(step) == "scale" ? 0 : call.regions.total;
+  launch.shared_bytes = alone || std::string(step) == "scale" ? 0 : call.regions.total;
   return launch;
 }
 

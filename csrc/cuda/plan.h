@@ -33,6 +33,9 @@ DType tile_type(const Call& call);
 Layout layout_of(const Call& call);
 // How the fused kernel shares out a call; nothing where a sample does not fit on chip.
 std::optional<Tiling> fused_tiling(const Call& call, const Device& device);
+// How samples are shared out that a thread each works on, if they can be: side by side, of few classes, one term
+// without ranks, and nothing but loss and gradient asked for.
+std::optional<Tiling> lane_tiling(const Call& call);
 // How kernels that look at any piece of a sample share out a call.
 Tiling piece_tiling(const Call& call, const Device& device);
 // How kernels that add up over samples share out a call, and how many blocks of samples one of their blocks adds up.

@@ -29,8 +29,8 @@ __device__ __forceinline__ double upstream(const Call& call, int64_t number) {
 
 // Reads what is known of the block's samples, a thread each: their weights as given or, if `again`, as forward has
 // saved them. True for the whole block if any of its samples counts.
-template <class X, Layout kLayout>
-__device__ bool read_samples(Block<X, kLayout>& block, const Place& place, bool again) {
+template <class X, Layout kLayout, Use kUse>
+__device__ bool read_samples(Block<X, kLayout, kUse>& block, const Place& place, bool again) {
   using T = Real<X>;
   const Call& call = block.call;
   bool any = false;
@@ -71,8 +71,8 @@ __device__ bool read_samples(Block<X, kLayout>& block, const Place& place, bool 
 }
 
 // Writes one value of each of the block's samples or, to be added up later, their sum. By the first warp.
-template <class X, Layout kLayout>
-__device__ void write_result(const Block<X, kLayout>& block, int64_t number, void* out, int columns, int column,
+template <class X, Layout kLayout, Use kUse>
+__device__ void write_result(const Block<X, kLayout, kUse>& block, int64_t number, void* out, int columns, int column,
                              double value) {
   if (block.call.each) {
     if (number >= 0) static_cast<Real<X>*>(out)[number * columns + column] = static_cast<Real<X>>(value);
@@ -80,7 +80,7 @@ __device__ void write_result(const Block<X, kLayout>& block, int64_t number, voi
   }
   for (int distance = 16; distance > 0; distance /= 2) value += __shfl_xor_sync(kAllLanes, value, distance);
   if (block.thread == 0) {
-    const int64_t row = block.call.exchange ? blockIdx.x : blockIdx.x / block.call.tiling.pieces;
+    const int64_t row = block.split() ? blockIdx.x : blockIdx.x / block.call.tiling.pieces;
     static_cast<double*>(out)[row * columns + column] = value;
   }
 }

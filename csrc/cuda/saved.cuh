@@ -9,8 +9,8 @@ namespace kdk::cuda {
 
 constexpr int kSavedHeader = 3, kSavedStandardization = 7;
 
-template <class X, Layout kLayout>
-__device__ void save_standardization(const Block<X, kLayout>& block) {
+template <class X, Layout kLayout, Use kUse>
+__device__ void save_standardization(const Block<X, kLayout, kUse>& block) {
   using T = Real<X>;
   const Call& call = block.call;
   const Sample<T>& sample = block.sample();
@@ -33,12 +33,12 @@ __device__ void read_standardization(const T* saved, Sample<T>& sample) {
 }
 
 // Reads what the gradient of each of the block's samples takes; ends with a barrier.
-template <class X, Layout kLayout>
-__device__ void read_saved(const Block<X, kLayout>& block) {
+template <class X, Layout kLayout, Use kUse>
+__device__ void read_saved(const Block<X, kLayout, kUse>& block) {
   using T = Real<X>;
   const Call& call = block.call;
   const Objective& objective = call.objective;
-  const bool by_sample = objective.standardize == Standardize::by_sample;
+  const bool by_sample = block.standardization() == Standardize::by_sample;
   if (block.thread < call.tiling.samples) {
     Sample<T>& sample = block.samples[block.thread];
     const T weight = static_cast<T>(sample.weight);

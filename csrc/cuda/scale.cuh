@@ -6,12 +6,12 @@
 namespace kdk::cuda {
 
 // A factor of 1 for all touches no memory. The gradient stands where the student does.
-template <class X, Layout kLayout>
+template <class X, Layout kLayout, Use kUse>
 __device__ __forceinline__ void scale(const Call& call) {
   using T = Real<X>;
   if (!call.upstream_each && *call.upstream == 1) return;
   const int pieces = call.tiling.pieces;
-  Block<X, kLayout> block(call, static_cast<int>(blockIdx.x % pieces));
+  Block<X, kLayout, kUse> block(call, static_cast<int>(blockIdx.x % pieces));
   const Place place = place_of<kLayout>(call, blockIdx.x / pieces);
   if (block.own >= place.count) return;
   const int64_t number = place.first + block.own;

@@ -6,16 +6,10 @@
 
 namespace kdk::cuda {
 
-// How many classes a group of a term has.
-__device__ __forceinline__ int64_t group_size(const Term& term, int64_t classes, int g) {
-  const int rest = term.groups() - 1;
-  if (g < rest) return term.group_end(g) - term.group_begin(g);
-  return classes - (rest == 0 ? 0 : term.leads());
-}
-
 // Statistics of all groups of a term, of one sample's piece: its sweep's and its entries'.
-template <class X, Layout kLayout>
-__device__ void piece_statistics(const Block<X, kLayout>& block, int of_sample, int t, GroupStats<double>* stats) {
+template <class X, Layout kLayout, Use kUse>
+__device__ void piece_statistics(const Block<X, kLayout, kUse>& block, int of_sample, int t,
+                                 GroupStats<double>* stats) {
   using T = Real<X>;
   const Call& call = block.call;
   const Term& term = call.objective.term[t];
@@ -48,8 +42,9 @@ __device__ void add_entry(SoftmaxStats<double>& softmax, const Entry<T>& entry) 
 }
 
 // The student's softmax over a sample's piece, and its target's logit if that is in it.
-template <class X, Layout kLayout>
-__device__ SoftmaxStats<double> piece_softmax(const Block<X, kLayout>& block, int of_sample, double& target_logit) {
+template <class X, Layout kLayout, Use kUse>
+__device__ SoftmaxStats<double> piece_softmax(const Block<X, kLayout, kUse>& block, int of_sample,
+                                              double& target_logit) {
   using T = Real<X>;
   const Call& call = block.call;
   const Entry<T>* entries = block.entries + (of_sample - block.own) * call.tiling.entries;
@@ -62,24 +57,39 @@ __device__ SoftmaxStats<double> piece_softmax(const Block<X, kLayout>& block, in
   return softmax;
 }
 
-// Losses, results and what the gradient needs of one term. A partition of one, two or three groups: its number is known
-// where it is compiled, so that nothing is indexed at run time.
-template <PartitionKind kKind>
-__device__ void evaluate_term(Term term, GroupStats<double>* stats, const int64_t* sizes, TermResult<double>& result) {
-  term.kind = kKind;
-  evaluate<double>(term, stats, sizes, 1.0, result);
-}
-
 // What is known of a piece of a sample: in its block of the cluster or, of split samples, in global memory.
-template <class X, Layout kLayout>
-__device__ __forceinline__ const Exchange& piece_exchange(const Block<X, kLayout>& block, int of_sample, int piece) {
+template <class X, Layout kLayout, Use kUse>
+__device__ __forceinline__ const Exchange& piece_exchange(const Block<X, kLayout, kUse>& block, int of_sample,
+                                                          int piece) {
   const Call& call = block.call;
-  if (!call.exchange) return *of_block(block.exchange + of_sample, piece);
+  if (!block.split()) return *of_block(block.exchange + of_sample, piece);
   return call.exchange[block.samples[of_sample].number * call.tiling.pieces + piece];
 }
 
-template <class X, Layout kLayout>
-__device__ void settle(const Block<X, kLayout>& block) {
+// The statistics of a group of a row from those of its pieces: a lane each, all of which must call it and know it then.
+template <class X, Layout kLayout, Use kUse>
+__device__ GroupStats<double> merged_over_lanes(const Block<X, kLayout, kUse>& block, int t, int g) {
+  const int pieces = block.call.tiling.pieces;
+  GroupStats<double> own;
+  if (block.thread < pieces) own = piece_exchange(block, 0, block.thread).group[t][g];
+  for (int piece = block.thread + 32; block.split() && piece < pieces; piece += 32)
+    merge(own, piece_exchange(block, 0, piece).group[t][g], 1.0);
+  const auto over_lanes = [](double value, auto op) {
+#pragma unroll
+    for (int distance = 16; distance > 0; distance /= 2) value = op(value, __shfl_xor_sync(kAllLanes, value, distance));
+    return value;
+  };
+  const auto sum = [](double a, double b) { return a + b; };
+  rebase(own, over_lanes(own.student_origin, Larger{}), over_lanes(own.teacher_origin, Larger{}), 1.0);
+  own.student_sum = over_lanes(own.student_sum, sum);
+  own.teacher_sum = over_lanes(own.teacher_sum, sum);
+  own.teacher_gap = over_lanes(own.teacher_gap, sum);
+  own.student_gap = over_lanes(own.student_gap, sum);
+  return own;
+}
+
+template <class X, Layout kLayout, Use kUse>
+__device__ void settle(const Block<X, kLayout, kUse>& block) {
   using T = Real<X>;
   const Call& call = block.call;
   const Objective& objective = call.objective;
@@ -87,13 +97,12 @@ __device__ void settle(const Block<X, kLayout>& block) {
   const bool there = own < call.tiling.samples;
   Sample<T>& sample = block.samples[there ? own : 0];
   const bool valid = there && sample.valid;
-  const bool first_piece = block.piece == 0, alone = call.tiling.pieces == 1 && !call.exchange;
+  const bool first_piece = block.piece == 0, alone = call.tiling.pieces == 1 && !block.split();
   const int64_t number = there ? sample.number : -1;
   const double weight = valid ? sample.weight : 0;
-  const bool by_sample = objective.standardize == Standardize::by_sample;
-  T* saved = there && number >= 0 && call.saved && first_piece
-                 ? static_cast<T*>(call.saved) + number * saved_size(objective)
-                 : nullptr;
+  const bool by_sample = block.standardization() == Standardize::by_sample;
+  T* saved =
+      number >= 0 && call.saved && first_piece ? static_cast<T*>(call.saved) + number * saved_size(objective) : nullptr;
   double loss = 0, entropy = 0;
   T softmax_origin = 0, softmax_inverse = 0;
   if (there && objective.has_ce()) {
@@ -109,7 +118,7 @@ __device__ void settle(const Block<X, kLayout>& block) {
       }
     }
     softmax_origin = static_cast<T>(start(softmax.origin));
-    softmax_inverse = static_cast<T>(1 / softmax.sum);
+    softmax_inverse = static_cast<T>(inverse(softmax.sum));
     entropy = log(softmax.sum) + (kLn2 * start(softmax.origin) - target_logit);
     loss = objective.ce_weight * entropy;
   }
@@ -136,10 +145,17 @@ __device__ void settle(const Block<X, kLayout>& block) {
   for (int t = 0; t < objective.terms; ++t) {
     const Term& term = objective.term[t];
     const int groups = term.groups();
+    if (block.kRows && !alone) {  // of one row
+#pragma unroll 1
+      for (int g = 0; g < groups; ++g) {
+        const GroupStats<double> merged = merged_over_lanes(block, t, g);
+        if (there) stats[g] = merged;
+      }
+    }
     if (there) {
       if (alone) {
         piece_statistics(block, own, t, stats);
-      } else {
+      } else if (!block.kRows) {
 #pragma unroll 1
         for (int g = 0; g < groups; ++g) {
           GroupStats<double> merged;
@@ -148,24 +164,18 @@ __device__ void settle(const Block<X, kLayout>& block) {
           stats[g] = merged;
         }
       }
-      int64_t sizes[kMaxGroups];
-#pragma unroll
-      for (int g = 0; g < kMaxGroups; ++g) {
-        if (g >= groups) break;
-        sizes[g] = group_size(term, call.classes, g) == 1 ? 1 : 2;  // all that matters is whether it is one
-        if (sizes[g] != 1) continue;
+#pragma unroll 1
+      for (int g = 0; g < groups; ++g) {
+        if (term.group_size(g, call.classes) != 1) continue;
         stats[g].student_sum = single_sum(stats[g].student_origin);
         stats[g].teacher_sum = single_sum(stats[g].teacher_origin);
         stats[g].student_gap = stats[g].teacher_gap = 0;
       }
-      if (groups == 1) evaluate_term<PartitionKind::whole>(term, stats, sizes, result);
-      else if (groups == 2) evaluate_term<PartitionKind::target>(term, stats, sizes, result);
-      else evaluate_term<PartitionKind::top1_topk>(term, stats, sizes, result);
+      evaluate<block.kRanks ? kMaxGroups : 2>(term, stats, call.classes, 1.0, result);
       loss += result.loss;
       const double factor = by_sample ? 1 : weight;
-#pragma unroll
-      for (int g = 0; g < kMaxGroups; ++g) {
-        if (g >= groups) break;
+#pragma unroll 1
+      for (int g = 0; g < groups; ++g) {
         const GroupCoefficients<double>& by = result.group[g];
         GroupShare<T>& share = sample.share[t][g];
         share.student_origin = static_cast<T>(start(stats[g].student_origin));
@@ -184,9 +194,8 @@ __device__ void settle(const Block<X, kLayout>& block) {
       }
     }
     if (call.part_values && first_piece) {
-#pragma unroll
-      for (int i = 0; i <= kMaxGroups; ++i) {
-        if (i > groups) break;
+#pragma unroll 1
+      for (int i = 0; i <= groups; ++i) {
         write_result(block, number, call.part_values, columns, column++, valid ? result.parts[i] * weight : 0);
       }
     }
@@ -195,8 +204,8 @@ __device__ void settle(const Block<X, kLayout>& block) {
 }
 
 // The results of a block none of whose samples counts.
-template <class X, Layout kLayout>
-__device__ void settle_nothing(const Block<X, kLayout>& block) {
+template <class X, Layout kLayout, Use kUse>
+__device__ void settle_nothing(const Block<X, kLayout, kUse>& block) {
   const Call& call = block.call;
   if (block.piece != 0) return;
   const int64_t number = block.thread < call.tiling.samples ? block.samples[block.thread].number : -1;
@@ -207,8 +216,8 @@ __device__ void settle_nothing(const Block<X, kLayout>& block) {
 }
 
 // Tells the others of the cluster what this piece adds up to; a cluster barrier must come after.
-template <class X, Layout kLayout>
-__device__ void tell_statistics(const Block<X, kLayout>& block) {
+template <class X, Layout kLayout, Use kUse>
+__device__ void tell_statistics(const Block<X, kLayout, kUse>& block) {
   const Call& call = block.call;
   if (block.thread >= call.tiling.samples) return;
   Exchange& exchange = block.exchange[block.thread];
@@ -217,8 +226,8 @@ __device__ void tell_statistics(const Block<X, kLayout>& block) {
 }
 
 // Writes which classes lead. Of samples that do not count nobody will ask.
-template <class X, Layout kLayout>
-__device__ void write_members(const Block<X, kLayout>& block) {
+template <class X, Layout kLayout, Use kUse>
+__device__ void write_members(const Block<X, kLayout, kUse>& block) {
   if (!block.call.members || !block.sample().valid) return;
   for (int e = block.member; e < block.call.tiling.entries; e += block.team)
     write_member(block.call, block.sample().number, e, block.entries[e]);

@@ -7,8 +7,8 @@
 
 namespace kdk::cuda {
 
-template <class X, Layout kLayout>
-__device__ __forceinline__ Exchange& own_exchange(const Block<X, kLayout>& block, int of_sample) {
+template <class X, Layout kLayout, Use kUse>
+__device__ __forceinline__ Exchange& own_exchange(const Block<X, kLayout, kUse>& block, int of_sample) {
   return block.call.exchange[block.samples[of_sample].number * block.call.tiling.pieces + block.piece];
 }
 
@@ -18,9 +18,9 @@ __device__ __forceinline__ Entry<T>* piece_entries(const Call& call, int64_t num
 }
 
 // Moments of the pieces of standardised samples.
-template <class X, Layout kLayout>
+template <class X, Layout kLayout, Use kUse>
 __device__ __forceinline__ void part_moments(const Call& call) {
-  Block<X, kLayout> block(call, static_cast<int>(blockIdx.x % call.tiling.pieces));
+  Block<X, kLayout, kUse> block(call, static_cast<int>(blockIdx.x % call.tiling.pieces));
   const Place place = place_of<kLayout>(call, blockIdx.x / call.tiling.pieces);
   if (!read_samples(block, place, false)) return;
   copy_in(block, place);
@@ -31,10 +31,10 @@ __device__ __forceinline__ void part_moments(const Call& call) {
 }
 
 // Statistics of the pieces; their entries are kept apart.
-template <class X, Layout kLayout>
+template <class X, Layout kLayout, Use kUse>
 __device__ __forceinline__ void part_statistics(const Call& call) {
   using T = Real<X>;
-  Block<X, kLayout> block(call, static_cast<int>(blockIdx.x % call.tiling.pieces));
+  Block<X, kLayout, kUse> block(call, static_cast<int>(blockIdx.x % call.tiling.pieces));
   const Place place = place_of<kLayout>(call, blockIdx.x / call.tiling.pieces);
   if (!read_samples(block, place, false)) return;
   Sample<T>& sample = block.sample();
@@ -74,10 +74,10 @@ __device__ __forceinline__ void part_statistics(const Call& call) {
 }
 
 // Merges the pieces of a sample: a warp each.
-template <class X, Layout kLayout>
+template <class X, Layout kLayout, Use kUse>
 __device__ __forceinline__ void merge_parts(const Call& call) {
   using T = Real<X>;
-  Block<X, kLayout> block(call, 0);
+  Block<X, kLayout, kUse> block(call, 0);
   block.begin = 0;
   block.count = 0;
   if (!read_samples(block, Place{0, 0, blockIdx.x, 1}, false)) {
@@ -121,9 +121,9 @@ __device__ __forceinline__ void merge_parts(const Call& call) {
 }
 
 // Each piece's sum of gradient times standardised logit.
-template <class X, Layout kLayout>
+template <class X, Layout kLayout, Use kUse>
 __device__ __forceinline__ void part_products(const Call& call) {
-  Block<X, kLayout> block(call, static_cast<int>(blockIdx.x % call.tiling.pieces));
+  Block<X, kLayout, kUse> block(call, static_cast<int>(blockIdx.x % call.tiling.pieces));
   const Place place = place_of<kLayout>(call, blockIdx.x / call.tiling.pieces);
   if (!prepare(block, place)) return;
   block.put(0, product_sum(block) + entry_products(block));
@@ -133,7 +133,7 @@ __device__ __forceinline__ void part_products(const Call& call) {
 }
 
 // Settles the slopes of the chain rule from the pieces' products: a thread a sample.
-template <class X, Layout kLayout>
+template <class X, Layout kLayout, Use kUse>
 __device__ __forceinline__ void merge_products(const Call& call) {
   using T = Real<X>;
   const int64_t number = blockIdx.x * int64_t{blockDim.x} + threadIdx.x;

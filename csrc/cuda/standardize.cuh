@@ -28,13 +28,14 @@ __device__ __forceinline__ T affine_number(const Call& call, int row, int64_t of
 }
 
 // One logit as the terms see it.
-template <class X, Layout kLayout>
-__device__ __forceinline__ Real<X> standardized(const Block<X, kLayout>& block, int side, int of_class, Real<X> logit) {
+template <class X, Layout kLayout, Use kUse>
+__device__ __forceinline__ Real<X> standardized(const Block<X, kLayout, kUse>& block, int side, int of_class,
+                                                Real<X> logit) {
   using T = Real<X>;
   const Call& call = block.call;
-  if (call.objective.standardize == Standardize::by_sample)
+  if (block.standardization() == Standardize::by_sample)
     return apply(side == kStudent ? block.sample().student : block.sample().teacher, logit);
-  if (call.objective.standardize == Standardize::by_class) {
+  if (block.standardization() == Standardize::by_class) {
     const int row = side * kSide;
     return apply(
         Affine<T>{affine_number<T>(call, row + kHigh, of_class), affine_number<T>(call, row + kFactor, of_class),
@@ -45,16 +46,17 @@ __device__ __forceinline__ Real<X> standardized(const Block<X, kLayout>& block, 
 }
 
 // The class of a vector's element; for pads some class that exists.
-template <class X, Layout kLayout>
-__device__ __forceinline__ int64_t class_near(const Block<X, kLayout>& block, int vector, int w) {
+template <class X, Layout kLayout, Use kUse>
+__device__ __forceinline__ int64_t class_near(const Block<X, kLayout, kUse>& block, int vector, int w) {
   return block.begin + min(max(block.class_of(vector) + w, 0), block.count - 1);
 }
 
 // A vector of logits as the terms see it.
-template <class X, Layout kLayout>
-__device__ __forceinline__ void standardize(const Block<X, kLayout>& block, int side, int vector, Real<X>* values) {
-  if (block.call.objective.standardize == Standardize::none) return;
-  if (block.call.objective.standardize == Standardize::by_sample) {
+template <class X, Layout kLayout, Use kUse>
+__device__ __forceinline__ void standardize(const Block<X, kLayout, kUse>& block, int side, int vector,
+                                            Real<X>* values) {
+  if (block.plain()) return;
+  if (block.standardization() == Standardize::by_sample) {
     const Affine<Real<X>> affine = side == kStudent ? block.sample().student : block.sample().teacher;
 #pragma unroll
     for (int w = 0; w < block.kWidth; ++w) values[w] = apply(affine, values[w]);
@@ -83,8 +85,8 @@ __device__ void settle_moments(const Objective& objective, const Moments<double>
 }
 
 // The moments of each sample's piece, by the first thread of its team; ends with a barrier.
-template <class X, Layout kLayout>
-__device__ void sample_moments(const Block<X, kLayout>& block, Moments<double>* moments) {
+template <class X, Layout kLayout, Use kUse>
+__device__ void sample_moments(const Block<X, kLayout, kUse>& block, Moments<double>* moments) {
   using T = Real<X>;
   T centre[2] = {};
   // The second time from close to the mean, so that nothing cancels in the squares.

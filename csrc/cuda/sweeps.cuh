@@ -10,7 +10,7 @@ namespace kdk::cuda {
 
 // Numbers that are added up in the arithmetic's type before the sum goes on in double precision: so few that little is
 // rounded off.
-constexpr int kSummed = 16;
+constexpr int kSummed = 8;
 
 template <class T>
 __device__ __forceinline__ T origin_of(T largest, T exponent) {
@@ -18,8 +18,8 @@ __device__ __forceinline__ T origin_of(T largest, T exponent) {
 }
 
 // The largest logits of both sides that the warp, or the thread of pixels, looks at.
-template <class X, Layout kLayout>
-__device__ __forceinline__ void lane_maxima(const Block<X, kLayout>& block, Real<X>* largest) {
+template <class X, Layout kLayout, Use kUse>
+__device__ __forceinline__ void lane_maxima(const Block<X, kLayout, kUse>& block, Real<X>* largest) {
   using T = Real<X>;
   if constexpr (block.kRows && sizeof(X) == 2) {
     // Two at a time, as they are.
@@ -57,8 +57,8 @@ __device__ __forceinline__ void lane_maxima(const Block<X, kLayout>& block, Real
 
 // Puts what is masked as far below the largest logit as leaves nothing of an exponential, where the type has room for
 // that: a finite gap needs no care.
-template <class X, Layout kLayout>
-__device__ void lower_masks(const Block<X, kLayout>& block, const Real<X>* largest) {
+template <class X, Layout kLayout, Use kUse>
+__device__ void lower_masks(const Block<X, kLayout, kUse>& block, const Real<X>* largest) {
   using T = Real<X>;
   const Call& call = block.call;
   X masks[2];
@@ -76,8 +76,8 @@ __device__ void lower_masks(const Block<X, kLayout>& block, const Real<X>* large
 }
 
 // Maxima of what a block's samples have left: see Sample::largest. Ends with a barrier.
-template <class X, Layout kLayout>
-__device__ void maxima(const Block<X, kLayout>& block) {
+template <class X, Layout kLayout, Use kUse>
+__device__ void maxima(const Block<X, kLayout, kUse>& block) {
   using T = Real<X>;
   T largest[3] = {minus_infinity<T>(), minus_infinity<T>(), minus_infinity<T>()};
   if (block.plain()) {
@@ -109,10 +109,10 @@ __device__ void maxima(const Block<X, kLayout>& block) {
 
 // Adds up what the thread has of a term's last group. A class without probability adds nothing, however infinite its
 // gap: where that has to be looked at, or logits are standardised, it takes longer than if `kFast`.
-template <bool kForward, bool kReverse, bool kFast, class X, Layout kLayout>
-__device__ __forceinline__ void add_up_own(const Block<X, kLayout>& block, Real<X> exponent, double* total) {
+template <bool kForward, bool kReverse, bool kFast, class X, Layout kLayout, Use kUse>
+__device__ __forceinline__ void add_up_own(const Block<X, kLayout, kUse>& block, Real<X> exponent, double* total) {
   using T = Real<X>;
-  constexpr int kVectors = kFast ? kSummed / Block<X, kLayout>::kWidth : 1;
+  constexpr int kVectors = kFast ? kSummed / Block<X, kLayout, kUse>::kWidth : 1;
   const T student_origin = origin_of(block.sample().largest[kStudent], exponent);
   const T teacher_origin = origin_of(block.sample().largest[kTeacher], exponent);
 #pragma unroll
@@ -153,8 +153,8 @@ __device__ __forceinline__ void add_up_own(const Block<X, kLayout>& block, Real<
 }
 
 // The four sums of a term's last group, in the partial results from `column` on.
-template <bool kForward, bool kReverse, class X, Layout kLayout>
-__device__ void add_up(const Block<X, kLayout>& block, Real<X> exponent, int column) {
+template <bool kForward, bool kReverse, class X, Layout kLayout, Use kUse>
+__device__ void add_up(const Block<X, kLayout, kUse>& block, Real<X> exponent, int column) {
   double total[4] = {};
   const bool fast = block.plain();
   if (fast) add_up_own<kForward, kReverse, true>(block, exponent, total);
@@ -165,8 +165,8 @@ __device__ void add_up(const Block<X, kLayout>& block, Real<X> exponent, int col
 }
 
 // The sum of the student's softmax, in the first partial result.
-template <class X, Layout kLayout>
-__device__ void add_up_softmax(const Block<X, kLayout>& block) {
+template <class X, Layout kLayout, Use kUse>
+__device__ void add_up_softmax(const Block<X, kLayout, kUse>& block) {
   using T = Real<X>;
   const T exponent = static_cast<T>(kLog2E), origin = origin_of(block.sample().largest[2], exponent);
   double total = 0;
@@ -181,8 +181,8 @@ __device__ void add_up_softmax(const Block<X, kLayout>& block) {
 }
 
 // Partial results of everything that has a sum. To be read after a barrier.
-template <class X, Layout kLayout>
-__device__ void statistics(const Block<X, kLayout>& block) {
+template <class X, Layout kLayout, Use kUse>
+__device__ void statistics(const Block<X, kLayout, kUse>& block) {
   const Objective& objective = block.call.objective;
   if (objective.has_ce()) add_up_softmax(block);
   for (int t = 0; t < block.call.sweeps; ++t) {
@@ -254,15 +254,14 @@ __device__ __forceinline__ T chain(T gradient, T h, T level, T slope, T factor) 
   return h == minus_infinity<T>() ? T(0) : (gradient - level - h * slope) * factor;
 }
 
-template <class X, Layout kLayout>
-__device__ __forceinline__ Real<X> chained(const Block<X, kLayout>& block, int64_t of_class, Real<X> h,
+template <class X, Layout kLayout, Use kUse>
+__device__ __forceinline__ Real<X> chained(const Block<X, kLayout, kUse>& block, int64_t of_class, Real<X> h,
                                            Real<X> gradient) {
   using T = Real<X>;
   const Call& call = block.call;
   const Sample<T>& sample = block.sample();
-  if (call.objective.standardize == Standardize::by_sample)
-    return chain(gradient, h, T(0), sample.slope, sample.factor);
-  if (call.objective.standardize == Standardize::by_class)
+  if (block.standardization() == Standardize::by_sample) return chain(gradient, h, T(0), sample.slope, sample.factor);
+  if (block.standardization() == Standardize::by_class)
     return chain(gradient, h, affine_number<T>(call, kLevel, of_class), affine_number<T>(call, kSlope, of_class),
                  affine_number<T>(call, kFactor, of_class));
   return gradient;
@@ -275,8 +274,8 @@ __device__ __forceinline__ T softmax_gradient(const Sample<T>& sample, T logit) 
 }
 
 // The sum over the piece, without entries, of gradient times standardised logit.
-template <class X, Layout kLayout>
-__device__ double product_sum(const Block<X, kLayout>& block) {
+template <class X, Layout kLayout, Use kUse>
+__device__ double product_sum(const Block<X, kLayout, kUse>& block) {
   using T = Real<X>;
   const int sweeps = block.call.sweeps;
   const GradientNumbers<T> numbers(block.call, block.sample());
@@ -297,15 +296,15 @@ __device__ double product_sum(const Block<X, kLayout>& block) {
 
 // The gradient, in the student's place, of at most `kSweeps` sweeps: of logits as they are if `kPlain`, and without
 // tilt unless `kTilted`.
-template <bool kPlain, int kSweeps, bool kTilted, class X, Layout kLayout>
-__device__ __forceinline__ void sweep_gradient(const Block<X, kLayout>& block) {
+template <bool kPlain, int kSweeps, bool kTilted, class X, Layout kLayout, Use kUse>
+__device__ __forceinline__ void sweep_gradient(const Block<X, kLayout, kUse>& block) {
   using T = Real<X>;
   const Call& call = block.call;
   const Sample<T>& sample = block.sample();
   const int sweeps = call.sweeps;
   const bool entropy = call.objective.has_ce();
   const GradientNumbers<T> numbers(call, sample);
-  in_turn<kPlain ? 2 : 1>(block.member, block.vectors, block.team, [&](int v) {
+  in_turn<1>(block.member, block.vectors, block.team, [&](int v) {
     T raw[block.kWidth], t[block.kWidth], out[block.kWidth];
     block.load(kStudent, v, raw);
     block.load(kTeacher, v, t);
@@ -330,8 +329,8 @@ __device__ __forceinline__ void sweep_gradient(const Block<X, kLayout>& block) {
 }
 
 // Puts the gradient in the student's place; that of entries comes after.
-template <class X, Layout kLayout>
-__device__ void gradient(const Block<X, kLayout>& block) {
+template <class X, Layout kLayout, Use kUse>
+__device__ void gradient(const Block<X, kLayout, kUse>& block) {
   if (!block.plain()) sweep_gradient<false, kMaxTerms, true>(block);
   else if (block.call.tilted() || block.call.sweeps > 1) sweep_gradient<true, kMaxTerms, true>(block);
   else sweep_gradient<true, 1, false>(block);
