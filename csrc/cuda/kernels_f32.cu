@@ -1,4 +1,3 @@
 #include "kernels.cuh"
 
 KDK_KERNELS(f32, float)
-KDK_CLASS_KERNELS(f32, float)
