@@ -70,7 +70,7 @@ template <Layout kLayout>
 struct ClassThread {
   static constexpr bool kRows = kLayout == Layout::rows;
   int columns, rows, column, row;
-  int64_t unit;  // of kClassesOfThread classes, overall
+  int unit;  // of kClassesOfThread classes, overall
 
   __device__ explicit ClassThread(const Call& call) {
     const int thread = threadIdx.x;
@@ -78,7 +78,7 @@ struct ClassThread {
     rows = call.tiling.samples;
     column = kRows ? thread % columns : thread / rows;
     row = kRows ? thread / columns : thread % rows;
-    unit = blockIdx.x % call.tiling.pieces * int64_t{columns} + column;
+    unit = static_cast<int>(blockIdx.x % call.tiling.pieces) * columns + column;
   }
 };
 
@@ -109,7 +109,7 @@ __device__ void look_up(const Call& call, int64_t first, Page& page, Counts coun
 }
 
 // Visits the page's samples that count, of the thread's, some at a time: visit(their places, which of them are there as
-// bits, whether they are the last).
+// bits).
 template <class X, Layout kLayout, class Visit>
 __device__ __forceinline__ void over_page(const ClassThread<kLayout>& own, const Page& page, Visit visit) {
   constexpr int kCount = kAtOnce<X>;
@@ -128,7 +128,7 @@ __device__ __forceinline__ void over_page(const ClassThread<kLayout>& own, const
           samples[i] = first + max(__ffs(left) - 1, 0);
           left &= left - 1;
         }
-        visit(samples, there, left == 0);
+        visit(samples, there);
       }
     }
   } else {
@@ -137,7 +137,7 @@ __device__ __forceinline__ void over_page(const ClassThread<kLayout>& own, const
       const unsigned there = page.valid[first / 32] >> first % 32 & ((1u << kCount) - 1);
 #pragma unroll
       for (int i = 0; i < kCount; ++i) samples[i] = first + i;
-      visit(samples, there, first + 32 * kCount >= kPage);
+      if (there != 0) visit(samples, there);
     }
   }
 }
@@ -188,6 +188,9 @@ __device__ __forceinline__ void fetch(const Matrix& matrix, const int64_t* offse
 __device__ __forceinline__ float ratio(float a, float b) { return __fdividef(a, b); }
 __device__ __forceinline__ double ratio(double a, double b) { return a / b; }
 
+// Samples that a thread adds up in the arithmetic's type before the sum goes on in double precision.
+constexpr int kFew = 32;
+
 // Moments of a class's last few logits: deviations from a shift, added up in the arithmetic's type. They are settled in
 // double precision, and the shift moves on to the mean of all, so that the first logit may be far away from it.
 template <class T>
@@ -200,6 +203,11 @@ struct FewMoments {
     shift = from;
     sum = square = 0;
     count = 0;
+  }
+  __device__ void add(T of_sum, T of_square, int of_count) {
+    sum += of_sum;
+    square += of_square;
+    count += of_count;
   }
   __device__ void add(T logit) {
     const bool masked = logit == minus_infinity<T>();
@@ -229,12 +237,13 @@ __device__ __forceinline__ void class_moments(const Call& call) {
   __shared__ Moments<double> parts[kClassThreads * kClassesOfThread];
   __shared__ FewMoments<T> few[kClassThreads * kClassesOfThread];
   const ClassThread<kLayout> own(call);
-  const int64_t units = class_units(call.classes), stretch = blockIdx.x / call.tiling.pieces;
+  const int units = static_cast<int>(class_units(call.classes));
+  const int64_t stretch = blockIdx.x / call.tiling.pieces;
   // Units of the student come first, then as many of the teacher.
-  const auto side_of = [&](int64_t unit) { return unit < units ? kStudent : kTeacher; };
+  const auto side_of = [&](int unit) { return unit < units ? kStudent : kTeacher; };
   const int side = side_of(own.unit);
-  const int64_t first = (own.unit - side * units) * kClassesOfThread;
-  const int count = static_cast<int>(min(call.classes - first, int64_t{kClassesOfThread}));  // 0 or less: idle
+  const int first = (own.unit - side * units) * kClassesOfThread;
+  const int count = min(static_cast<int>(call.classes) - first, kClassesOfThread);  // 0 or less: idle
   const Matrix matrix = side == kStudent ? call.student : call.teacher;
   const int columns = own.columns * kClassesOfThread;
   Moments<double>* const all = parts + own.row * columns + own.column * kClassesOfThread;
@@ -245,7 +254,16 @@ __device__ __forceinline__ void class_moments(const Call& call) {
     all[w] = {};
     moments[w].start(minus_infinity<T>());
   }
-  bool fresh = true;
+  // By way of shared memory one class at a time, which takes few registers.
+  const auto settle = [&] {
+#pragma unroll
+    for (int w = 0; w < kClassesOfThread; ++w) settled[w] = moments[w];
+#pragma unroll 1
+    for (int w = 0; w < kClassesOfThread; ++w) settled[w].settle(all[w]);
+#pragma unroll
+    for (int w = 0; w < kClassesOfThread; ++w) moments[w].start(settled[w].shift);
+  };
+  int room = 0;  // for samples until the next time; the first time is soon
   const int64_t end = min((stretch + 1) * call.stretch * kPage, call.samples);
   for (int64_t from = stretch * call.stretch * kPage; from < end; from += kPage) {
     __syncthreads();
@@ -255,37 +273,43 @@ __device__ __forceinline__ void class_moments(const Call& call) {
     });
     __syncthreads();
     if (count <= 0) continue;
-    over_page<X>(own, page, [&](const int* samples, unsigned there, bool last) {
+    over_page<X>(own, page, [&](const int* samples, unsigned there) {
       Logits<X, kLayout> logits;
       fetch(matrix, page.offset[side], page.follows, samples, first, count, logits);
       const auto logit_at = [&](int i, int w) { return there >> i & 1 ? logits.get(i, w) : minus_infinity<T>(); };
 #pragma unroll
       for (int w = 0; w < kClassesOfThread; ++w) {
-        if (moments[w].shift == minus_infinity<T>()) {
+        FewMoments<T>& of_class = moments[w];
+        if (of_class.shift == minus_infinity<T>()) {
 #pragma unroll
           for (int i = kAtOnce<X> - 1; i >= 0; --i)
-            if (logit_at(i, w) != minus_infinity<T>()) moments[w].shift = logit_at(i, w);
+            if (logit_at(i, w) != minus_infinity<T>()) of_class.shift = logit_at(i, w);
+        }
+        T sum = 0, square = 0;
+#pragma unroll
+        for (int i = 0; i < kAtOnce<X>; ++i) {
+          const T away = logits.get(i, w) - of_class.shift;
+          sum += away;
+          square = fma(away, away, square);
+        }
+        if (there == (1u << kAtOnce<X>)-1 && sum - sum == 0) {
+          of_class.add(sum, square, kAtOnce<X>);
+        } else {  // with care for what does not count
+#pragma unroll
+          for (int i = 0; i < kAtOnce<X>; ++i) of_class.add(logit_at(i, w));
         }
       }
-#pragma unroll
-      for (int i = 0; i < kAtOnce<X>; ++i)
-#pragma unroll
-        for (int w = 0; w < kClassesOfThread; ++w) moments[w].add(logit_at(i, w));
-      if (!fresh && !last) return;
-      fresh = false;
-      // By way of shared memory one class at a time, which takes few registers.
-#pragma unroll
-      for (int w = 0; w < kClassesOfThread; ++w) settled[w] = moments[w];
-#pragma unroll 1
-      for (int w = 0; w < kClassesOfThread; ++w) settled[w].settle(all[w]);
-#pragma unroll
-      for (int w = 0; w < kClassesOfThread; ++w) moments[w].start(settled[w].shift);
+      room -= kAtOnce<X>;
+      if (room > 0) return;
+      settle();
+      room = kFew;
     });
   }
+  settle();
   merge_rows(parts, own.rows, columns, [](Moments<double>& into, const Moments<double>& other) { merge(into, other); });
   for (int i = threadIdx.x; i < columns; i += blockDim.x) {
-    const int64_t unit = own.unit - own.column + i / kClassesOfThread;
-    const int64_t of_class = (unit - side_of(unit) * units) * kClassesOfThread + i % kClassesOfThread;
+    const int unit = own.unit - own.column + i / kClassesOfThread;
+    const int of_class = (unit - side_of(unit) * units) * kClassesOfThread + i % kClassesOfThread;
     if (of_class >= call.classes) continue;
     double* out = call.sums + (stretch * 2 + side_of(unit)) * 3 * call.classes + of_class;
     out[0] = parts[i].count;
@@ -316,6 +340,7 @@ __device__ __forceinline__ const int64_t* members_of(const Call& call, int term,
 __device__ __forceinline__ int group_of(const Call& call, int t, int64_t number, int64_t of_class) {
   const Term& term = call.objective.term[t];
   if (term.kind == PartitionKind::target && call.target[number] == of_class) return 0;
+#pragma unroll 1
   for (int rank = 0; term.by_rank() && rank < term.k; ++rank)
     if (members_of(call, t, number)[rank] == of_class) return term.lead_group(rank);
   return term.groups() - 1;
@@ -333,14 +358,15 @@ __device__ __forceinline__ void class_sums(const Call& call) {
   __shared__ PageGradients<T> gradients;
   __shared__ Sums parts[kClassThreads * kClassesOfThread];
   const ClassThread<kLayout> own(call);
-  const int64_t stretch = blockIdx.x / call.tiling.pieces, first = own.unit * kClassesOfThread;
-  const int count = static_cast<int>(min(call.classes - first, int64_t{kClassesOfThread}));  // 0 or less: idle
+  const int64_t stretch = blockIdx.x / call.tiling.pieces;
+  const int first = own.unit * kClassesOfThread;
+  const int count = min(static_cast<int>(call.classes) - first, kClassesOfThread);  // 0 or less: idle
   const int columns = own.columns * kClassesOfThread, column = own.column * kClassesOfThread;
   Sums* const all = parts + own.row * columns + column;
   Affine<T> affine[2][kClassesOfThread];
 #pragma unroll
   for (int w = 0; w < kClassesOfThread; ++w) {
-    const int64_t of_class = min(first + w, call.classes - 1);
+    const int of_class = min(first + w, static_cast<int>(call.classes) - 1);
     for (int side = kStudent; side <= kTeacher; ++side)
       affine[side][w] = {affine_number<T>(call, side * kSide + kHigh, of_class),
                          affine_number<T>(call, side * kSide + kFactor, of_class),
@@ -352,7 +378,7 @@ __device__ __forceinline__ void class_sums(const Call& call) {
     if (kLayout == Layout::rows) return sample;
     return sample / (32 * kCount) * (32 * kCount) + sample % kCount * 32 + sample / kCount % 32;
   };
-  const int64_t size = saved_size(call.objective);
+  const int size = static_cast<int>(saved_size(call.objective));
   const auto saved_of = [&](int64_t number) { return static_cast<const T*>(call.saved) + number * size; };
   const int64_t end = min((stretch + 1) * call.stretch * kPage, call.samples);
   for (int64_t from = stretch * call.stretch * kPage; from < end; from += kPage) {
@@ -384,6 +410,7 @@ __device__ __forceinline__ void class_sums(const Call& call) {
           rest[0].teacher += share.teacher;
         }
         if (term.kind == PartitionKind::target) mark(call.target[number]);
+#pragma unroll 1
         for (int rank = 0; term.by_rank() && rank < term.k; ++rank) mark(members_of(call, t, number)[rank]);
       }
 #pragma unroll
@@ -402,7 +429,7 @@ __device__ __forceinline__ void class_sums(const Call& call) {
     const auto alone_of = [&](int slot) {
       return gradients.alone[slot][column / 32] >> column % 32 & ((1u << kClassesOfThread) - 1);
     };
-    over_page<X>(own, page, [&](const int* samples, unsigned there, bool last) {
+    over_page<X>(own, page, [&](const int* samples, unsigned there) {
       Logits<X, kLayout> student, teacher;
       fetch(call.student, page.offset[kStudent], page.follows, samples, first, count, student);
       fetch(call.teacher, page.offset[kTeacher], page.follows, samples, first, count, teacher);
@@ -450,7 +477,7 @@ __device__ __forceinline__ void class_sums(const Call& call) {
         const T weight = static_cast<T>(static_cast<double>(saved[0]) * upstream(call, number));
         for (unsigned alone = alone_of(slot_of(sample)); alone != 0; alone &= alone - 1) {
           const int w = __ffs(alone) - 1;
-          const int64_t of_class = first + w;
+          const int of_class = first + w;
           const auto standardized_of = [&](const Matrix& matrix, int side) {
             const int row = side * kSide;
             return apply(
@@ -463,6 +490,7 @@ __device__ __forceinline__ void class_sums(const Call& call) {
           if (s == minus_infinity<T>()) continue;
           T slope = 0;
           int groups = 0;
+#pragma unroll 1
           for (int term = 0; term < call.objective.terms; ++term) {
             const Sweep& sweep = call.sweep[call.sweep_of(term)];
             const int group = groups + group_of(call, term, number, of_class);
@@ -474,21 +502,19 @@ __device__ __forceinline__ void class_sums(const Call& call) {
           all[w].product += slope * s;
         }
       }
-      if (!last) return;
-#pragma unroll
-      for (int w = 0; w < kClassesOfThread; ++w) {
-        all[w].gradient += few[w];
-        all[w].product += few_products[w];
-        few[w] = few_products[w] = 0;
-      }
     });
+#pragma unroll
+    for (int w = 0; w < kClassesOfThread; ++w) {
+      all[w].gradient += few[w];
+      all[w].product += few_products[w];
+    }
   }
   merge_rows(parts, own.rows, columns, [](Sums& into, const Sums& other) {
     into.gradient += other.gradient;
     into.product += other.product;
   });
   for (int i = threadIdx.x; i < columns; i += blockDim.x) {
-    const int64_t of_class = first - column + i;
+    const int of_class = first - column + i;
     if (of_class >= call.classes) continue;
     double* out = call.sums + stretch * 2 * call.classes + of_class;
     out[0] = parts[i].gradient;

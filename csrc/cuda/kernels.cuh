@@ -12,9 +12,9 @@ namespace kdk::cuda {
 // Registers of a thread, at most: two blocks of the longest rows fit a multiprocessor. Double precision takes more.
 template <class X>
 constexpr int kMostRegisters = sizeof(X) == 8 ? 255 : 144;
-// Of kernels that stream: as many threads as load enough at a time, and no fewer registers than that takes.
+// Of kernels that stream: as many threads as have enough under way, and no fewer registers than that takes.
 template <class X>
-constexpr int kMomentRegisters = sizeof(X) == 8 ? 96 : 80;
+constexpr int kMomentRegisters = 96;
 template <class X>
 constexpr int kClassSumRegisters = sizeof(X) == 8 ? 255 : 128;
 
