@@ -115,7 +115,7 @@ __device__ __forceinline__ void over_page(const ClassThread<kLayout>& own, const
   constexpr int kCount = kAtOnce<X>;
   int samples[kCount];
   if constexpr (kLayout == Layout::rows) {
-    // A warp takes 32 samples, and each of its rows of threads every so manieth.
+    // A warp takes 32 samples; of its rows of threads each takes every so many.
     const int rows = 32 / own.columns;
     const unsigned of_row = 0xffffffffu / ((2u << (rows - 1)) - 1) << own.row % rows;
 #pragma unroll 1
@@ -233,6 +233,8 @@ struct FewMoments {
 template <class X, Layout kLayout>
 __device__ __forceinline__ void class_moments(const Call& call) {
   using T = Real<X>;
+  constexpr int kCount = kAtOnce<X>;
+  constexpr unsigned kAll = (1u << kCount) - 1;
   __shared__ Page page;
   __shared__ Moments<double> parts[kClassThreads * kClassesOfThread];
   __shared__ FewMoments<T> few[kClassThreads * kClassesOfThread];
@@ -282,24 +284,24 @@ __device__ __forceinline__ void class_moments(const Call& call) {
         FewMoments<T>& of_class = moments[w];
         if (of_class.shift == minus_infinity<T>()) {
 #pragma unroll
-          for (int i = kAtOnce<X> - 1; i >= 0; --i)
+          for (int i = kCount - 1; i >= 0; --i)
             if (logit_at(i, w) != minus_infinity<T>()) of_class.shift = logit_at(i, w);
         }
         T sum = 0, square = 0;
 #pragma unroll
-        for (int i = 0; i < kAtOnce<X>; ++i) {
+        for (int i = 0; i < kCount; ++i) {
           const T away = logits.get(i, w) - of_class.shift;
           sum += away;
           square = fma(away, away, square);
         }
-        if (there == (1u << kAtOnce<X>)-1 && sum - sum == 0) {
-          of_class.add(sum, square, kAtOnce<X>);
+        if (there == kAll && sum - sum == 0) {
+          of_class.add(sum, square, kCount);
         } else {  // with care for what does not count
 #pragma unroll
-          for (int i = 0; i < kAtOnce<X>; ++i) of_class.add(logit_at(i, w));
+          for (int i = 0; i < kCount; ++i) of_class.add(logit_at(i, w));
         }
       }
-      room -= kAtOnce<X>;
+      room -= kCount;
       if (room > 0) return;
       settle();
       room = kFew;
