@@ -286,29 +286,26 @@ Tensor backward(const Tensor& grad_loss, const Tensor& student, const Tensor& te
 }
 
 // The sum over stretches of samples of what a kernel adds up for each class.
-Tensor over_stretches(Step& step, const char* kernel, const char* merge, const std::vector<int64_t>& sizes) {
+Tensor over_stretches(Step& step, const char* kernel, const char* merge, int sides, const std::vector<int64_t>& sizes) {
   Call& call = step.call();
-  call.tiling = class_tiling(call, device_limits());
-  const int64_t blocks = sample_blocks(call);
-  call.stretch = stretch_of(call);
-  const int64_t stretches = ceil_div(blocks, call.stretch);
+  call.tiling = class_tiling(call, device_limits(), sides);
+  call.stretch = stretch_of(call, device_limits());
+  const Launch launch = configure_classes(kernel, call);
+  const int64_t stretches = launch.blocks / call.tiling.pieces;
   Tensor out = new_tensor(step.student, sizes, ScalarType::Double);
   int64_t numbers = 1;
   for (const int64_t size : sizes) numbers *= size;
   Tensor partial = stretches == 1 ? out : new_tensor(step.student, {stretches, numbers}, ScalarType::Double);
   step.held.push_back(partial);
   step.parameters.point("sums", call.sums, partial, true);
-  Launch launch = configure(kernel, call, false);
-  launch.blocks = stretches * call.tiling.pieces;
   step.parameters.launch(launch, step.device);
   if (stretches > 1) {
     Parameters<StretchMerge> merged;
-    const int64_t columns = std::string(merge) == "kdk_merge_moments" ? call.classes : numbers;
     merged.values.stretches = stretches;
-    merged.values.columns = columns;
+    merged.values.columns = sides > 1 ? call.classes : numbers;
     merged.point("partial", merged.values.partial, partial);
     merged.point("sums", merged.values.out, out, true);
-    merged.launch(small_launch(merge, ceil_div(columns == numbers ? numbers : 2 * columns, kSumThreads)), step.device);
+    merged.launch(small_launch(merge, ceil_div(sides * merged.values.columns, kMergedColumns)), step.device);
   }
   return out;
 }
@@ -321,11 +318,11 @@ Tensor class_moments(const Tensor& student, const Tensor& teacher, const std::op
   step.read("target", step.call().target, target, ScalarType::Long);
   step.read("weight", step.call().weight, sample_weight, ScalarType::Double);
   if (step.call().samples == 0) return zeros(student, {2, 3, num_classes});
-  return over_stretches(step, "class_moments", "kdk_merge_moments", {2, 3, num_classes});
+  return over_stretches(step, "class_moments", "kdk_merge_moments", 2, {2, 3, num_classes});
 }
 
 Tensor sums_of_classes(BackwardStep& step) {
-  return over_stretches(step, "class_sums", "kdk_add_stretches", {2, step.call().classes});
+  return over_stretches(step, "class_sums", "kdk_add_stretches", 1, {2, step.call().classes});
 }
 
 Tensor class_sums(const Tensor& grad_loss, const Tensor& student, const Tensor& teacher,

@@ -46,7 +46,7 @@ STEPS = {
     "pixels in backward": Step("dkd", (2, 21, 5, 7), "recompute"),
     "split pixels": Step("ls_gdkd", (1, 300, 2, 4), arch=FIRST, limits=SMALL),
     "rows by class": Step("pr_gdkd", (21, 100)),
-    "pixels by class": Step("pr_dkd", (2, 19, 5, 8)),
+    "pixels by class": Step("pr_dkd", (2, 19, 8, 18)),  # enough of them for two stretches
 }
 SCALED = [(3, 1001), (2, 7, 5, 6)]
 

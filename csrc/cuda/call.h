@@ -10,6 +10,10 @@ namespace kdk::cuda {
 
 constexpr int kMostThreads = 224;  // of a block: two of them leave each thread 144 registers, three 96
 
+// Of kernels that add up over samples, see classes.cuh: threads of a block, at most; samples that it looks up at a
+// time; classes of a thread.
+constexpr int kClassThreads = 128, kPage = 256, kClassesOfThread = 4;
+
 // What is next to one another in memory, and so in a block: the classes of a sample, or the samples of a class.
 enum class Layout : int { rows = 0, pixels = 1 };
 
@@ -85,7 +89,7 @@ struct Call {
   // Of split samples: what is known of their pieces, and these pieces' entries.
   Exchange* exchange = nullptr;
   void* entries = nullptr;
-  // Sums over a stretch of blocks of samples: class statistics.
+  // Sums over a stretch of pages of samples: class statistics.
   double* sums = nullptr;
   int64_t stretch = 0;
 
@@ -178,6 +182,9 @@ KDK_HOST_DEVICE int round_up(unsigned number, unsigned step) {
 
 // Numbers of a TermResult (evaluate.h).
 constexpr int kResults = 1 + 1 + kMaxGroups + 3 * kMaxGroups + 3 * kMaxGroups;
+
+// Threads that take all classes of a side.
+KDK_HOST_DEVICE int64_t class_units(int64_t classes) { return (classes + kClassesOfThread - 1) / kClassesOfThread; }
 
 // Elements that a thread takes at a time: of a row 16 bytes; of pixels, which are apart, a few.
 KDK_HOST_DEVICE constexpr int width(Layout layout, int element_bytes) {

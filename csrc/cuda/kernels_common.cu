@@ -65,27 +65,46 @@ extern "C" __global__ void __launch_bounds__(kSumThreads) kdk_affines(const __gr
   else write_affines<double>(call, of_class);
 }
 
+// Merges what the stretches have for a column, by all threads of it: known to the first of them.
+template <class V, class Read, class Merge>
+__device__ __forceinline__ V over_stretches(const StretchMerge& call, bool there, Read read, Merge merge) {
+  constexpr int kThreads = kSumThreads / kMergedColumns;  // of a column
+  __shared__ V parts[kSumThreads];
+  V& all = parts[threadIdx.x];
+  all = V{};
+  if (there) {
+#pragma unroll 4
+    for (int64_t i = threadIdx.x / kMergedColumns; i < call.stretches; i += kThreads) merge(all, read(i));
+  }
+  merge_rows(parts, kThreads, kMergedColumns, merge);
+  return all;
+}
+
 // `columns` classes of a side: stretches of count, mean and sum of squared deviations.
 extern "C" __global__ void __launch_bounds__(kSumThreads) kdk_merge_moments(const __grid_constant__ StretchMerge call) {
-  const int64_t column = blockIdx.x * int64_t{kSumThreads} + threadIdx.x;
-  if (column >= 2 * call.columns) return;
+  const int64_t column = blockIdx.x * int64_t{kMergedColumns} + threadIdx.x % kMergedColumns;
+  const bool there = column < 2 * call.columns;
   const int64_t at = column / call.columns * 3 * call.columns + column % call.columns;
-  Moments<double> all;
-  for (int64_t i = 0; i < call.stretches; ++i) {
-    const double* from = call.partial + i * 6 * call.columns + at;
-    merge(all, Moments<double>{from[0], from[call.columns], from[2 * call.columns]});
-  }
+  const auto all = over_stretches<Moments<double>>(
+      call, there,
+      [&](int64_t i) {
+        const double* from = call.partial + i * 6 * call.columns + at;
+        return Moments<double>{from[0], from[call.columns], from[2 * call.columns]};
+      },
+      [](Moments<double>& into, const Moments<double>& other) { merge(into, other); });
+  if (!there || threadIdx.x >= kMergedColumns) return;
   call.out[at] = all.count;
   call.out[at + call.columns] = all.mean;
   call.out[at + 2 * call.columns] = all.m2;
 }
 
 extern "C" __global__ void __launch_bounds__(kSumThreads) kdk_add_stretches(const __grid_constant__ StretchMerge call) {
-  const int64_t column = blockIdx.x * int64_t{kSumThreads} + threadIdx.x;
-  if (column >= call.columns) return;
-  double sum = 0;
-  for (int64_t i = 0; i < call.stretches; ++i) sum += call.partial[i * call.columns + column];
-  call.out[column] = sum;
+  const int64_t column = blockIdx.x * int64_t{kMergedColumns} + threadIdx.x % kMergedColumns;
+  const bool there = column < call.columns;
+  const auto sum = over_stretches<double>(
+      call, there, [&](int64_t i) { return call.partial[i * call.columns + column]; },
+      [](double& into, double other) { into += other; });
+  if (there && threadIdx.x < kMergedColumns) call.out[column] = sum;
 }
 
 }  // namespace kdk::cuda

@@ -2,4 +2,3 @@
 
 KDK_KERNELS(f32, float)
 KDK_KERNELS_OF_USE(f32, float)
-KDK_CLASS_KERNELS(f32, float)

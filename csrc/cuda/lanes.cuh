@@ -67,10 +67,10 @@ struct Lane {
     GroupStats<double> stats;
     stats.student_origin = largest[kStudent] * exponent;
     stats.teacher_origin = largest[kTeacher] * exponent;
-    over_groups<kSummed>([&](int first, int count, const T* s, const T* t) {
+    over_groups<4>([&](int first, int count, const T* s, const T* t) {
       T student_sum = 0, teacher_sum = 0, teacher_gap = 0, student_gap = 0;
 #pragma unroll
-      for (int i = 0; i < kSummed; ++i) {
+      for (int i = 0; i < 4; ++i) {
         if (i >= count) break;
         const T a = fma(s[i], exponent, -student_origin), b = fma(t[i], exponent, -teacher_origin), gap = b - a;
         const bool counts = first + i != apart;
@@ -109,7 +109,7 @@ struct Lane {
     const Term& term = objective.term[0];
     const T exponent = static_cast<T>(call.sweep[0].exponent), student_target = student_at(target);
     T largest[2] = {minus_infinity<T>(), minus_infinity<T>()};
-    over_classes<16>([&](int c, T s, T t) {  // from far away
+    over_classes<8>([&](int c, T s, T t) {  // from far away
       largest[kStudent] = c == apart ? largest[kStudent] : larger(largest[kStudent], s);
       largest[kTeacher] = c == apart ? largest[kTeacher] : larger(largest[kTeacher], t);
     });

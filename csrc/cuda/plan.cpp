@@ -170,28 +170,31 @@ Tiling piece_tiling(const Call& call, const Device& device) {
   }
 }
 
-Tiling class_tiling(const Call& call, const Device& device) {
-  constexpr int kClasses = 128, kSamples = 16;
+Tiling class_tiling(const Call& call, const Device& device, int sides) {
+  constexpr int kFewestColumns = 8;  // whole sectors of a row
+  const int64_t units = sides * class_units(call.classes), pages = ceil_div(call.samples, kPage);
   Tiling tiling;
-  tiling.piece = static_cast<int>(std::min<int64_t>(call.classes, kClasses));
-  tiling.pieces = static_cast<int>(ceil_div(call.classes, tiling.piece));
-  tiling.entries = entry_count(call);
-  tiling.samples = layout_of(call) == Layout::pixels ? kPixels : kSamples;
-  tiling.team = kClasses / tiling.samples;  // as many threads as classes
-  const DType type = tile_type(call) == DType::f64 ? DType::f64 : DType::f32;
-  while (regions_of(type, layout_of(call), tiling).total > device.shared_bytes && tiling.samples > 1) {
-    tiling.samples /= 2;
-    tiling.team *= 2;
+  if (layout_of(call) == Layout::pixels) {
+    tiling.samples = kWarp;
+    tiling.pieces = static_cast<int>(ceil_div(units, kClassThreads / kWarp));
+    tiling.team = static_cast<int>(ceil_div(units, tiling.pieces));
+  } else {
+    tiling.team = power_of_two_from(static_cast<int>(std::min<int64_t>(units, kWarp)));
+    while (tiling.team > kFewestColumns && ceil_div(units, tiling.team) * pages < device.multiprocessors)
+      tiling.team /= 2;
+    tiling.samples = kClassThreads / tiling.team;
+    tiling.pieces = static_cast<int>(ceil_div(units, tiling.team));
   }
+  tiling.piece = tiling.team * kClassesOfThread;
   return tiling;
 }
 
-// Blocks enough for a GPU, and few partial sums.
-int64_t stretch_of(const Call& call) {
-  constexpr int64_t kBlocks = 1024, kMostStretches = 256;
-  const int64_t blocks = sample_blocks(call);
-  const int64_t stretches = std::clamp<int64_t>(kBlocks / call.tiling.pieces, 1, kMostStretches);
-  return ceil_div(blocks, std::min(stretches, std::max<int64_t>(blocks, 1)));
+// Blocks enough for a GPU, several times over so that it is full to the end, and few partial sums.
+int64_t stretch_of(const Call& call, const Device& device) {
+  constexpr int64_t kBlocksOfMultiprocessor = 16, kMostStretches = 1024;
+  const int64_t pages = ceil_div(call.samples, kPage);
+  const int64_t wanted = kBlocksOfMultiprocessor * device.multiprocessors / call.tiling.pieces;
+  return ceil_div(pages, std::clamp<int64_t>(wanted, 1, std::min(pages, kMostStretches)));
 }
 
 Tiling merge_tiling(const Call& call) {
@@ -224,11 +227,18 @@ const char* use_of(const Call& call, DType type) {
   return "_simple";
 }
 
+Launch configure_classes(const char* step, const Call& call) {
+  Launch launch;
+  launch.kernel =
+      std::string("kdk_") + step + (layout_of(call) == Layout::rows ? "_rows_" : "_pixels_") + name_of(tile_type(call));
+  launch.blocks = ceil_div(ceil_div(call.samples, kPage), call.stretch) * call.tiling.pieces;
+  launch.threads = call.tiling.threads();
+  return launch;
+}
+
 Launch configure(const char* step, Call& call, bool clustered) {
   const Tiling& tiling = call.tiling;
-  const bool of_classes = std::string(step).rfind("class_", 0) == 0;  // in the arithmetic's type
-  DType type = tile_type(call);
-  if (of_classes && type != DType::f64) type = DType::f32;
+  const DType type = tile_type(call);
   const bool alone = std::string(step) == "lanes";  // threads that share nothing
   Launch launch;
   launch.kernel = std::string("kdk_") + step + (std::string(step) == "forward" ? use_of(call, type) : "") +

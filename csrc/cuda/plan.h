@@ -38,9 +38,11 @@ std::optional<Tiling> fused_tiling(const Call& call, const Device& device);
 std::optional<Tiling> lane_tiling(const Call& call);
 // How kernels that look at any piece of a sample share out a call.
 Tiling piece_tiling(const Call& call, const Device& device);
-// How kernels that add up over samples share out a call, and how many blocks of samples one of their blocks adds up.
-Tiling class_tiling(const Call& call, const Device& device);
-int64_t stretch_of(const Call& call);
+// How kernels that add up over samples share out a call, each side's classes by themselves where there are two; how
+// many pages of samples one of their blocks adds up; and their launch.
+Tiling class_tiling(const Call& call, const Device& device, int sides);
+int64_t stretch_of(const Call& call, const Device& device);
+Launch configure_classes(const char* step, const Call& call);
 // How the pieces of a sample are merged, and the launches that do it: a warp, or a thread, a sample.
 Tiling merge_tiling(const Call& call);
 Launch configure_merge(const char* step, Call& call);

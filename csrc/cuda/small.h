@@ -7,6 +7,7 @@ namespace kdk::cuda {
 
 constexpr int kSumThreads = 256;  // of a block, at most
 constexpr int kWeightsOfBlock = 4096;
+constexpr int kMergedColumns = 8;
 
 // The sums of the columns of `rows` x `columns` numbers, a block each.
 struct RowSum {
@@ -34,7 +35,7 @@ struct Affines {
   bool to_float;
 };
 
-// Moments of each class and side, or sums of columns, from those of stretches of samples.
+// Moments of each class and side, or sums of columns, from those of stretches of samples: kMergedColumns a block.
 struct StretchMerge {
   const double* partial;
   double* out;

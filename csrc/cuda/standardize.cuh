@@ -84,6 +84,16 @@ __device__ void settle_moments(const Objective& objective, const Moments<double>
   sample.factor = sample.student.factor;
 }
 
+// Merges what the block's threads have for each class, `rows` times `columns`, into the first row; ends with a barrier.
+template <class V, class Merge>
+__device__ void merge_rows(V* parts, int rows, int columns, Merge merge) {
+  __syncthreads();
+  for (int half = rows / 2; half > 0; half /= 2) {
+    for (int i = threadIdx.x; i < half * columns; i += blockDim.x) merge(parts[i], parts[i + half * columns]);
+    __syncthreads();
+  }
+}
+
 // The moments of each sample's piece, by the first thread of its team; ends with a barrier.
 template <class X, Layout kLayout, Use kUse>
 __device__ void sample_moments(const Block<X, kLayout, kUse>& block, Moments<double>* moments) {
