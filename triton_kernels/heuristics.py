@@ -15,7 +15,7 @@ class Tile(NamedTuple):
     block_n: int
     block_c: int
     num_warps: int
-    #: How many tiles of classes a program holds (the fused kernel only).
+    #: How many tiles of classes a program holds (the fused kernel), or of samples (the moments of classes).
     tiles: int = 1
     #: Whether it keeps their logits only, and computes the exponentials again for the gradient (likewise).
     again: bool = False
@@ -113,6 +113,10 @@ _SPREAD_CLASSES = (16, 64, 256, 1024)
 #: Samples that a program of the weights' sum adds up, and classes of one that prepares their standardisation.
 WEIGHT_BLOCK = 4096
 CLASS_BLOCK = 256
+#: Classes whose moments a thread has, values it takes at a time, and programs that are enough for a GPU.
+_MOMENTS, _VALUES, _PROGRAMS = 4, 64, 2048
+#: Blocks of samples that are added up in float32.
+LONGEST_STRETCH = 64
 #: Candidates for the top k that one program merges, of one or several samples.
 _MERGE_SIZES = (8, 64, 512, 4096)
 
@@ -160,16 +164,35 @@ def scale_tile(layout: Layout) -> Tile:
     return _spread(layout, 4 * _LANES * 16, 16)
 
 
-def class_tile(layout: Layout) -> Tile:
-    """The tile of a sum over samples: short in classes, so that there are programs enough."""
-    block_n, block_c = (_LANES, 32) if layout.axis == SAMPLES.value else (16, 128)
-    return Tile(block_n, min(block_c, max(power_of_two(layout.classes), _LEAST_CLASSES)), 8)
+def moments_tile(layout: Layout, double: bool) -> Tile:
+    """The tile of the moments of classes: few classes a thread, and many samples, one after the other."""
+    block_n = min(max(power_of_two(layout.inner), _LANES), 4 * _LANES)
+    block_c, num_warps = _MOMENTS, block_n // _LANES
+    if layout.axis != SAMPLES.value:
+        block_c, num_warps = min(max(power_of_two(layout.classes), _LEAST_CLASSES), _MOMENTS * _LANES), 4
+        block_n = _MOMENTS * _LANES * num_warps // block_c
+    most = _VALUES // _MOMENTS // (2 if double else 1)
+    return Tile(block_n, block_c, num_warps, min(max(power_of_two(layout.inner) // block_n, 1), most))
+
+
+def sums_tile(layout: Layout, problem: Problem) -> Tile:
+    """The tile of the sums of classes: a thread has several of one sample, and few where they take many registers."""
+    per_thread = _PER_TILE if fits(2 * live_numbers(problem), _PER_TILE, 4) else _PER_TILE // 2
+    most = _LANES * (1 if layout.axis == SAMPLES.value else per_thread)
+    block_c = min(max(power_of_two(layout.classes), _LEAST_CLASSES), most)
+    block_n = _LANES if layout.axis == SAMPLES.value else 4 * most // block_c
+    return Tile(block_n, block_c, block_n * block_c // (_LANES * per_thread))
 
 
 def stretch(blocks: int, tiles: int) -> int:
-    """Blocks of samples that one program adds up: programs enough for a GPU, and few partial sums."""
-    stretches = min(max(1024 // tiles, 1), 64, max(blocks // 2, 1))
-    return -(-blocks // stretches)
+    """Blocks of samples that one program takes: programs enough for a GPU, and stretches that one can merge."""
+    return -(-blocks // min(max(_PROGRAMS // tiles, 1), _MERGE_SIZES[-2], max(blocks // 2, 1)))
+
+
+def stretches_tile(stretches: int) -> tuple[int, int]:
+    """Stretches and classes whose results a program merges at a time."""
+    block_r = next((size for size in _MERGE_SIZES[:-1] if size >= stretches), _MERGE_SIZES[-2])
+    return block_r, 2048 // block_r
 
 
 def _spread(layout: Layout, elements: int, per_thread: int) -> Tile:

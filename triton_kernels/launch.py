@@ -57,7 +57,6 @@ def _matrices(
     class_dim: int,
     num_classes: int,
     gradient: Tensor | None = None,
-    wide: bool = True,
 ) -> Matrices:
     dtypes = student.dtype, teacher.dtype
     tensors = (student, teacher, student if gradient is None else gradient)
@@ -67,7 +66,7 @@ def _matrices(
         class_dim,
         num_classes,
         tuple(tensor.element_size() for tensor in tensors),
-        wide and all(tensor.data_ptr() % 16 == 0 for tensor in tensors),
+        all(tensor.data_ptr() % 16 == 0 for tensor in tensors),
     )
     dtype = torch.float64 if torch.float64 in dtypes else torch.float32
     return Matrices(student, teacher, gradient, layout, dtype)
@@ -125,9 +124,9 @@ def _constants(layout: Layout, tile: Tile) -> dict[str, int | bool]:
     }
 
 
-def _sample_blocks(layout: Layout, tile: Tile) -> int:
-    """Blocks of samples: none of them crosses the end of the innermost dimension."""
-    return layout.samples // layout.inner * triton.cdiv(layout.inner, tile.block_n)
+def _sample_blocks(layout: Layout, tile: Tile, tiles: int = 1) -> int:
+    """Blocks of samples, of so many tiles: none of them crosses the end of the innermost dimension."""
+    return layout.samples // layout.inner * triton.cdiv(layout.inner, tiles * tile.block_n)
 
 
 def _sum_rows(table: Tensor, dtype: torch.dtype) -> Tensor:
@@ -507,16 +506,18 @@ def class_moments(
     ignore_index: int,
 ) -> Tensor:
     """See :meth:`kdkernels.ops.Ops.class_moments`."""
-    m = _matrices(student, teacher, class_dim, num_classes, wide=False)  # much is known of a class: one a thread
+    m = _matrices(student, teacher, class_dim, num_classes)
     layout = m.layout
     moments = m.new(2, 3, num_classes, dtype=torch.float64)
     if layout.samples == 0:
         return moments.zero_()
     with _on_device(student):
-        tile, blocks, stretch = _stretches(layout)
-        tiles, stretches = triton.cdiv(num_classes, tile.block_c), triton.cdiv(blocks, stretch)
+        tile = heuristics.moments_tile(layout, m.dtype == torch.float64)
+        blocks, programs = _sample_blocks(layout, tile, tile.tiles), 2 * triton.cdiv(num_classes, tile.block_c)
+        stretch = heuristics.stretch(blocks, programs)
+        stretches = triton.cdiv(blocks, stretch)
         partial = moments if stretches == 1 else m.new(stretches, 2, 3, num_classes, dtype=torch.float64)
-        class_moments_kernel[(tiles * stretches,)](
+        class_moments_kernel[(programs * stretches,)](
             student,
             teacher,
             _flat(target, torch.int64),
@@ -529,13 +530,16 @@ def class_moments(
             blocks,
             stretch,
             ignore_index,
+            TILES=tile.tiles,
             dtype=_TRITON[m.dtype],
             **_constants(layout, tile),
         )
         if stretches > 1:
-            block = heuristics.CLASS_BLOCK
-            grid = (2 * triton.cdiv(num_classes, block),)
-            merge_class_moments_kernel[grid](partial, moments, stretches, num_classes, BLOCK=block, **_options(4))
+            block_r, block_c = heuristics.stretches_tile(stretches)
+            grid = (2 * triton.cdiv(num_classes, block_c),)
+            merge_class_moments_kernel[grid](
+                partial, moments, stretches, num_classes, BLOCK_R=block_r, BLOCK_C=block_c, **_options(4)
+            )
     return moments
 
 
@@ -552,15 +556,17 @@ def class_sums(
     num_classes: int,
 ) -> Tensor:
     """See :meth:`kdkernels.ops.Ops.class_sums`."""
-    m = _matrices(student, teacher, class_dim, num_classes, wide=False)  # much is known of a class: one a thread
+    m = _matrices(student, teacher, class_dim, num_classes)
     layout = m.layout
     problem = unpack(tuple(objective), False, m.dtype == torch.float64)
     sums = m.new(2, num_classes, dtype=torch.float64)
     if layout.samples == 0:
         return sums.zero_()
     with _on_device(student):
-        tile, blocks, stretch = _stretches(layout)
-        tiles, stretches = triton.cdiv(num_classes, tile.block_c), triton.cdiv(blocks, stretch)
+        tile = heuristics.sums_tile(layout, problem)
+        blocks, tiles = _sample_blocks(layout, tile), triton.cdiv(num_classes, tile.block_c)
+        stretch = min(heuristics.stretch(blocks, tiles), heuristics.LONGEST_STRETCH)
+        stretches = triton.cdiv(blocks, stretch)
         partial = sums if stretches == 1 else m.new(stretches, 2, num_classes, dtype=torch.float64)
         class_sums_kernel[(tiles * stretches,)](
             grad_loss.contiguous(),
@@ -586,17 +592,11 @@ def class_sums(
             **_constants(layout, tile),
         )
         if stretches > 1:
-            block, width = heuristics.CLASS_BLOCK, 2 * num_classes
-            grid = (triton.cdiv(width, block),)
-            add_stretches_kernel[grid](partial, sums, stretches, width, BLOCK=block, **_options(4))
+            block_r, block_c = heuristics.stretches_tile(stretches)
+            width = 2 * num_classes
+            grid = (triton.cdiv(width, block_c),)
+            add_stretches_kernel[grid](partial, sums, stretches, width, BLOCK_R=block_r, BLOCK_C=block_c, **_options(4))
     return sums
-
-
-def _stretches(layout: Layout) -> tuple[Tile, int, int]:
-    """The tile of a sum over samples, how many blocks of samples there are, and how many one program adds up."""
-    tile = heuristics.class_tile(layout)
-    blocks = _sample_blocks(layout, tile)
-    return tile, blocks, heuristics.stretch(blocks, triton.cdiv(layout.classes, tile.block_c))
 
 
 def _check_moments(problem: Problem, moments: Tensor | None) -> None:
