@@ -218,18 +218,25 @@ def class_sums_kernel(
     # A stretch is short enough for sums in the arithmetic's type.
     sum_ = tl.zeros([BLOCK_N, BLOCK_C], dtype)
     product = tl.zeros([BLOCK_N, BLOCK_C], dtype)
-    for block in range(begin, tl.minimum(begin + stretch, blocks)):
-        outer, within, samples, there = locate(block, sizes, BLOCK_N)
-        targets, weights, valid = read_kept(target, grad_loss, saved, samples, there, COLUMNS, EACH)
+    end = tl.minimum(begin + stretch, blocks)
+    outer, within, samples, there = locate(begin, sizes, BLOCK_N)
+    targets, weights, valid = read_kept(target, grad_loss, saved, samples, there, COLUMNS, EACH)
+    for block in range(begin, end):
         at = (outer, within, classes, class_count, valid, there, sizes)
         s = load_tile(student, at, student_strides, AXIS, WIDE).to(dtype)
         t = load_tile(teacher, at, teacher_strides, AXIS, WIDE).to(dtype)
+        # Which samples of the next block count is read ahead, lest its logits wait for it.
+        next_outer, next_within, next_samples, next_there = locate(block + 1, sizes, BLOCK_N)
+        next_there = next_there & (block + 1 < end)
+        ahead = read_kept(target, grad_loss, saved, next_samples, next_there, COLUMNS, EACH)
         s = standardized_tile(s, 0, at, samples, affines, saved, COLUMNS, STANDARDIZE)
         t = standardized_tile(t, 1, at, samples, affines, saved, COLUMNS, STANDARDIZE)
         gradient = term_gradients(s, t, at, samples, targets, weights, saved, members, numbers, low, TERMS, COLUMNS)
         counts = valid[:, None] & (s != float("-inf"))  # nothing comes from masked classes
         sum_ += tl.where(counts, gradient, 0.0)
         product += tl.where(counts, gradient * s, 0.0)
+        outer, within, samples, there = next_outer, next_within, next_samples, next_there
+        targets, weights, valid = ahead
     row = (tl.program_id(0) // tiles).to(tl.int64) * 2
     inside = classes < class_count
     tl.store(sums + row * class_count + classes, tl.sum(sum_.to(tl.float64), 0), mask=inside)
