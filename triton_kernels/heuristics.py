@@ -119,6 +119,8 @@ _MOMENTS, _VALUES, _PROGRAMS = 4, 64, 2048
 LONGEST_STRETCH = 64
 #: Candidates for the top k that one program merges, of one or several samples.
 _MERGE_SIZES = (8, 64, 512, 4096)
+#: Classes of a part at least, and candidates of each at most: they are taken one after the other.
+_LEAST_PART, _MOST_ASIDE = 512, 64
 
 
 def sum_block(rows: int) -> int:
@@ -131,20 +133,33 @@ def sum_warps(block: int) -> int:
 
 
 def split_tile(layout: Layout, problem: Problem) -> Tile:
-    """The part of some samples whose statistics a program takes. Small parts fill a GPU even with one sample.
+    """The part of some samples whose statistics a program takes.
 
-    A thread has fewer classes where they take more registers, and fewest of two terms in float64.
+    Where classes are next to one another, a part is one sample's and of as few warps as the merge allows, best of one:
+    there no thread waits for another warp's, and many parts fit on a multiprocessor. A thread has fewer classes where
+    they take more registers, and fewest of two terms in float64.
     """
-    per_thread = _PER_THREAD // 2 if fits(live_numbers(problem), _PER_THREAD // 2, 4) else _PER_THREAD // 4
+    most = _PER_THREAD // 2 if layout.axis == SAMPLES.value else _PER_THREAD
+    per_thread = most if fits(live_numbers(problem), most, 4) else _PER_THREAD // 2
+    if not fits(live_numbers(problem), per_thread, 4):
+        per_thread = _PER_THREAD // 4
     if problem.low and len(problem.terms) > 1:
         per_thread = _PER_THREAD // 8
-    return _spread(layout, 8 * _LANES * per_thread, per_thread)
+    if layout.axis == SAMPLES.value:
+        return _spread(layout, 8 * _LANES * per_thread, per_thread)
+    num_warps = 1
+    while num_warps < 8:
+        block_c = _LANES * per_thread * num_warps
+        if block_c >= _LEAST_PART and -(-layout.classes // block_c) * max(*problem.ks, 1) <= _MERGE_SIZES[-2]:
+            break
+        num_warps *= 2
+    return Tile(1, _LANES * per_thread * num_warps, num_warps)
 
 
-def sets_aside(split: int, tile: Tile, problem: Problem) -> bool:
+def sets_aside(split: int, problem: Problem) -> bool:
     """Whether the parts' own best classes are few enough to be candidates in one merge. More would spill in float64."""
     k = max(problem.ks)
-    return 0 < k <= tile.block_c // 4 and split * k <= _MERGE_SIZES[-2 if problem.low else -1]
+    return 0 < k <= _MOST_ASIDE and split * k <= _MERGE_SIZES[-2 if problem.low else -1]
 
 
 def merge_tile(split: int, k: int) -> Tile:

@@ -317,7 +317,7 @@ def _split(
         settle_moments_kernel[merge_grid](
             moments, kept.saved, samples, split, problem.numbers, problem.low, PARTS=merge_tile.block_c, **merging
         )
-    if heuristics.sets_aside(split, tile, problem):
+    if heuristics.sets_aside(split, problem):
         candidate_count = sum(problem.ks)
         candidates = m.new(samples, split, candidate_count, 2)
         candidate_classes = m.new(samples, split, candidate_count, dtype=torch.int32)
