@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -69,6 +70,7 @@ def fits(live: float, per_thread: int, num_warps: int, most: int = 255) -> bool:
     return num_warps <= _MOST_WARPS and _FIXED_REGISTERS + per_thread * live <= most
 
 
+@functools.lru_cache(maxsize=1024)
 def fused_tile(layout: Layout, problem: Problem) -> Tile | None:
     """The tile of the fused kernel; None where a sample's classes do not fit on chip.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from typing import NamedTuple
 
 import torch
@@ -101,6 +102,12 @@ class Kept(NamedTuple):
     members: Tensor | None
 
 
+@functools.cache
+def _warp_size(device: object) -> int:
+    """That of ``device``, the current one, asked for once: Triton looks up the device's properties each time."""
+    return driver.active.get_current_target().warp_size
+
+
 def _options(num_warps: int) -> dict[str, int | bool]:
     """Launch options, from the number of warps if each has 32 threads: AMD's have 64, and the threads stay as many.
 
@@ -109,7 +116,7 @@ def _options(num_warps: int) -> dict[str, int | bool]:
     A compiler that contracts others may do so differently in the threads that add up the same numbers in another order:
     their sums would differ, and the result would depend on which of them comes first.
     """
-    lanes = 32 if knobs.runtime.interpret else driver.active.get_current_target().warp_size
+    lanes = 32 if knobs.runtime.interpret else _warp_size(driver.active.get_current_device())
     return {"num_warps": max(32 * num_warps // lanes, 1), "enable_fp_fusion": False}
 
 
@@ -190,6 +197,7 @@ def forward(
     keep = save or tile is None
     saved = m.new(samples, problem.columns.saved) if keep else None
     members = m.new(samples, problem.columns.members, dtype=torch.int64) if keep else None
+    affines = None
     if samples == 0:
         loss = m.new(*shape).zero_()
         values = m.new(*shape, columns).zero_() if parts else m.new(0)
@@ -212,8 +220,10 @@ def forward(
             loss = rows if each else _sum_rows(rows, m.dtype).reshape(())
             values = m.new(0) if part_rows is None else part_rows if each else _sum_rows(part_rows, m.dtype)
     if gradient and by_class:
-        one = torch.ones((), dtype=m.dtype, device=student.device)
-        grad = class_sums(one, student, teacher, target, saved, members, moments, objective, class_dim, num_classes)
+        with _on_device(student):
+            one = torch.ones((), dtype=m.dtype, device=student.device)
+            without_parts = unpack(tuple(objective), False, m.dtype == torch.float64)
+            grad = _class_sums(m, without_parts, one, target, affines, Kept(saved, members))
     if not save:
         saved, members = m.new(0), m.new(0, dtype=torch.int64)
     return loss, values, student.new_empty(0) if grad is None else grad, saved, members
@@ -557,45 +567,54 @@ def class_sums(
 ) -> Tensor:
     """See :meth:`kdkernels.ops.Ops.class_sums`."""
     m = _matrices(student, teacher, class_dim, num_classes)
-    layout = m.layout
     problem = unpack(tuple(objective), False, m.dtype == torch.float64)
-    sums = m.new(2, num_classes, dtype=torch.float64)
+    with _on_device(student):
+        affines = _affines(m, moments, None, objective) if m.layout.samples else None
+        target = _flat(target, torch.int64)
+        return _class_sums(m, problem, grad_loss.contiguous(), target, affines, Kept(saved, members))
+
+
+def _class_sums(
+    m: Matrices, problem: Problem, grad_loss: Tensor, target: Tensor | None, affines: Tensor | None, kept: Kept
+) -> Tensor:
+    """The same of matrices and with the classes' numbers at hand."""
+    layout = m.layout
+    sums = m.new(2, layout.classes, dtype=torch.float64)
     if layout.samples == 0:
         return sums.zero_()
-    with _on_device(student):
-        tile = heuristics.sums_tile(layout, problem)
-        blocks, tiles = _sample_blocks(layout, tile), triton.cdiv(num_classes, tile.block_c)
-        stretch = min(heuristics.stretch(blocks, tiles), heuristics.LONGEST_STRETCH)
-        stretches = triton.cdiv(blocks, stretch)
-        partial = sums if stretches == 1 else m.new(stretches, 2, num_classes, dtype=torch.float64)
-        class_sums_kernel[(tiles * stretches,)](
-            grad_loss.contiguous(),
-            student,
-            teacher,
-            _flat(target, torch.int64),
-            _affines(m, moments, None, objective),
-            saved,
-            members,
-            partial,
-            layout.sizes,
-            layout.student,
-            layout.teacher,
-            num_classes,
-            blocks,
-            stretch,
-            problem.numbers,
-            problem.low,
-            TERMS=problem.terms,
-            STANDARDIZE=problem.standardize,
-            COLUMNS=problem.columns,
-            EACH=grad_loss.dim() > 0,
-            **_constants(layout, tile),
-        )
-        if stretches > 1:
-            block_r, block_c = heuristics.stretches_tile(stretches)
-            width = 2 * num_classes
-            grid = (triton.cdiv(width, block_c),)
-            add_stretches_kernel[grid](partial, sums, stretches, width, BLOCK_R=block_r, BLOCK_C=block_c, **_options(4))
+    tile = heuristics.sums_tile(layout, problem)
+    blocks, tiles = _sample_blocks(layout, tile), triton.cdiv(layout.classes, tile.block_c)
+    stretch = min(heuristics.stretch(blocks, tiles), heuristics.LONGEST_STRETCH)
+    stretches = triton.cdiv(blocks, stretch)
+    partial = sums if stretches == 1 else m.new(stretches, 2, layout.classes, dtype=torch.float64)
+    class_sums_kernel[(tiles * stretches,)](
+        grad_loss,
+        m.student,
+        m.teacher,
+        target,
+        affines,
+        kept.saved,
+        kept.members,
+        partial,
+        layout.sizes,
+        layout.student,
+        layout.teacher,
+        layout.classes,
+        blocks,
+        stretch,
+        problem.numbers,
+        problem.low,
+        TERMS=problem.terms,
+        STANDARDIZE=problem.standardize,
+        COLUMNS=problem.columns,
+        EACH=grad_loss.dim() > 0,
+        **_constants(layout, tile),
+    )
+    if stretches > 1:
+        block_r, block_c = heuristics.stretches_tile(stretches)
+        width = 2 * layout.classes
+        grid = (triton.cdiv(width, block_c),)
+        add_stretches_kernel[grid](partial, sums, stretches, width, BLOCK_R=block_r, BLOCK_C=block_c, **_options(4))
     return sums
 
 
