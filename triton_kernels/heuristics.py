@@ -27,6 +27,11 @@ def power_of_two(number: int) -> int:
     return 1 << max(number - 1, 0).bit_length()
 
 
+def cdiv(number: int, by: int) -> int:
+    """The quotient, rounded up; ``triton.cdiv`` takes many times as long."""
+    return -(-number // by)
+
+
 # A program's elements are in registers, of which a thread has 255 if no more than 8 warps share them.
 _FIXED_REGISTERS = 60
 _PER_THREAD = 32
@@ -152,7 +157,7 @@ def split_tile(layout: Layout, problem: Problem) -> Tile:
     num_warps = 1
     while num_warps < 8:
         block_c = _LANES * per_thread * num_warps
-        if block_c >= _LEAST_PART and -(-layout.classes // block_c) * max(*problem.ks, 1) <= _MERGE_SIZES[-2]:
+        if block_c >= _LEAST_PART and cdiv(layout.classes, block_c) * max(*problem.ks, 1) <= _MERGE_SIZES[-2]:
             break
         num_warps *= 2
     return Tile(1, _LANES * per_thread * num_warps, num_warps)
@@ -203,7 +208,7 @@ def sums_tile(layout: Layout, problem: Problem) -> Tile:
 
 def stretch(blocks: int, tiles: int) -> int:
     """Blocks of samples that one program takes: programs enough for a GPU, and stretches that one can merge."""
-    return -(-blocks // min(max(_PROGRAMS // tiles, 1), _MERGE_SIZES[-2], max(blocks // 2, 1)))
+    return cdiv(blocks, min(max(_PROGRAMS // tiles, 1), _MERGE_SIZES[-2], max(blocks // 2, 1)))
 
 
 def stretches_tile(stretches: int) -> tuple[int, int]:

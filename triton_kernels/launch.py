@@ -7,7 +7,6 @@ import functools
 from typing import NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from kdkernels.triton_kernels import heuristics
 from kdkernels.triton_kernels.classes import (
@@ -17,7 +16,7 @@ from kdkernels.triton_kernels.classes import (
     merge_class_moments_kernel,
 )
 from kdkernels.triton_kernels.fused import fused_kernel
-from kdkernels.triton_kernels.heuristics import Tile
+from kdkernels.triton_kernels.heuristics import Tile, cdiv
 from kdkernels.triton_kernels.layout import Layout, find_layout, opaque
 from kdkernels.triton_kernels.objective import BY_CLASS, BY_SAMPLE, Problem, Term, unpack
 from kdkernels.triton_kernels.samples import scale_kernel, sum_rows_kernel, weight_sum_kernel
@@ -133,7 +132,7 @@ def _constants(layout: Layout, tile: Tile) -> dict[str, int | bool]:
 
 def _sample_blocks(layout: Layout, tile: Tile, tiles: int = 1) -> int:
     """Blocks of samples, of so many tiles: none of them crosses the end of the innermost dimension."""
-    return layout.samples // layout.inner * triton.cdiv(layout.inner, tiles * tile.block_n)
+    return layout.samples // layout.inner * cdiv(layout.inner, tiles * tile.block_n)
 
 
 def _sum_rows(table: Tensor, dtype: torch.dtype) -> Tensor:
@@ -148,7 +147,7 @@ def _sum_rows(table: Tensor, dtype: torch.dtype) -> Tensor:
 def _weight_sum(target: Tensor | None, weight: Tensor | None, samples: int, ignore_index: int, device) -> Tensor:
     """The sum of the weights of the samples that count: one float64 number on the device."""
     block = heuristics.WEIGHT_BLOCK
-    programs = triton.cdiv(samples, block)
+    programs = cdiv(samples, block)
     sums = torch.empty(programs, 1, dtype=torch.float64, device=device)
     weight_sum_kernel[(programs,)](target, weight, sums, samples, ignore_index, BLOCK=block, **_options(4))
     return sums if programs == 1 else _sum_rows(sums, torch.float64)
@@ -159,7 +158,7 @@ def _affines(matrices: Matrices, moments: Tensor, sums: Tensor | None, objective
     classes = matrices.layout.classes
     table = matrices.new(ROWS.value, classes)
     block = heuristics.CLASS_BLOCK
-    grid = (triton.cdiv(classes, block),)
+    grid = (cdiv(classes, block),)
     affines_kernel[grid](moments, sums, table, classes, *objective[2:4], BLOCK=block, **_options(4))
     return table
 
@@ -303,11 +302,11 @@ def _split(
     """Statistics of parts of the samples, their merge, and a sweep for the gradient."""
     layout, samples = m.layout, m.layout.samples
     tile = heuristics.split_tile(layout, problem)
-    split = triton.cdiv(layout.classes, tile.block_c)
+    split = cdiv(layout.classes, tile.block_c)
     merge_tile = heuristics.merge_tile(split, 1)
     by_sample = problem.standardize == BY_SAMPLE.value
     grid = (_sample_blocks(layout, tile) * split,)
-    merge_grid = (triton.cdiv(samples, merge_tile.block_n),)
+    merge_grid = (cdiv(samples, merge_tile.block_n),)
     where = layout.sizes, layout.student, layout.teacher, layout.classes
     constants = {"STANDARDIZE": problem.standardize, "COLUMNS": problem.columns, **_constants(layout, tile)}
     merging = {"COLUMNS": problem.columns, "BLOCK_N": merge_tile.block_n, **_options(merge_tile.num_warps)}
@@ -359,7 +358,7 @@ def _split(
         **constants,
     )
     merge_tile = heuristics.merge_tile(split, max(problem.ks) if candidates is not None else 1)
-    blocks = triton.cdiv(samples, merge_tile.block_n)
+    blocks = cdiv(samples, merge_tile.block_n)
     rows, part_rows = _results(m, problem, shape, each, parts, blocks)
     merge_kernel[(blocks,)](
         stats,
@@ -452,7 +451,7 @@ def _sweep(
     """The gradient from what was kept."""
     layout = m.layout
     tile = heuristics.sweep_tile(layout, problem)
-    grid = (_sample_blocks(layout, tile) * triton.cdiv(layout.gradient_classes, tile.block_c),)
+    grid = (_sample_blocks(layout, tile) * cdiv(layout.gradient_classes, tile.block_c),)
     gradient_kernel[grid](
         grad_loss,
         m.student,
@@ -523,9 +522,9 @@ def class_moments(
         return moments.zero_()
     with _on_device(student):
         tile = heuristics.moments_tile(layout, m.dtype == torch.float64)
-        blocks, programs = _sample_blocks(layout, tile, tile.tiles), 2 * triton.cdiv(num_classes, tile.block_c)
+        blocks, programs = _sample_blocks(layout, tile, tile.tiles), 2 * cdiv(num_classes, tile.block_c)
         stretch = heuristics.stretch(blocks, programs)
-        stretches = triton.cdiv(blocks, stretch)
+        stretches = cdiv(blocks, stretch)
         partial = moments if stretches == 1 else m.new(stretches, 2, 3, num_classes, dtype=torch.float64)
         class_moments_kernel[(programs * stretches,)](
             student,
@@ -546,7 +545,7 @@ def class_moments(
         )
         if stretches > 1:
             block_r, block_c = heuristics.stretches_tile(stretches)
-            grid = (2 * triton.cdiv(num_classes, block_c),)
+            grid = (2 * cdiv(num_classes, block_c),)
             merge_class_moments_kernel[grid](
                 partial, moments, stretches, num_classes, BLOCK_R=block_r, BLOCK_C=block_c, **_options(4)
             )
@@ -583,9 +582,9 @@ def _class_sums(
     if layout.samples == 0:
         return sums.zero_()
     tile = heuristics.sums_tile(layout, problem)
-    blocks, tiles = _sample_blocks(layout, tile), triton.cdiv(layout.classes, tile.block_c)
+    blocks, tiles = _sample_blocks(layout, tile), cdiv(layout.classes, tile.block_c)
     stretch = min(heuristics.stretch(blocks, tiles), heuristics.LONGEST_STRETCH)
-    stretches = triton.cdiv(blocks, stretch)
+    stretches = cdiv(blocks, stretch)
     partial = sums if stretches == 1 else m.new(stretches, 2, layout.classes, dtype=torch.float64)
     class_sums_kernel[(tiles * stretches,)](
         grad_loss,
@@ -613,7 +612,7 @@ def _class_sums(
     if stretches > 1:
         block_r, block_c = heuristics.stretches_tile(stretches)
         width = 2 * layout.classes
-        grid = (triton.cdiv(width, block_c),)
+        grid = (cdiv(width, block_c),)
         add_stretches_kernel[grid](partial, sums, stretches, width, BLOCK_R=block_r, BLOCK_C=block_c, **_options(4))
     return sums
 
@@ -630,7 +629,7 @@ def scale_(gradient: Tensor, factor: Tensor, class_dim: int) -> None:
     layout = _matrices(gradient, gradient, class_dim, gradient.shape[class_dim]).layout
     with _on_device(gradient):
         tile = heuristics.scale_tile(layout)
-        grid = (_sample_blocks(layout, tile) * triton.cdiv(layout.classes, tile.block_c),)
+        grid = (_sample_blocks(layout, tile) * cdiv(layout.classes, tile.block_c),)
         scale_kernel[grid](
             gradient,
             factor.contiguous(),
