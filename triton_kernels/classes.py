@@ -227,7 +227,7 @@ def class_sums_kernel(
         t = load_tile(teacher, at, teacher_strides, AXIS, WIDE).to(dtype)
         # Which samples of the next block count is read ahead, lest its logits wait for it.
         next_outer, next_within, next_samples, next_there = locate(block + 1, sizes, BLOCK_N)
-        next_there = next_there & (block + 1 < end)
+        next_there = next_there & (tl.full(there.shape, block + 1, tl.int32) < end)
         ahead = read_kept(target, grad_loss, saved, next_samples, next_there, COLUMNS, EACH)
         s = standardized_tile(s, 0, at, samples, affines, saved, COLUMNS, STANDARDIZE)
         t = standardized_tile(t, 1, at, samples, affines, saved, COLUMNS, STANDARDIZE)
