@@ -3,6 +3,8 @@
 Compilers would keep what was computed before, in registers that are not there, and work on all tiles at once. So each
 pass reads the logits through ``nothing``, a number that is 0 and that the compiler does not know, and takes tile after
 tile, each in a branch of its own, which also passes over tiles beyond the last class.
+
+Such objectives have one term. Functions take all of ``TERMS``, a constant, as a member of it is none to Triton 3.6.
 """
 
 import triton
@@ -46,58 +48,67 @@ def logits_of(held, nothing, c: tl.constexpr, matrix):
 
 
 @triton.jit
-def look(held, matrices, row, nothing, c: tl.constexpr, TERM: tl.constexpr):
+def look(held, matrices, row, nothing, c: tl.constexpr, TERMS: tl.constexpr):
     """``(student, teacher, single, top)`` of tile ``c``; ``row``: ``(class_count, targets, found)``."""
     class_count, targets, found = row
     s, t = logits_of(held[0], nothing, c, matrices[0]), logits_of(held[1], nothing, c, matrices[1])
     begin = c * t.shape[1] + nothing.to(tl.int32)
-    if by_rank(TERM[0]):
+    if by_rank(TERMS[0][0]):
         found = (found[0] + nothing, found[1] - begin, found[2] - begin)
     classes = tl.arange(0, t.shape[1])
-    single, top = masks_of(t, classes, class_count - begin, targets - begin, found, TERM[0], TERM[1])
+    single, top = masks_of(t, classes, class_count - begin, targets - begin, found, TERMS[0][0], TERMS[0][1])
     return s, t, single, top
 
 
 @triton.jit
-def with_maxima(largest, tile, TERM: tl.constexpr):
+def with_maxima(largest, tile, TERMS: tl.constexpr):
     """Maxima over the tiles so far and this one, from :func:`look`."""
     s, t, single, top = tile
-    return larger(largest, logits_of_groups(s, t, single, top, TERM[0]))
+    return larger(largest, logits_of_groups(s, t, single, top, TERMS[0][0]))
 
 
 @triton.jit
-def with_sums(sums, tile, of_top, of_rest, k, TERM: tl.constexpr):
+def with_sums(sums, tile, of_top, of_rest, k, TERMS: tl.constexpr):
     """The sums likewise."""
     s, t, single, top = tile
-    exps = exponentials(s, t, single, top, of_top, of_rest, k, TERM[0])
-    return add_folded(sums, summands(exps, top, TERM[0], TERM[2], TERM[3]))
+    exps = exponentials(s, t, single, top, of_top, of_rest, k, TERMS[0][0])
+    return add_folded(sums, summands(exps, top, TERMS[0][0], TERMS[0][2], TERMS[0][3]))
 
 
 @triton.jit
-def statistics_again(held, matrices, row, k, nothing, TILES: tl.constexpr, TERM: tl.constexpr):
+def statistics_again(held, matrices, row, k, nothing, TILES: tl.constexpr, TERMS: tl.constexpr):
     """``(statistics of top, statistics of rest)`` of whole rows in held tiles."""
     TILE: tl.constexpr = held[0][0].shape[1]
-    largest = with_maxima((), look(held, matrices, row, nothing, 0, TERM), TERM)
+    largest = with_maxima((), look(held, matrices, row, nothing, 0, TERMS), TERMS)
     for c in tl.static_range(1, TILES):
         if c * TILE < row[0]:
-            largest = with_maxima(largest, look(held, matrices, row, nothing, c, TERM), TERM)
+            largest = with_maxima(largest, look(held, matrices, row, nothing, c, TERMS), TERMS)
     of_top, of_rest = origins_from(largest, k)
     nothing = 2 * nothing
-    sums = with_sums((), look(held, matrices, row, nothing, 0, TERM), of_top, of_rest, k, TERM)
+    sums = with_sums((), look(held, matrices, row, nothing, 0, TERMS), of_top, of_rest, k, TERMS)
     for c in tl.static_range(1, TILES):
         if c * TILE < row[0]:
-            sums = with_sums(sums, look(held, matrices, row, nothing, c, TERM), of_top, of_rest, k, TERM)
-    return statistics_from(of_top, of_rest, sums, TILES, TERM[2], TERM[3])
+            sums = with_sums(sums, look(held, matrices, row, nothing, c, TERMS), of_top, of_rest, k, TERMS)
+    return statistics_from(of_top, of_rest, sums, TILES, TERMS[0][2], TERMS[0][3])
 
 
 @triton.jit
 def gradient_again(
-    held, matrices, row, stats, coefficients, k, nothing, c: tl.constexpr, TERM: tl.constexpr, WITH_SINGLE: tl.constexpr
+    held,
+    matrices,
+    row,
+    stats,
+    coefficients,
+    k,
+    nothing,
+    c: tl.constexpr,
+    TERMS: tl.constexpr,
+    WITH_SINGLE: tl.constexpr,
 ):
     """``(gradient in the logits that the term sees, student's logits)`` of tile ``c``."""
     nothing = 3 * nothing
-    s, t, single, top = look(held, matrices, row, nothing, c, TERM)
+    s, t, single, top = look(held, matrices, row, nothing, c, TERMS)
     of_top, of_rest = stats[max(len(stats) - 2, 0)], stats[len(stats) - 1]
     of_top, of_rest = (of_top[0] + nothing, of_top[1] + nothing), (of_rest[0] + nothing, of_rest[1] + nothing)
-    exps = exponentials(s, t, single, top, of_top, of_rest, k, TERM[0])
-    return gradient_of(exps, single, top, stats, coefficients, TERM[0], TERM[4], WITH_SINGLE), s
+    exps = exponentials(s, t, single, top, of_top, of_rest, k, TERMS[0][0])
+    return gradient_of(exps, single, top, stats, coefficients, TERMS[0][0], TERMS[0][4], WITH_SINGLE), s

@@ -213,7 +213,7 @@ def fused_kernel(
                 exponent,
                 nothing,
                 TILES,
-                TERMS[i],
+                TERMS,
             )
         else:
             of_top, of_rest, exps = statistics(s, t, single, top, exponent, TERMS[i][0], TERMS[i][2], TERMS[i][3])
@@ -276,7 +276,7 @@ def fused_kernel(
                         number(numbers, low, TERMS[0][5] + EXPONENT),
                         nothing,
                         c,
-                        TERMS[0],
+                        TERMS,
                         not POKE,
                     )
                     position = tl.arange(0, BLOCK_C) + (c * BLOCK_C + WIDE * nothing.to(tl.int32))

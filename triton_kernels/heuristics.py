@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ class Tile(NamedTuple):
     block_n: int
     block_c: int
     num_warps: int
-    #: How many tiles of classes a program holds (the fused kernel only).
+    #: How many tiles of classes a program holds (the fused kernel), or of samples (the moments of classes).
     tiles: int = 1
     #: Whether it keeps their logits only, and computes the exponentials again for the gradient (likewise).
     again: bool = False
@@ -24,6 +25,11 @@ class Tile(NamedTuple):
 def power_of_two(number: int) -> int:
     """The least power of two that is not smaller."""
     return 1 << max(number - 1, 0).bit_length()
+
+
+def cdiv(number: int, by: int) -> int:
+    """The quotient, rounded up; ``triton.cdiv`` takes many times as long."""
+    return -(-number // by)
 
 
 # A program's elements are in registers, of which a thread has 255 if no more than 8 warps share them.
@@ -69,6 +75,7 @@ def fits(live: float, per_thread: int, num_warps: int, most: int = 255) -> bool:
     return num_warps <= _MOST_WARPS and _FIXED_REGISTERS + per_thread * live <= most
 
 
+@functools.lru_cache(maxsize=1024)
 def fused_tile(layout: Layout, problem: Problem) -> Tile | None:
     """The tile of the fused kernel; None where a sample's classes do not fit on chip.
 
@@ -113,8 +120,14 @@ _SPREAD_CLASSES = (16, 64, 256, 1024)
 #: Samples that a program of the weights' sum adds up, and classes of one that prepares their standardisation.
 WEIGHT_BLOCK = 4096
 CLASS_BLOCK = 256
+#: Classes whose moments a thread has, values it takes at a time, and programs that are enough for a GPU.
+_MOMENTS, _VALUES, _PROGRAMS = 4, 64, 2048
+#: Blocks of samples that are added up in float32.
+LONGEST_STRETCH = 64
 #: Candidates for the top k that one program merges, of one or several samples.
 _MERGE_SIZES = (8, 64, 512, 4096)
+#: Classes of a part at least, and candidates of each at most: they are taken one after the other.
+_LEAST_PART, _MOST_ASIDE = 512, 64
 
 
 def sum_block(rows: int) -> int:
@@ -127,20 +140,33 @@ def sum_warps(block: int) -> int:
 
 
 def split_tile(layout: Layout, problem: Problem) -> Tile:
-    """The part of some samples whose statistics a program takes. Small parts fill a GPU even with one sample.
+    """The part of some samples whose statistics a program takes.
 
-    A thread has fewer classes where they take more registers, and fewest of two terms in float64.
+    Where classes are next to one another, a part is one sample's and of as few warps as the merge allows, best of one:
+    there no thread waits for another warp's, and many parts fit on a multiprocessor. A thread has fewer classes where
+    they take more registers, and fewest of two terms in float64.
     """
-    per_thread = _PER_THREAD // 2 if fits(live_numbers(problem), _PER_THREAD // 2, 4) else _PER_THREAD // 4
+    most = _PER_THREAD // 2 if layout.axis == SAMPLES.value else _PER_THREAD
+    per_thread = most if fits(live_numbers(problem), most, 4) else _PER_THREAD // 2
+    if not fits(live_numbers(problem), per_thread, 4):
+        per_thread = _PER_THREAD // 4
     if problem.low and len(problem.terms) > 1:
         per_thread = _PER_THREAD // 8
-    return _spread(layout, 8 * _LANES * per_thread, per_thread)
+    if layout.axis == SAMPLES.value:
+        return _spread(layout, 8 * _LANES * per_thread, per_thread)
+    num_warps = 1
+    while num_warps < 8:
+        block_c = _LANES * per_thread * num_warps
+        if block_c >= _LEAST_PART and cdiv(layout.classes, block_c) * max(*problem.ks, 1) <= _MERGE_SIZES[-2]:
+            break
+        num_warps *= 2
+    return Tile(1, _LANES * per_thread * num_warps, num_warps)
 
 
-def sets_aside(split: int, tile: Tile, problem: Problem) -> bool:
+def sets_aside(split: int, problem: Problem) -> bool:
     """Whether the parts' own best classes are few enough to be candidates in one merge. More would spill in float64."""
     k = max(problem.ks)
-    return 0 < k <= tile.block_c // 4 and split * k <= _MERGE_SIZES[-2 if problem.low else -1]
+    return 0 < k <= _MOST_ASIDE and split * k <= _MERGE_SIZES[-2 if problem.low else -1]
 
 
 def merge_tile(split: int, k: int) -> Tile:
@@ -160,16 +186,35 @@ def scale_tile(layout: Layout) -> Tile:
     return _spread(layout, 4 * _LANES * 16, 16)
 
 
-def class_tile(layout: Layout) -> Tile:
-    """The tile of a sum over samples: short in classes, so that there are programs enough."""
-    block_n, block_c = (_LANES, 32) if layout.axis == SAMPLES.value else (16, 128)
-    return Tile(block_n, min(block_c, max(power_of_two(layout.classes), _LEAST_CLASSES)), 8)
+def moments_tile(layout: Layout, double: bool) -> Tile:
+    """The tile of the moments of classes: few classes a thread, and many samples, one after the other."""
+    block_n = min(max(power_of_two(layout.inner), _LANES), 4 * _LANES)
+    block_c, num_warps = _MOMENTS, block_n // _LANES
+    if layout.axis != SAMPLES.value:
+        block_c, num_warps = min(max(power_of_two(layout.classes), _LEAST_CLASSES), _MOMENTS * _LANES), 4
+        block_n = _MOMENTS * _LANES * num_warps // block_c
+    most = _VALUES // _MOMENTS // (2 if double else 1)
+    return Tile(block_n, block_c, num_warps, min(max(power_of_two(layout.inner) // block_n, 1), most))
+
+
+def sums_tile(layout: Layout, problem: Problem) -> Tile:
+    """The tile of the sums of classes: a thread has several of one sample, and few where they take many registers."""
+    per_thread = _PER_TILE if fits(2 * live_numbers(problem), _PER_TILE, 4) else _PER_TILE // 2
+    most = _LANES * (1 if layout.axis == SAMPLES.value else per_thread)
+    block_c = min(max(power_of_two(layout.classes), _LEAST_CLASSES), most)
+    block_n = _LANES if layout.axis == SAMPLES.value else 4 * most // block_c
+    return Tile(block_n, block_c, block_n * block_c // (_LANES * per_thread))
 
 
 def stretch(blocks: int, tiles: int) -> int:
-    """Blocks of samples that one program adds up: programs enough for a GPU, and few partial sums."""
-    stretches = min(max(1024 // tiles, 1), 64, max(blocks // 2, 1))
-    return -(-blocks // stretches)
+    """Blocks of samples that one program takes: programs enough for a GPU, and stretches that one can merge."""
+    return cdiv(blocks, min(max(_PROGRAMS // tiles, 1), _MERGE_SIZES[-2], max(blocks // 2, 1)))
+
+
+def stretches_tile(stretches: int) -> tuple[int, int]:
+    """Stretches and classes whose results a program merges at a time."""
+    block_r = next((size for size in _MERGE_SIZES[:-1] if size >= stretches), _MERGE_SIZES[-2])
+    return block_r, 2048 // block_r
 
 
 def _spread(layout: Layout, elements: int, per_thread: int) -> Tile:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from typing import NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from kdkernels.triton_kernels import heuristics
 from kdkernels.triton_kernels.classes import (
@@ -16,7 +16,7 @@ from kdkernels.triton_kernels.classes import (
     merge_class_moments_kernel,
 )
 from kdkernels.triton_kernels.fused import fused_kernel
-from kdkernels.triton_kernels.heuristics import Tile
+from kdkernels.triton_kernels.heuristics import Tile, cdiv
 from kdkernels.triton_kernels.layout import Layout, find_layout, opaque
 from kdkernels.triton_kernels.objective import BY_CLASS, BY_SAMPLE, Problem, Term, unpack
 from kdkernels.triton_kernels.samples import scale_kernel, sum_rows_kernel, weight_sum_kernel
@@ -57,7 +57,6 @@ def _matrices(
     class_dim: int,
     num_classes: int,
     gradient: Tensor | None = None,
-    wide: bool = True,
 ) -> Matrices:
     dtypes = student.dtype, teacher.dtype
     tensors = (student, teacher, student if gradient is None else gradient)
@@ -67,7 +66,7 @@ def _matrices(
         class_dim,
         num_classes,
         tuple(tensor.element_size() for tensor in tensors),
-        wide and all(tensor.data_ptr() % 16 == 0 for tensor in tensors),
+        all(tensor.data_ptr() % 16 == 0 for tensor in tensors),
     )
     dtype = torch.float64 if torch.float64 in dtypes else torch.float32
     return Matrices(student, teacher, gradient, layout, dtype)
@@ -102,6 +101,12 @@ class Kept(NamedTuple):
     members: Tensor | None
 
 
+@functools.cache
+def _warp_size(device: object) -> int:
+    """That of ``device``, the current one, asked for once: Triton looks up the device's properties each time."""
+    return driver.active.get_current_target().warp_size
+
+
 def _options(num_warps: int) -> dict[str, int | bool]:
     """Launch options, from the number of warps if each has 32 threads: AMD's have 64, and the threads stay as many.
 
@@ -110,7 +115,7 @@ def _options(num_warps: int) -> dict[str, int | bool]:
     A compiler that contracts others may do so differently in the threads that add up the same numbers in another order:
     their sums would differ, and the result would depend on which of them comes first.
     """
-    lanes = 32 if knobs.runtime.interpret else driver.active.get_current_target().warp_size
+    lanes = 32 if knobs.runtime.interpret else _warp_size(driver.active.get_current_device())
     return {"num_warps": max(32 * num_warps // lanes, 1), "enable_fp_fusion": False}
 
 
@@ -125,9 +130,9 @@ def _constants(layout: Layout, tile: Tile) -> dict[str, int | bool]:
     }
 
 
-def _sample_blocks(layout: Layout, tile: Tile) -> int:
-    """Blocks of samples: none of them crosses the end of the innermost dimension."""
-    return layout.samples // layout.inner * triton.cdiv(layout.inner, tile.block_n)
+def _sample_blocks(layout: Layout, tile: Tile, tiles: int = 1) -> int:
+    """Blocks of samples, of so many tiles: none of them crosses the end of the innermost dimension."""
+    return layout.samples // layout.inner * cdiv(layout.inner, tiles * tile.block_n)
 
 
 def _sum_rows(table: Tensor, dtype: torch.dtype) -> Tensor:
@@ -142,7 +147,7 @@ def _sum_rows(table: Tensor, dtype: torch.dtype) -> Tensor:
 def _weight_sum(target: Tensor | None, weight: Tensor | None, samples: int, ignore_index: int, device) -> Tensor:
     """The sum of the weights of the samples that count: one float64 number on the device."""
     block = heuristics.WEIGHT_BLOCK
-    programs = triton.cdiv(samples, block)
+    programs = cdiv(samples, block)
     sums = torch.empty(programs, 1, dtype=torch.float64, device=device)
     weight_sum_kernel[(programs,)](target, weight, sums, samples, ignore_index, BLOCK=block, **_options(4))
     return sums if programs == 1 else _sum_rows(sums, torch.float64)
@@ -153,7 +158,7 @@ def _affines(matrices: Matrices, moments: Tensor, sums: Tensor | None, objective
     classes = matrices.layout.classes
     table = matrices.new(ROWS.value, classes)
     block = heuristics.CLASS_BLOCK
-    grid = (triton.cdiv(classes, block),)
+    grid = (cdiv(classes, block),)
     affines_kernel[grid](moments, sums, table, classes, *objective[2:4], BLOCK=block, **_options(4))
     return table
 
@@ -191,6 +196,7 @@ def forward(
     keep = save or tile is None
     saved = m.new(samples, problem.columns.saved) if keep else None
     members = m.new(samples, problem.columns.members, dtype=torch.int64) if keep else None
+    affines = None
     if samples == 0:
         loss = m.new(*shape).zero_()
         values = m.new(*shape, columns).zero_() if parts else m.new(0)
@@ -213,8 +219,10 @@ def forward(
             loss = rows if each else _sum_rows(rows, m.dtype).reshape(())
             values = m.new(0) if part_rows is None else part_rows if each else _sum_rows(part_rows, m.dtype)
     if gradient and by_class:
-        one = torch.ones((), dtype=m.dtype, device=student.device)
-        grad = class_sums(one, student, teacher, target, saved, members, moments, objective, class_dim, num_classes)
+        with _on_device(student):
+            one = torch.ones((), dtype=m.dtype, device=student.device)
+            without_parts = unpack(tuple(objective), False, m.dtype == torch.float64)
+            grad = _class_sums(m, without_parts, one, target, affines, Kept(saved, members))
     if not save:
         saved, members = m.new(0), m.new(0, dtype=torch.int64)
     return loss, values, student.new_empty(0) if grad is None else grad, saved, members
@@ -294,11 +302,11 @@ def _split(
     """Statistics of parts of the samples, their merge, and a sweep for the gradient."""
     layout, samples = m.layout, m.layout.samples
     tile = heuristics.split_tile(layout, problem)
-    split = triton.cdiv(layout.classes, tile.block_c)
+    split = cdiv(layout.classes, tile.block_c)
     merge_tile = heuristics.merge_tile(split, 1)
     by_sample = problem.standardize == BY_SAMPLE.value
     grid = (_sample_blocks(layout, tile) * split,)
-    merge_grid = (triton.cdiv(samples, merge_tile.block_n),)
+    merge_grid = (cdiv(samples, merge_tile.block_n),)
     where = layout.sizes, layout.student, layout.teacher, layout.classes
     constants = {"STANDARDIZE": problem.standardize, "COLUMNS": problem.columns, **_constants(layout, tile)}
     merging = {"COLUMNS": problem.columns, "BLOCK_N": merge_tile.block_n, **_options(merge_tile.num_warps)}
@@ -318,7 +326,7 @@ def _split(
         settle_moments_kernel[merge_grid](
             moments, kept.saved, samples, split, problem.numbers, problem.low, PARTS=merge_tile.block_c, **merging
         )
-    if heuristics.sets_aside(split, tile, problem):
+    if heuristics.sets_aside(split, problem):
         candidate_count = sum(problem.ks)
         candidates = m.new(samples, split, candidate_count, 2)
         candidate_classes = m.new(samples, split, candidate_count, dtype=torch.int32)
@@ -350,7 +358,7 @@ def _split(
         **constants,
     )
     merge_tile = heuristics.merge_tile(split, max(problem.ks) if candidates is not None else 1)
-    blocks = triton.cdiv(samples, merge_tile.block_n)
+    blocks = cdiv(samples, merge_tile.block_n)
     rows, part_rows = _results(m, problem, shape, each, parts, blocks)
     merge_kernel[(blocks,)](
         stats,
@@ -443,7 +451,7 @@ def _sweep(
     """The gradient from what was kept."""
     layout = m.layout
     tile = heuristics.sweep_tile(layout, problem)
-    grid = (_sample_blocks(layout, tile) * triton.cdiv(layout.gradient_classes, tile.block_c),)
+    grid = (_sample_blocks(layout, tile) * cdiv(layout.gradient_classes, tile.block_c),)
     gradient_kernel[grid](
         grad_loss,
         m.student,
@@ -507,16 +515,18 @@ def class_moments(
     ignore_index: int,
 ) -> Tensor:
     """See :meth:`kdkernels.ops.Ops.class_moments`."""
-    m = _matrices(student, teacher, class_dim, num_classes, wide=False)  # much is known of a class: one a thread
+    m = _matrices(student, teacher, class_dim, num_classes)
     layout = m.layout
     moments = m.new(2, 3, num_classes, dtype=torch.float64)
     if layout.samples == 0:
         return moments.zero_()
     with _on_device(student):
-        tile, blocks, stretch = _stretches(layout)
-        tiles, stretches = triton.cdiv(num_classes, tile.block_c), triton.cdiv(blocks, stretch)
+        tile = heuristics.moments_tile(layout, m.dtype == torch.float64)
+        blocks, programs = _sample_blocks(layout, tile, tile.tiles), 2 * cdiv(num_classes, tile.block_c)
+        stretch = heuristics.stretch(blocks, programs)
+        stretches = cdiv(blocks, stretch)
         partial = moments if stretches == 1 else m.new(stretches, 2, 3, num_classes, dtype=torch.float64)
-        class_moments_kernel[(tiles * stretches,)](
+        class_moments_kernel[(programs * stretches,)](
             student,
             teacher,
             _flat(target, torch.int64),
@@ -529,13 +539,16 @@ def class_moments(
             blocks,
             stretch,
             ignore_index,
+            TILES=tile.tiles,
             dtype=_TRITON[m.dtype],
             **_constants(layout, tile),
         )
         if stretches > 1:
-            block = heuristics.CLASS_BLOCK
-            grid = (2 * triton.cdiv(num_classes, block),)
-            merge_class_moments_kernel[grid](partial, moments, stretches, num_classes, BLOCK=block, **_options(4))
+            block_r, block_c = heuristics.stretches_tile(stretches)
+            grid = (2 * cdiv(num_classes, block_c),)
+            merge_class_moments_kernel[grid](
+                partial, moments, stretches, num_classes, BLOCK_R=block_r, BLOCK_C=block_c, **_options(4)
+            )
     return moments
 
 
@@ -552,51 +565,56 @@ def class_sums(
     num_classes: int,
 ) -> Tensor:
     """See :meth:`kdkernels.ops.Ops.class_sums`."""
-    m = _matrices(student, teacher, class_dim, num_classes, wide=False)  # much is known of a class: one a thread
-    layout = m.layout
+    m = _matrices(student, teacher, class_dim, num_classes)
     problem = unpack(tuple(objective), False, m.dtype == torch.float64)
-    sums = m.new(2, num_classes, dtype=torch.float64)
+    with _on_device(student):
+        affines = _affines(m, moments, None, objective) if m.layout.samples else None
+        target = _flat(target, torch.int64)
+        return _class_sums(m, problem, grad_loss.contiguous(), target, affines, Kept(saved, members))
+
+
+def _class_sums(
+    m: Matrices, problem: Problem, grad_loss: Tensor, target: Tensor | None, affines: Tensor | None, kept: Kept
+) -> Tensor:
+    """The same of matrices and with the classes' numbers at hand."""
+    layout = m.layout
+    sums = m.new(2, layout.classes, dtype=torch.float64)
     if layout.samples == 0:
         return sums.zero_()
-    with _on_device(student):
-        tile, blocks, stretch = _stretches(layout)
-        tiles, stretches = triton.cdiv(num_classes, tile.block_c), triton.cdiv(blocks, stretch)
-        partial = sums if stretches == 1 else m.new(stretches, 2, num_classes, dtype=torch.float64)
-        class_sums_kernel[(tiles * stretches,)](
-            grad_loss.contiguous(),
-            student,
-            teacher,
-            _flat(target, torch.int64),
-            _affines(m, moments, None, objective),
-            saved,
-            members,
-            partial,
-            layout.sizes,
-            layout.student,
-            layout.teacher,
-            num_classes,
-            blocks,
-            stretch,
-            problem.numbers,
-            problem.low,
-            TERMS=problem.terms,
-            STANDARDIZE=problem.standardize,
-            COLUMNS=problem.columns,
-            EACH=grad_loss.dim() > 0,
-            **_constants(layout, tile),
-        )
-        if stretches > 1:
-            block, width = heuristics.CLASS_BLOCK, 2 * num_classes
-            grid = (triton.cdiv(width, block),)
-            add_stretches_kernel[grid](partial, sums, stretches, width, BLOCK=block, **_options(4))
+    tile = heuristics.sums_tile(layout, problem)
+    blocks, tiles = _sample_blocks(layout, tile), cdiv(layout.classes, tile.block_c)
+    stretch = min(heuristics.stretch(blocks, tiles), heuristics.LONGEST_STRETCH)
+    stretches = cdiv(blocks, stretch)
+    partial = sums if stretches == 1 else m.new(stretches, 2, layout.classes, dtype=torch.float64)
+    class_sums_kernel[(tiles * stretches,)](
+        grad_loss,
+        m.student,
+        m.teacher,
+        target,
+        affines,
+        kept.saved,
+        kept.members,
+        partial,
+        layout.sizes,
+        layout.student,
+        layout.teacher,
+        layout.classes,
+        blocks,
+        stretch,
+        problem.numbers,
+        problem.low,
+        TERMS=problem.terms,
+        STANDARDIZE=problem.standardize,
+        COLUMNS=problem.columns,
+        EACH=grad_loss.dim() > 0,
+        **_constants(layout, tile),
+    )
+    if stretches > 1:
+        block_r, block_c = heuristics.stretches_tile(stretches)
+        width = 2 * layout.classes
+        grid = (cdiv(width, block_c),)
+        add_stretches_kernel[grid](partial, sums, stretches, width, BLOCK_R=block_r, BLOCK_C=block_c, **_options(4))
     return sums
-
-
-def _stretches(layout: Layout) -> tuple[Tile, int, int]:
-    """The tile of a sum over samples, how many blocks of samples there are, and how many one program adds up."""
-    tile = heuristics.class_tile(layout)
-    blocks = _sample_blocks(layout, tile)
-    return tile, blocks, heuristics.stretch(blocks, triton.cdiv(layout.classes, tile.block_c))
 
 
 def _check_moments(problem: Problem, moments: Tensor | None) -> None:
@@ -611,7 +629,7 @@ def scale_(gradient: Tensor, factor: Tensor, class_dim: int) -> None:
     layout = _matrices(gradient, gradient, class_dim, gradient.shape[class_dim]).layout
     with _on_device(gradient):
         tile = heuristics.scale_tile(layout)
-        grid = (_sample_blocks(layout, tile) * triton.cdiv(layout.classes, tile.block_c),)
+        grid = (_sample_blocks(layout, tile) * cdiv(layout.classes, tile.block_c),)
         scale_kernel[grid](
             gradient,
             factor.contiguous(),

@@ -110,12 +110,15 @@ def multiple(number, factor: tl.constexpr):
 
 
 @triton.jit
-def locate(block, sizes, BLOCK_N: tl.constexpr):
-    """Samples of a block: ``(outer index, indices in the inner dimension, numbers overall, whether they exist)``."""
+def locate(block, sizes, BLOCK_N: tl.constexpr, TILES: tl.constexpr = 1):
+    """Samples of a block: ``(outer index, indices in the inner dimension, numbers overall, whether they exist)``.
+
+    Of a block of several tiles, one after the other, those of the first.
+    """
     inner = reveal(sizes[0])
-    blocks = tl.cdiv(inner, BLOCK_N)
+    blocks = tl.cdiv(inner, BLOCK_N * TILES)
     outer = block // blocks
-    within = (block % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    within = (block % blocks) * (BLOCK_N * TILES) + tl.arange(0, BLOCK_N)
     return outer, within, outer.to(tl.int64) * inner + within, within < inner
 
 

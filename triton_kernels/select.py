@@ -29,6 +29,12 @@ def key_of(values):
     return tl.where(bits < 0, bits ^ (0x7FFFFFFFFFFFFFFF if DOUBLE else 0x7FFFFFFF), bits)
 
 
+@triton.constexpr_function
+def least_key(dtype):
+    """Less than any number's key."""
+    return -(2 ** (dtype.primitive_bitwidth - 1))
+
+
 @triton.jit
 def value_of(key):
     """The opposite of :func:`key_of`."""

@@ -23,7 +23,7 @@ from kdkernels.triton_kernels.objective import (
 from kdkernels.triton_kernels.partition import group_sizes, masks_of, masks_of_rank
 from kdkernels.triton_kernels.samples import read_factor, read_samples, write_results
 from kdkernels.triton_kernels.saved import load_members, save_members, save_term, store_columns
-from kdkernels.triton_kernels.select import first_best, key_of, leads, middle_of, ranked, select, value_of
+from kdkernels.triton_kernels.select import first_best, key_of, leads, least_key, middle_of, ranked, select, value_of
 from kdkernels.triton_kernels.stats import (
     groups_with,
     merge,
@@ -125,21 +125,29 @@ def split_kernel(
     for i in tl.static_range(len(TERMS)):
         exponent = number(numbers, low, TERMS[i][5] + EXPONENT)
         if by_rank(TERMS[i][0]) and ASIDE:
-            values = ranked(t, (classes < class_count)[None, :], TERMS[i][1])
-            bound, last = select((values,), classes, reveal(ks[i]))
-            aside = leads(values, classes, bound, last) & (classes < class_count)[None, :]
-            place = tl.cumsum(aside.to(tl.int32), 1) - 1
-            slot = row[:, None] * candidate_count + first + place
-            mask = aside & there[:, None]
-            tl.store(candidates + 2 * slot, s, mask=mask)
-            tl.store(candidates + 2 * slot + 1, t, mask=mask)
-            tl.store(candidate_classes + slot, tl.zeros_like(place) + classes[None, :], mask=mask)
+            # The best one, taken out, and again: of equals the first.
+            inside = (classes < class_count)[None, :]
+            keys = key_of(ranked(t, inside, TERMS[i][1]))
+            TAKEN: tl.constexpr = least_key(keys.dtype)
+            keys = tl.where(inside, keys, TAKEN)
+            slots = row * candidate_count + first
+            found = tl.zeros([BLOCK_N], tl.int32)
+            for place in range(reveal(ks[i])):
+                best = tl.max(keys, 1)
+                index = tl.min(tl.where(keys == best[:, None], classes[None, :], 0x7FFFFFFF), 1)
+                taken = (classes[None, :] == index[:, None]) & (best != TAKEN)[:, None]
+                slot = slots + place
+                of_teacher = value_of(best) if TERMS[i][1] else -value_of(best)
+                tl.store(candidates + 2 * slot[:, None] + tl.zeros_like(keys), s, mask=taken & there[:, None])
+                tl.store(candidates + 2 * slot + 1, of_teacher, mask=there)
+                tl.store(candidate_classes + slot, index, mask=there)
+                keys = tl.where(taken, TAKEN, keys)
+                found += (best != TAKEN).to(tl.int32)
             first += reveal(ks[i])
+            aside = keys == TAKEN
             kept_s, kept_t = tl.where(aside, float("-inf"), s), tl.where(aside, float("-inf"), t)
             _, of_rest, _ = statistics((kept_s,), (kept_t,), (aside,), (aside,), exponent, 0, TERMS[i][2], TERMS[i][3])
-            store_columns(
-                stats, (tl.sum(aside.to(tl.int32), 1),), row, there, PART, part_column(TERMS, i, ASIDE, _COUNT)
-            )
+            store_columns(stats, (found,), row, there, PART, part_column(TERMS, i, ASIDE, _COUNT))
         else:
             found = load_members(members, samples, there, COLUMNS[2], TERMS[i][7], TERMS[i][0], dtype)
             single, top = masks_of(t, classes, class_count, targets, found, TERMS[i][0], TERMS[i][1])
@@ -234,7 +242,7 @@ def merge_kernel(
         of_single = of_rest
         of_top = of_rest
         if by_rank(TERMS[i][0]) and ASIDE:
-            # A tile of candidates in the order of their classes: position stands for class.
+            # A tile of candidates, equals in the order of their classes: position stands for class.
             position = tl.arange(0, CANDIDATES)
             of_part = position // reveal(ks[i])
             place = position % reveal(ks[i])
