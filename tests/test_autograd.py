@@ -71,7 +71,10 @@ UPSTREAM = {
 @each(SOME_LOSSES)
 def test_upstream_of_each_sample(case: Case, upstream: str, dtype: torch.dtype, path: Path) -> None:
     student, teacher, target = make_inputs((SAMPLES, CLASSES), dtype)
-    check(case, student, teacher, path, UPSTREAM[upstream], reduction="none", **needed_target(case, target))
+    factors = UPSTREAM[upstream]
+    if student.is_cuda:
+        factors = factors.cuda()
+    check(case, student, teacher, path, factors, reduction="none", **needed_target(case, target))
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "expanded"])
@@ -286,7 +289,7 @@ def test_autocast_leaves_the_arithmetic_alone(path: Path) -> None:
     """Float32 logits under bfloat16 autocast: the float32 result, to the last bit."""
     student, teacher, target = make_inputs((SAMPLES, CLASSES))
     want = measured(kdkernels.dkd_loss, student, teacher, target=target, **path.options)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, dtype=torch.bfloat16):
         got = measured(kdkernels.dkd_loss, student, teacher, target=target, **path.options)
     assert got.loss.dtype == torch.float32
     assert torch.equal(got.loss, want.loss)
@@ -297,7 +300,7 @@ def test_logits_of_an_autocast_network(path: Path) -> None:
     features = make_inputs((SAMPLES, 16)).student
     weight = make_inputs((CLASSES, 16), seed=1).student.requires_grad_()
     _, teacher, _ = make_inputs((SAMPLES, CLASSES))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, dtype=torch.bfloat16):
         logits = features @ weight.t()
         assert logits.dtype == torch.bfloat16
         loss = kdkernels.kd_loss(logits, teacher, **path.options)
@@ -319,7 +322,7 @@ def test_a_loss_scaler_rescues_float16(case: Case, path: Path) -> None:
     scale = torch.tensor(65536.0)
     tolerance = GRADIENT_TOLERANCE[torch.float16]
     want = expected(case.objective, student, teacher, scale, **options).gradient
-    underflowed = (want / scale).half() * scale.double()
+    underflowed = (want / scale).half().double() * scale.double()
     assert (underflowed - want).norm() > 2 * tolerance * want.norm(), "nothing underflows: the test tests nothing"
     scaled = measured(case.call, student, teacher, scale, **path.options, **options).gradient
     assert_gradient(scaled, want, tolerance)

@@ -34,11 +34,18 @@ class Step(NamedTuple):
     mode: str = "fused"
     arch: int = LAST
     limits: Mapping[str, int] | None = None
+    parts: bool = True
 
 
 #: Between them, for each type, these launch all kernels but those that scale a gradient.
 STEPS = {
     "rows": Step("gdkd3", (9, 100)),
+    "rows without ranks": Step("dkd", (9, 100)),
+    "rows by sample": Step("ls_gdkd", (9, 100)),
+    "pixels without ranks": Step("dkd", (2, 19, 5, 8)),
+    "pixels with ranks": Step("gdkd", (2, 19, 5, 8)),
+    "pixels by sample": Step("ls_dkd", (2, 19, 5, 8)),
+    "pixels a thread each": Step("dkd", (2, 19, 15, 10), parts=False),
     "rows in backward": Step("everything", (9, 101), "recompute"),
     "rows over clusters": Step("gdkd", (3, 3100), limits=SMALL),
     "split rows": Step("ls_gdkd", (3, 3100), arch=FIRST, limits=SMALL),
@@ -56,7 +63,16 @@ SCALED = [(3, 1001), (2, 7, 5, 6)]
 def test_training_step(step: Step, dtype: torch.dtype) -> None:
     inputs = make_inputs(step.shape, dtype)
     path = Path("cuda", step.mode)
-    check(ALL[step.name], inputs.student, inputs.teacher, path, step.arch, limits=step.limits, target=inputs.target)
+    check(
+        ALL[step.name],
+        inputs.student,
+        inputs.teacher,
+        path,
+        step.arch,
+        limits=step.limits,
+        return_parts=step.parts,
+        target=inputs.target,
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
@@ -84,7 +100,13 @@ def test_no_kernel_is_left_out() -> None:
     for step, dtype in product(STEPS.values(), DTYPES):
         inputs = make_inputs(step.shape, dtype)
         with recorded(step.arch, step.limits) as recorder:
-            measured(ALL[step.name].call, *inputs[:2], **Path("cuda", step.mode).options, target=inputs.target)
+            measured(
+                ALL[step.name].call,
+                *inputs[:2],
+                return_parts=step.parts,
+                **Path("cuda", step.mode).options,
+                target=inputs.target,
+            )
         launched |= {launch.name for launch in recorder.log}
     for shape, dtype in product(SCALED, DTYPES):
         with recorded(LAST) as recorder:

@@ -14,6 +14,7 @@ from helpers import (
     DTYPES,
     GRADIENT_TOLERANCE,
     LOSS_TOLERANCE,
+    SINGLE_ON_GPU,
     Path,
     allocations,
     arithmetic_dtype,
@@ -65,7 +66,7 @@ def check_pixels(
     assert got.loss.shape == sizes
     assert tuple(got.parts) == case.parts
     # The table's accuracy is that of a batch; among hundreds of single values some are twice as far off.
-    tolerance = 2 * LOSS_TOLERANCE[got.loss.dtype]
+    tolerance = (2 * SINGLE_ON_GPU if got.loss.is_cuda else 2) * LOSS_TOLERANCE[got.loss.dtype]
     assert_values(got.loss.flatten(), want.loss, tolerance)
     for name, part in got.parts.items():
         assert_values(part.flatten(), want.parts[name], tolerance, f"part {name!r}")
@@ -226,7 +227,7 @@ def test_memory(native_path: Path) -> None:
 def test_offsets_beyond_32_bits(dtype: torch.dtype, native_path: Path) -> None:
     """Images that are more than 2^31 elements apart: of the storage in between no page is ever touched."""
     apart, classes = (1 << 31) + 40, 300
-    storage = torch.empty(0, dtype=dtype).set_(torch.UntypedStorage(dtype.itemsize * (apart + classes * 64)))
+    storage = torch.empty(apart + classes * 64, dtype=dtype)
     student, teacher, target = make_inputs((2, classes, 64), dtype)
     far = storage.as_strided(student.shape, (apart, 64, 1))
     far.copy_(student)

@@ -110,7 +110,9 @@ struct Block {
   // Whether the terms see the logits as they are.
   __device__ Standardize standardization() const { return kAny ? call.objective.standardize : Standardize::none; }
   __device__ bool plain() const { return standardization() == Standardize::none; }
-  // Whether what is known of the pieces is in global memory, and not in the blocks of a cluster.
+  // How many blocks share a sample.
+  __device__ int pieces() const { return kAny ? call.tiling.pieces : 1; }
+  // Whether what is known of these pieces is in global memory, and not in the blocks of a cluster.
   __device__ bool split() const { return kAny && call.exchange; }
 
   __device__ Sample<T>& sample() const { return samples[own]; }

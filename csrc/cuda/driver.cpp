@@ -100,8 +100,9 @@ const unsigned char* image_of(const std::string& kernel) {
   return kdk_image_common;
 }
 
-// A kernel of the device's, ready for as much shared memory as the device has.
-CUkernel kernel_of(const std::string& name, CUdevice device) {
+// A kernel of the device's, ready for as much shared memory as the device has unless it takes none at launch: some of
+// it is then its own.
+CUkernel kernel_of(const std::string& name, CUdevice device, bool takes_shared) {
   static std::mutex mutex;
   static std::map<const unsigned char*, CUlibrary> libraries;
   static std::map<std::pair<std::string, int>, CUkernel> kernels;
@@ -116,7 +117,7 @@ CUkernel kernel_of(const std::string& name, CUdevice device) {
   }
   CUkernel kernel;
   driver().check(driver().find(&kernel, libraries[image], name.c_str()), name);
-  if (image == kdk_image_common) return kernels[{name, device}] = kernel;  // these take no dynamic shared memory
+  if (!takes_shared) return kernels[{name, device}] = kernel;
   const int shared = driver().number(device, CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN);
   driver().check(driver().set_attribute(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared, kernel, device), name);
   return kernels[{name, device}] = kernel;
@@ -192,7 +193,7 @@ void launch(const Launch& launch, const void* parameters, size_t bytes, const st
   config.attrs = &cluster;
   config.numAttrs = launch.cluster > 1 ? 1 : 0;
   std::array<void*, 1> arguments{const_cast<void*>(parameters)};
-  const CUkernel kernel = kernel_of(launch.kernel, driver().device());
+  const CUkernel kernel = kernel_of(launch.kernel, driver().device(), launch.shared_bytes > 0);
   // The driver takes kernels where it takes functions, and finds the current context's.
   driver().check(driver().launch(&config, reinterpret_cast<CUfunction>(kernel), arguments.data(), nullptr),
                  launch.kernel);

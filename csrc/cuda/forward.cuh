@@ -52,8 +52,8 @@ __device__ void settle_slopes(const Block<X, kLayout, kUse>& block) {
 
 template <class X, Layout kLayout, Use kUse>
 __device__ __forceinline__ void forward(const Call& call) {
-  const int pieces = call.tiling.pieces;
-  Block<X, kLayout, kUse> block(call, static_cast<int>(blockIdx.x % pieces));
+  const int pieces = kUse == Use::any ? call.tiling.pieces : 1;
+  Block<X, kLayout, kUse> block(call, kUse == Use::any ? static_cast<int>(blockIdx.x % pieces) : 0);
   const Place place = place_of<kLayout>(call, blockIdx.x / pieces);
   const bool by_sample = block.standardization() == Standardize::by_sample;
   const bool any = read_samples(block, place, false);

@@ -15,7 +15,8 @@ template <class X, Layout kLayout, Use kUse>
 constexpr int kMostRegisters = sizeof(X) == 8                                     ? 255
                                : kUse == Use::any                                 ? 128
                                : kUse == Use::ranked || kLayout == Layout::pixels ? 104
-                                                                                  : 88;
+                               : sizeof(X) == 4                                   ? 88
+                                                                                  : 72;
 // Of kernels that stream: as many threads as have enough under way, and no fewer registers than that takes.
 constexpr int kMomentRegisters = 96;
 template <class X>

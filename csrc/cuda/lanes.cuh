@@ -27,36 +27,26 @@ struct Lane {
     for (int c = first; c < end; ++c) put(c, T(0));
   }
 
-  // visit(first class, how many, the student's logits, the teacher's): kAtOnce at a time, which are read at once.
-  // Little code: a multiprocessor's warps are all over it.
-  template <int kAtOnce, class Visit>
+  // visit(first class, how many as a constant, the student's logits, the teacher's), which are read at once.
+  template <class Visit>
   __device__ void over_groups(Visit visit) const {
-    const int classes = static_cast<int>(call.classes);
-    const X *s = student, *t = teacher;
-#pragma unroll 1
-    for (int first = 0; first < classes; first += kAtOnce) {
-      T of_student[kAtOnce], of_teacher[kAtOnce];
+    in_groups<kSummed>(0, static_cast<int>(call.classes), 1, [&](int first, auto count) {
+      T s[count.value], t[count.value];
 #pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        if (first + i >= classes) break;
-        of_student[i] = widen(__ldg(s));
-        of_teacher[i] = widen(__ldg(t));
-        s += call.student.class_stride;
-        t += call.teacher.class_stride;
+      for (int i = 0; i < count.value; ++i) {
+        s[i] = student_at(first + i);
+        t[i] = teacher_at(first + i);
       }
-      visit(first, min(classes - first, kAtOnce), of_student, of_teacher);
-    }
+      visit(first, count, s, t);
+    });
   }
 
   // visit(class, student's logit, teacher's)
-  template <int kAtOnce, class Visit>
+  template <class Visit>
   __device__ void over_classes(Visit visit) const {
-    over_groups<kAtOnce>([&](int first, int count, const T* s, const T* t) {
+    over_groups([&](int first, auto count, const T* s, const T* t) {
 #pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        if (i >= count) break;
-        visit(first + i, s[i], t[i]);
-      }
+      for (int i = 0; i < count.value; ++i) visit(first + i, s[i], t[i]);
     });
   }
 
@@ -67,11 +57,10 @@ struct Lane {
     GroupStats<double> stats;
     stats.student_origin = largest[kStudent] * exponent;
     stats.teacher_origin = largest[kTeacher] * exponent;
-    over_groups<4>([&](int first, int count, const T* s, const T* t) {
+    over_groups([&](int first, auto count, const T* s, const T* t) {
       T student_sum = 0, teacher_sum = 0, teacher_gap = 0, student_gap = 0;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if (i >= count) break;
+      for (int i = 0; i < count.value; ++i) {
         const T a = fma(s[i], exponent, -student_origin), b = fma(t[i], exponent, -teacher_origin), gap = b - a;
         const bool counts = first + i != apart;
         const T es = counts ? power(a) : T(0), et = counts ? power(b) : T(0);
@@ -109,7 +98,7 @@ struct Lane {
     const Term& term = objective.term[0];
     const T exponent = static_cast<T>(call.sweep[0].exponent), student_target = student_at(target);
     T largest[2] = {minus_infinity<T>(), minus_infinity<T>()};
-    over_classes<8>([&](int c, T s, T t) {  // from far away
+    over_classes([&](int c, T s, T t) {
       largest[kStudent] = c == apart ? largest[kStudent] : larger(largest[kStudent], s);
       largest[kTeacher] = c == apart ? largest[kTeacher] : larger(largest[kTeacher], t);
     });
@@ -133,7 +122,7 @@ struct Lane {
       const double origin = most * one;
       softmax.softmax_origin = static_cast<T>(start(origin));
       double sum = 0;
-      over_classes<4>([&](int, T s, T) { sum += power(fma(s, one, -softmax.softmax_origin)); });
+      over_classes([&](int, T s, T) { sum += power(fma(s, one, -softmax.softmax_origin)); });
       loss += objective.ce_weight * (log(sum) + (kLn2 * start(origin) - student_target));
       softmax.entropy_factor = static_cast<T>(objective.ce_weight * weight);
       softmax.softmax_factor = softmax.entropy_factor * static_cast<T>(inverse(sum));
@@ -144,7 +133,7 @@ struct Lane {
       T of_apart = 0;
       if (apart >= 0)
         of_apart = slope_at(share(of_target, result.group[0]), exponent, tilted, student_target, teacher_at(target));
-      over_classes<8>([&](int c, T s, T t) {
+      over_classes([&](int c, T s, T t) {
         T slope = c == apart ? of_apart : slope_at(others, exponent, tilted, s, t);
         if (objective.has_ce()) {
           slope += softmax_gradient(softmax, s);

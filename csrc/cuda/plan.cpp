@@ -221,7 +221,7 @@ Launch configure_merge(const char* step, Call& call) {
 
 // Which of forward's kernels serves a call; double precision has one for all.
 const char* use_of(const Call& call, DType type) {
-  if (type == DType::f64 || call.objective.standardize != Standardize::none) return "";
+  if (type == DType::f64 || call.tiling.pieces > 1 || call.objective.standardize != Standardize::none) return "";
   for (int t = 0; t < call.objective.terms; ++t)
     if (call.objective.term[t].by_rank()) return "_ranked";
   return "_simple";

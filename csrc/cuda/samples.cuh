@@ -80,7 +80,7 @@ __device__ void write_result(const Block<X, kLayout, kUse>& block, int64_t numbe
   }
   for (int distance = 16; distance > 0; distance /= 2) value += __shfl_xor_sync(kAllLanes, value, distance);
   if (block.thread == 0) {
-    const int64_t row = block.split() ? blockIdx.x : blockIdx.x / block.call.tiling.pieces;
+    const int64_t row = block.split() ? blockIdx.x : blockIdx.x / block.pieces();
     static_cast<double*>(out)[row * columns + column] = value;
   }
 }

@@ -97,7 +97,7 @@ __device__ void settle(const Block<X, kLayout, kUse>& block) {
   const bool there = own < call.tiling.samples;
   Sample<T>& sample = block.samples[there ? own : 0];
   const bool valid = there && sample.valid;
-  const bool first_piece = block.piece == 0, alone = call.tiling.pieces == 1 && !block.split();
+  const bool first_piece = block.piece == 0, alone = block.pieces() == 1 && !block.split();
   const int64_t number = there ? sample.number : -1;
   const double weight = valid ? sample.weight : 0;
   const bool by_sample = block.standardization() == Standardize::by_sample;
