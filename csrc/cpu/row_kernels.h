@@ -528,7 +528,7 @@ class Worker {
         Row<T>& row = rows[i];
         *values(row) += losses.loss[i];
         for (int j = 0; j < term.parts() && p_.parts; ++j) values(row)[first_part + j] = losses.parts[j][i];
-        for (int g = 0; g <= rest; ++g) {
+        for (int g = 0; g < term.groups(); ++g) {
           const GroupCoefficients<Doubles>& by = result.group[g];
           row.group[t][g] = {T(stats.group[t][g].student_origin[i]),
                              T(stats.group[t][g].teacher_origin[i]),
