@@ -96,6 +96,14 @@ def poison() -> Iterator[None]:
     torch.utils.deterministic.fill_uninitialized_memory = before[1]
 
 
+@pytest.fixture(autouse=True)
+def gpu_memory() -> Iterator[None]:
+    """What torch keeps of a GPU's memory after a test that took much is given back: other processes test there, too."""
+    yield
+    if GPU_BACKENDS and torch.cuda.memory_reserved() > 1 << 30:
+        torch.cuda.empty_cache()
+
+
 @pytest.fixture(params=PATHS, ids=name_of)
 def path(request: pytest.FixtureRequest) -> Iterator[Path]:
     """Every backend and mode."""
