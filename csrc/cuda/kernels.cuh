@@ -10,13 +10,19 @@
 
 namespace kdk::cuda {
 
-// Registers of a thread, at most: the fewer, the more warps hide each other's waiting. Double precision takes more.
+// Registers of a thread, at most: the fewer, the more warps hide each other's waiting. Double precision takes more, and
+// so does code for older devices.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int kMoreRegisters = 24;
+#else
+constexpr int kMoreRegisters = 0;
+#endif
 template <class X, Layout kLayout, Use kUse>
 constexpr int kMostRegisters = sizeof(X) == 8                                     ? 255
                                : kUse == Use::any                                 ? 128
-                               : kUse == Use::ranked || kLayout == Layout::pixels ? 104
-                               : sizeof(X) == 4                                   ? 88
-                                                                                  : 72;
+                               : kUse == Use::ranked || kLayout == Layout::pixels ? 104 + kMoreRegisters
+                               : sizeof(X) == 4                                   ? 88 + kMoreRegisters
+                                                                                  : 72 + kMoreRegisters;
 // Of kernels that stream: as many threads as have enough under way, and no fewer registers than that takes.
 constexpr int kMomentRegisters = 96;
 template <class X>
