@@ -282,6 +282,7 @@ def test_compile_options(options: dict[str, Any], native_path: Path) -> None:
     call, counter = compiled(kdkernels.dkd_loss)
     student, teacher, target = make_inputs((5, 23))
     target %= 20
+    options = {name: given.to(target.device) if isinstance(given, Tensor) else given for name, given in options.items()}
     got = measured(call, student, teacher, target=target, **options, **native_path.options)
     value = objective.adjust(objective.dkd(), ce_weight=options.get("ce_weight"))
     options = {name: given for name, given in options.items() if name not in ("ce_weight", "return_parts")}

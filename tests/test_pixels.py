@@ -217,7 +217,7 @@ def test_memory(native_path: Path) -> None:
     student.requires_grad_()
     sizes = allocations(lambda: kdkernels.dkd_loss(student, teacher, target, **native_path.options).backward())
     large = [size for size in sizes if size > 4 * 50 * target.numel()]
-    assert large == [4 * student.numel()]
+    assert [size // 1024 for size in large] == [4 * student.numel() // 1024]  # a GPU's allocator rounds up
 
 
 # Many elements -------------------------------------------------------------------------------------------------------

@@ -83,6 +83,8 @@ def test_mean_over_pixels(case: Case, mask: bool, path: Path) -> None:
 def test_denominator_replaces_the_count(case: Case, denominator: float | Tensor, path: Path) -> None:
     student, teacher, target = make_inputs((5, 23))
     target[2] = -100
+    if isinstance(denominator, Tensor):
+        denominator = denominator.to(student.device)
     got = check(case, student, teacher, path, target=target, denominator=denominator)
     total = expected(case.objective, student, teacher, target=target, reduction="sum")
     assert_values(got.loss, total.loss / float(denominator), 2e-6)
@@ -381,6 +383,8 @@ def test_the_extreme_k(k: int, strategy: str, path: Path) -> None:
     ],
 )
 def test_many_leaders(k: int, classes: int, strategy: str, path: Path) -> None:
+    if path.backend == "cuda" and k > 1024:
+        pytest.skip("it ranks up to 1024 leading classes")
     student, teacher, _ = make_inputs((2, classes))
     got = measured(kdkernels.gdkd_loss, student, teacher, k=k, strategy=strategy, **path.options)
     want = expected(objective.gdkd(k, strategy=strategy), student, teacher)
@@ -847,7 +851,7 @@ def test_offsets_of_more_than_32_bits(
     shape: tuple[int, ...], strides: tuple[int, ...], class_dim: int, native_path: Path
 ) -> None:
     """Strides reach past 2^31 elements; the memory in between is never touched, so it costs nothing."""
-    storage = torch.from_numpy(np.zeros(2**32 + 4096, dtype=np.float16))
+    storage = torch.from_numpy(np.zeros(2**32 + 4096, dtype=np.float16)).to(torch.get_default_device())
     student, teacher, target = make_inputs((6, 5), torch.float16)
     far = [storage.as_strided(shape, strides, offset) for offset in (0, 1)]
     samples = far[0].movedim(class_dim, -1).shape[:-1]

@@ -11,8 +11,8 @@ import literal
 import pytest
 import torch
 from helpers import (
+    CPU_PATHS,
     DTYPES,
-    NATIVE_PATHS,
     Outcome,
     Path,
     allocations,
@@ -112,7 +112,7 @@ def test_reductions_weights_and_parts(case: Case, reduction: str, path: Path) ->
     check(case, student, teacher, path, target=target, sample_weight=weight, reduction=reduction, return_parts=True)
 
 
-@pytest.fixture(params=NATIVE_PATHS, ids=name_of)
+@pytest.fixture(params=CPU_PATHS, ids=name_of)
 def any_instruction_set(request: pytest.FixtureRequest) -> Iterator[Path]:
     require("cpu")
     yield request.param
@@ -355,7 +355,7 @@ def test_memory(case: Case, native_path: Path) -> None:
     step()
     matrix = samples * classes * 4
     large = [size for size in allocations(step) if size >= matrix // 8]
-    assert large == [matrix]
+    assert [size // 1024 for size in large] == [matrix // 1024]  # a GPU's allocator rounds up
 
 
 @each(SOME)
