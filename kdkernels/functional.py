@@ -88,8 +88,8 @@ def distillation_loss(
             ``standardize="class"`` where other processes or an upstream gradient of each sample have a share in the
             sums over the batch. A fused bfloat16 gradient is rounded when written and again by an upstream factor that
             is no power of two.
-        backend: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"reference"``. ``auto`` follows the environment variable
-            ``KDKERNELS_BACKEND`` if set, else picks the fastest that can serve the call.
+        backend: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"reference"``. ``auto`` follows the environment
+            variable ``KDKERNELS_BACKEND`` if set, else picks the fastest that can serve the call.
         return_parts: also return the unweighted parts of the loss.
 
     Returns:
