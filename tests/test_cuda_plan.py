@@ -61,24 +61,25 @@ def test_every_launch_is_within_the_limits(name: str, dtype: torch.dtype, arch: 
 @pytest.mark.parametrize(
     ("shape", "dtype", "arch", "kernel", "blocks", "threads", "cluster"),
     [
-        ((16384, 100), BF16, 90, "forward_rows_bf16", 512, 128, 1),  # 32 rows a block, 4 threads each
-        ((8192, 1000), BF16, 90, "forward_rows_bf16", 512, 128, 1),  # 8 threads
-        ((2048, 4096), BF16, 90, "forward_rows_bf16", 512, 128, 1),  # a warp
-        ((2048, 4096), F32, 90, "forward_rows_f32", 1024, 128, 1),  # two warps
-        ((512, 16384), BF16, 90, "forward_rows_bf16", 512, 128, 1),  # a block a row
-        ((256, 1000), F32, 90, "forward_rows_f32", 256, 64, 1),  # few rows: more threads each, in more blocks
-        ((64, 100), BF16, 90, "forward_rows_bf16", 8, 32, 1),
-        ((4, 16384), BF16, 90, "forward_rows_bf16", 4, 224, 1),
+        ((16384, 100), BF16, 90, "forward_simple_rows_bf16", 512, 128, 1),  # 32 rows a block, 4 threads each
+        ((8192, 1000), BF16, 90, "forward_simple_rows_bf16", 512, 128, 1),  # 8 threads
+        ((2048, 4096), BF16, 90, "forward_simple_rows_bf16", 512, 128, 1),  # a warp
+        ((2048, 4096), F32, 90, "forward_simple_rows_f32", 1024, 128, 1),  # two warps
+        ((512, 16384), BF16, 90, "forward_simple_rows_bf16", 512, 128, 1),  # a block a row
+        ((256, 1000), F32, 90, "forward_simple_rows_f32", 256, 64, 1),  # few rows: more threads each, in more blocks
+        ((64, 100), BF16, 90, "forward_simple_rows_bf16", 8, 32, 1),
+        ((4, 16384), BF16, 90, "forward_simple_rows_bf16", 4, 224, 1),
         ((4, 16384), F32, 90, "forward_rows_f32", 8, 224, 2),  # a cluster of two blocks a row
         ((64, 16384), F32, 90, "forward_rows_f32", 128, 224, 2),
         ((2, 65536), F32, 90, "forward_rows_f32", 16, 224, 8),
         ((2, 128256), BF16, 90, "forward_rows_bf16", 16, 224, 8),
         ((64, 128256), BF16, 100, "forward_rows_bf16", 512, 128, 8),
-        ((4, 16384), F32, 80, "forward_rows_f32", 4, 224, 1),  # nearly all of a multiprocessor's shared memory
-        ((2, 32000), BF16, 80, "forward_rows_bf16", 2, 224, 1),
+        ((4, 16384), F32, 80, "forward_simple_rows_f32", 4, 224, 1),  # nearly all of a multiprocessor's shared memory
+        ((2, 32000), BF16, 80, "forward_simple_rows_bf16", 2, 224, 1),
         ((2, 32000), BF16, 86, "part_statistics_rows_bf16", 16, 128, 1),  # with less of it, and without clusters
         ((2, 128256), BF16, 80, "part_statistics_rows_bf16", 64, 128, 1),
-        ((2, 19, 64, 64), F32, 90, "forward_pixels_f32", 256, 32, 1),
+        ((2, 19, 64, 64), F32, 90, "lanes_pixels_f32", 64, 32, 1),  # a thread a pixel, and four pixels a thread
+        ((2, 65, 64, 64), F32, 90, "forward_simple_pixels_f32", 256, 128, 1),
         ((2, 1000, 64, 64), F32, 90, "forward_pixels_f32", 2048, 128, 8),  # 32 pixels a cluster
     ],
     ids=name_of,
@@ -87,18 +88,32 @@ def test_which_kernel(
     shape: tuple[int, ...], dtype: torch.dtype, arch: int, kernel: str, blocks: int, threads: int, cluster: int
 ) -> None:
     """The statistics' launch of each class of shapes."""
-    steps = ("kdk_forward", "kdk_part_statistics")
+    steps = ("kdk_forward", "kdk_lanes", "kdk_part_statistics")
     log = launches("dkd", shape, dtype, arch)
     (launch,) = (launch for launch in log if launch.name.startswith(steps))
     got = launch.name.removeprefix("kdk_"), launch.grid, launch.threads, launch.cluster
     assert got == (kernel, blocks, threads, cluster)
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "kernel"),
+    [
+        ("gdkd", {}, "forward_ranked_pixels_f32"),
+        ("ls_dkd", {}, "forward_pixels_f32"),
+        ("bdd", {}, "forward_simple_pixels_f32"),  # two terms
+        ("dkd", {"mode": "recompute"}, "forward_simple_pixels_f32"),  # what backward needs is kept
+    ],
+)
+def test_which_kernel_for_what(name: str, options: dict[str, str], kernel: str) -> None:
+    """Among kernels for the same shape."""
+    assert f"kdk_{kernel}" in [launch.name for launch in launches(name, (2, 19, 64, 64), F32, 90, **options)]
+
+
 def test_different_dtypes_are_held_in_the_arithmetics() -> None:
     student, teacher = torch.zeros(2, 100, dtype=BF16), torch.zeros(2, 100)
     with recorded(90) as recorder:
         ALL["kd"].call(student, teacher, backend="cuda")
-    assert "kdk_forward_rows_f32" in [launch.name for launch in recorder.log]
+    assert "kdk_forward_simple_rows_f32" in [launch.name for launch in recorder.log]
 
 
 def test_targets_and_gpus() -> None:
