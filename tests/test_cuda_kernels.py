@@ -13,7 +13,17 @@ import pytest
 import torch
 from cuda_simulator import SMALL, TYPES, module_of, recorded
 from cuda_targets import DEVICE, FIRST, LAST, check, device, missing, moved, needs_simulator
-from helpers import DTYPES, Path, make_inputs, measured, must_have_native, name_of
+from helpers import (
+    DTYPES,
+    LOSS_TOLERANCE,
+    Path,
+    assert_values,
+    expected,
+    make_inputs,
+    measured,
+    must_have_native,
+    name_of,
+)
 from losses import LOSSES, STANDARDIZED
 
 ALL = LOSSES | STANDARDIZED
@@ -56,6 +66,7 @@ STEPS = {
     "pixels by class": Step("pr_dkd", (2, 19, 8, 18)),  # enough of them for two stretches
 }
 SCALED = [(3, 1001), (2, 7, 5, 6)]
+EVALUATED = (2, 19, 15, 10)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
@@ -73,6 +84,17 @@ def test_training_step(step: Step, dtype: torch.dtype) -> None:
         return_parts=step.parts,
         target=inputs.target,
     )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_evaluation(dtype: torch.dtype) -> None:
+    """A loss without a gradient: float16 students have theirs in backward only, by other kernels."""
+    inputs, case = make_inputs(EVALUATED, dtype), ALL["dkd"]
+    with torch.no_grad(), device(LAST):
+        student, teacher, target = (moved(tensor, DEVICE) for tensor in inputs)
+        loss = case.call(student, teacher, target=target, backend="cuda")
+    want = expected(case.objective, inputs.student, inputs.teacher, target=inputs.target)
+    assert_values(loss.cpu(), want.loss, LOSS_TOLERANCE[loss.dtype])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
@@ -107,6 +129,11 @@ def test_no_kernel_is_left_out() -> None:
                 **Path("cuda", step.mode).options,
                 target=inputs.target,
             )
+        launched |= {launch.name for launch in recorder.log}
+    for dtype in DTYPES:
+        student, teacher, target = make_inputs(EVALUATED, dtype)
+        with torch.no_grad(), recorded(LAST) as recorder:
+            ALL["dkd"].call(student, teacher, target=target, backend="cuda")
         launched |= {launch.name for launch in recorder.log}
     for shape, dtype in product(SCALED, DTYPES):
         with recorded(LAST) as recorder:
