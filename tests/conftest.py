@@ -28,9 +28,11 @@ from helpers import (
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leaves out marked tests unless ``-m`` asks for them, and under Triton's interpreter all but its own."""
     left_out = [name for name in ("large", "cuda") if name not in config.getoption("markexpr")]
+    if not GPU_BACKENDS:
+        left_out.append("gpu")
     chosen = [item for item in items if not any(map(item.get_closest_marker, left_out))]
     of_gpus = ["triton"] if INTERPRETED else GPU_BACKENDS
-    chosen = [item for item in chosen if item.get_closest_marker("of_gpus") is None or backend_of(item) in of_gpus]
+    chosen = [item for item in chosen if not item.get_closest_marker("of_gpus") or backend_of(item) in of_gpus]
     if INTERPRETED:
         chosen = [item for item in chosen if backend_of(item) == "triton"]
     config.hook.pytest_deselected(items=list(set(items) - set(chosen)))

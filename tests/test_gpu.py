@@ -10,7 +10,7 @@ import torch
 from helpers import Path, assert_same, expected, make_inputs, measured, needed_target
 from losses import LOSSES, STANDARDIZED, Case, each
 
-pytestmark = pytest.mark.of_gpus
+pytestmark = pytest.mark.gpu
 
 CASES = {name: (LOSSES | STANDARDIZED)[name] for name in ("kd", "dkd", "gdkd", "everything", "pr_gdkd", "ls_gdkd")}
 #: Short rows, rows for a block, rows for several, pixels.

@@ -74,17 +74,12 @@ __device__ GroupStats<double> merged_over_lanes(const Block<X, kLayout, kUse>& b
   if (block.thread < pieces) own = piece_exchange(block, 0, block.thread).group[t][g];
   for (int piece = block.thread + 32; block.split() && piece < pieces; piece += 32)
     merge(own, piece_exchange(block, 0, piece).group[t][g], 1.0);
-  const auto over_lanes = [](double value, auto op) {
-#pragma unroll
-    for (int distance = 16; distance > 0; distance /= 2) value = op(value, __shfl_xor_sync(kAllLanes, value, distance));
-    return value;
-  };
   const auto sum = [](double a, double b) { return a + b; };
-  rebase(own, over_lanes(own.student_origin, Larger{}), over_lanes(own.teacher_origin, Larger{}), 1.0);
-  own.student_sum = over_lanes(own.student_sum, sum);
-  own.teacher_sum = over_lanes(own.teacher_sum, sum);
-  own.teacher_gap = over_lanes(own.teacher_gap, sum);
-  own.student_gap = over_lanes(own.student_gap, sum);
+  rebase(own, block.over_lanes(own.student_origin, Larger{}), block.over_lanes(own.teacher_origin, Larger{}), 1.0);
+  own.student_sum = block.over_lanes(own.student_sum, sum);
+  own.teacher_sum = block.over_lanes(own.teacher_sum, sum);
+  own.teacher_gap = block.over_lanes(own.teacher_gap, sum);
+  own.student_gap = block.over_lanes(own.student_gap, sum);
   return own;
 }
 
