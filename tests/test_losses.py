@@ -135,6 +135,17 @@ def test_a_student_that_is_its_teacher_has_no_loss(case: Case, path: Path) -> No
     assert (got.gradient - case.objective.ce_weight * entropy.gradient).norm() < 1e-12
 
 
+@pytest.mark.parametrize("instruction_set", instruction_sets())
+@each(LOSSES)
+def test_instruction_sets_and_a_low_start(case: Case, instruction_set: str, cpu_path: Path) -> None:
+    """Exponents counted from what a row begins with overflow, and that has to show."""
+    kdkernels.set_cpu_instruction_set(instruction_set)
+    student, teacher, target = make_inputs((3, 50), scale=2.0)
+    for logits in (student, teacher):
+        logits[:, :20] -= 1e4
+    check_size(case, student, teacher, cpu_path, target)
+
+
 ISA_SHAPES = [(5, 33), (3, 1000), (1, 40000)]  # short rows with a tail, longer rows, a row split over threads
 ISA_DTYPES = [(dtype, dtype) for dtype in DTYPES if dtype != torch.float32] + [(torch.bfloat16, torch.float16)]
 

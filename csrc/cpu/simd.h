@@ -194,7 +194,7 @@ inline Vec<double> exp2_fraction(Vec<double> f) {
   return odd * f + (even * f2 + 1.0);
 }
 
-// 2^x for x at most a little above 0 (the maximum's own rounding); 0 at -inf, NaN at NaN.
+// 2^x: infinite where that is too large, 0 at -inf, NaN at NaN.
 #if defined(KDK_AVX512)
 // At -inf the fraction is NaN, and scalef(NaN, -inf) is 0 by definition. The masks are full: they spare the compiler
 // an undefined operand.
@@ -217,18 +217,19 @@ inline Vec<double> exp2(Vec<double> x, SeenLanes lanes) {
 }
 #else
 template <class V, class Bits, class T>
-inline V exp2_by_bits(V x, T shifter, T lowest, int mantissa) {
-  const V clamped = x < lowest ? V{} + lowest : x;
-  const V shifted = clamped + shifter;  // rounds to an integer, which ends up in the lowest bits
+inline V exp2_by_bits(V x, T shifter, T lowest, T highest, int mantissa) {
+  const V low = x < lowest ? V{} + lowest : x;
+  const V clamped = low > highest ? V{} + highest : low;  // else the exponent's bits would wrap around
+  const V shifted = clamped + shifter;                    // rounds to an integer, which ends up in the lowest bits
   const V power = exp2_fraction(clamped - (shifted - shifter));
   const V scaled = reinterpret_cast<V>(reinterpret_cast<Bits>(power) + (reinterpret_cast<Bits>(shifted) << mantissa));
   return x < lowest ? V{} : scaled;
 }
 inline Vec<float> exp2(Vec<float> x) {
-  return exp2_by_bits<Vec<float>, VecOf<float>::bits>(x, 12582912.0f, -126.0f, 23);  // 1.5 * 2^23
+  return exp2_by_bits<Vec<float>, VecOf<float>::bits>(x, 12582912.0f, -126.0f, 128.0f, 23);  // 1.5 * 2^23
 }
 inline Vec<double> exp2(Vec<double> x) {
-  return exp2_by_bits<Vec<double>, VecOf<double>::bits>(x, 6755399441055744.0, -1022.0, 52);  // 1.5 * 2^52
+  return exp2_by_bits<Vec<double>, VecOf<double>::bits>(x, 6755399441055744.0, -1022.0, 1024.0, 52);  // 1.5 * 2^52
 }
 #endif
 

@@ -11,8 +11,8 @@
 namespace kdk::cuda {
 
 // Registers of a thread, at most: the fewer, the more warps hide each other's waiting. Double precision takes more, and
-// so does code for older devices.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+// so does code for other generations.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ / 100 != 9
 constexpr int kMoreRegisters = 24;
 #else
 constexpr int kMoreRegisters = 0;
