@@ -93,6 +93,6 @@ def check(
     if upstream is None and want.loss.dim():
         upstream = upstream_like(want.loss).to(arithmetic_dtype(student, teacher))
     got, sim = run(case, student, teacher, path, arch, upstream, limits, return_parts=return_parts, **options)
-    assert_same(got, want, student, teacher)
+    assert_same(got, want, student, teacher, of_gpu=True)
     assert tuple(got.parts) == (case.parts if return_parts else ())
     return sim

@@ -98,6 +98,6 @@ def check(
     if upstream is None and want.loss.dim():
         upstream = upstream_like(want.loss).to(arithmetic_dtype(student, teacher))
     got, sim = run(case, student, teacher, path, arch, upstream, return_parts=True, **options)
-    assert_same(got, want, student, teacher)
+    assert_same(got, want, student, teacher, of_gpu=True)
     assert tuple(got.parts) == case.parts
     return sim

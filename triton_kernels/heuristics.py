@@ -172,7 +172,7 @@ def sets_aside(split: int, problem: Problem) -> bool:
 def merge_tile(split: int, k: int) -> Tile:
     """Samples, and candidates of each (or parts), that a program merges: few sizes, as that code is long."""
     block_c = next((size for size in _MERGE_SIZES if size >= split * k), power_of_two(split * k))
-    return Tile(max(_LANES // block_c, 1), block_c, min(max(block_c // 128, 1), 16))
+    return Tile(max(_LANES // block_c, 1), block_c, min(max(block_c // 128, 1), 8))
 
 
 def sweep_tile(layout: Layout, problem: Problem) -> Tile:

@@ -37,22 +37,23 @@ from kdkernels.triton_kernels.stats import (
 from kdkernels.triton_kernels.sweep import standardized_tile
 
 # Columns of a part's statistics, in float64: of the cross entropy (origin, sum, logit of the target), then for each
-# term the statistics of the rest and either the count of candidates or what is there of the top group's statistics and
+# term the statistics of the rest and, unless candidates are set aside, what there is of the top group's statistics and
 # the single class's logits.
-_SOFTMAX, _REST, _TOP, _SINGLE, _COUNT = (tl.constexpr(what) for what in range(5))
-_GROUP_COLUMNS = 6
+_SOFTMAX, _REST, _TOP, _SINGLE = (tl.constexpr(what) for what in range(4))
+#: In the place of a candidate that a part does not have.
+_NO_CLASS = tl.constexpr(-1)
 
 
 @triton.constexpr_function
-def _term_columns(kind: int, aside: bool) -> dict[int, int]:
+def _term_columns(term, aside):
     """Where the columns of a term begin, from its first one on, and with -1 how many there are."""
-    widths = {_REST.value: _GROUP_COLUMNS}
-    if aside and kind in (2, 3):
-        widths[_COUNT.value] = 1
-    else:
-        if kind in (2, 3):
-            widths[_TOP.value] = _GROUP_COLUMNS
-        if kind in (1, 3):
+    kind, _, forward, reverse = term[:4]
+    of_group = 4 + forward + reverse
+    widths = {_REST.value: of_group}
+    if not (aside and by_rank(kind)):
+        if by_rank(kind):
+            widths[_TOP.value] = of_group
+        if has_single(kind):
             widths[_SINGLE.value] = 2
     return dict(zip([*widths, -1], itertools.accumulate(widths.values(), initial=0), strict=True))
 
@@ -62,14 +63,24 @@ def part_column(terms, term, aside, what):
     """The column where ``what`` is known of a term begins. ``aside``: the best classes are candidates."""
     if what == _SOFTMAX:
         return 0
-    before = sum(_term_columns(other[0], aside)[-1] for other in terms[:term])
-    return 3 + before + _term_columns(terms[term][0], aside)[what]
+    before = sum(_term_columns(other, aside)[-1] for other in terms[:term])
+    return 3 + before + _term_columns(terms[term], aside)[what]
 
 
 @triton.constexpr_function
 def part_columns(terms, aside):
     """How many numbers are known of a part."""
-    return 3 + sum(_term_columns(term[0], aside)[-1] for term in terms)
+    return 3 + sum(_term_columns(term, aside)[-1] for term in terms)
+
+
+@triton.jit
+def store_part(stats, of_group, row, there, PART: tl.constexpr, column: tl.constexpr, TERM: tl.constexpr):
+    """Writes a group's statistics of a part, with the gaps of the divergences that are wanted."""
+    store_columns(stats, of_group[:4], row, there, PART, column)
+    if TERM[2]:
+        store_columns(stats, of_group[4:5], row, there, PART, column + 4)
+    if TERM[3]:
+        store_columns(stats, of_group[5:], row, there, PART, column + 4 + TERM[2])
 
 
 @triton.jit(do_not_specialize=["ignore_index", "class_count", "candidate_count"])
@@ -131,23 +142,21 @@ def split_kernel(
             TAKEN: tl.constexpr = least_key(keys.dtype)
             keys = tl.where(inside, keys, TAKEN)
             slots = row * candidate_count + first
-            found = tl.zeros([BLOCK_N], tl.int32)
             for place in range(reveal(ks[i])):
                 best = tl.max(keys, 1)
                 index = tl.min(tl.where(keys == best[:, None], classes[None, :], 0x7FFFFFFF), 1)
-                taken = (classes[None, :] == index[:, None]) & (best != TAKEN)[:, None]
+                found = best != TAKEN
+                taken = (classes[None, :] == index[:, None]) & found[:, None]
                 slot = slots + place
                 of_teacher = value_of(best) if TERMS[i][1] else -value_of(best)
                 tl.store(candidates + 2 * slot[:, None] + tl.zeros_like(keys), s, mask=taken & there[:, None])
                 tl.store(candidates + 2 * slot + 1, of_teacher, mask=there)
-                tl.store(candidate_classes + slot, index, mask=there)
+                tl.store(candidate_classes + slot, tl.where(found, index, _NO_CLASS), mask=there)
                 keys = tl.where(taken, TAKEN, keys)
-                found += (best != TAKEN).to(tl.int32)
             first += reveal(ks[i])
             aside = keys == TAKEN
             kept_s, kept_t = tl.where(aside, float("-inf"), s), tl.where(aside, float("-inf"), t)
             _, of_rest, _ = statistics((kept_s,), (kept_t,), (aside,), (aside,), exponent, 0, TERMS[i][2], TERMS[i][3])
-            store_columns(stats, (found,), row, there, PART, part_column(TERMS, i, ASIDE, _COUNT))
         else:
             found = load_members(members, samples, there, COLUMNS[2], TERMS[i][7], TERMS[i][0], dtype)
             single, top = masks_of(t, classes, class_count, targets, found, TERMS[i][0], TERMS[i][1])
@@ -164,17 +173,21 @@ def split_kernel(
                     part_column(TERMS, i, ASIDE, _SINGLE),
                 )
             if by_rank(TERMS[i][0]):
-                store_columns(stats, of_top, row, there, PART, part_column(TERMS, i, ASIDE, _TOP))
-        store_columns(stats, of_rest, row, there, PART, part_column(TERMS, i, ASIDE, _REST))
+                store_part(stats, of_top, row, there, PART, part_column(TERMS, i, ASIDE, _TOP), TERMS[i])
+        store_part(stats, of_rest, row, there, PART, part_column(TERMS, i, ASIDE, _REST), TERMS[i])
 
 
 @triton.jit
-def load_parts(stats, row, mask, PART: tl.constexpr, column: tl.constexpr, dtype: tl.constexpr):
+def load_parts(stats, row, mask, PART: tl.constexpr, column: tl.constexpr, TERM: tl.constexpr, dtype: tl.constexpr):
     """Group statistics of all parts; of those that are not there, nothing."""
     values = ()
-    for i in tl.static_range(6):
+    for i in tl.static_range(4 + TERM[2] + TERM[3]):
         value = tl.load(stats + row * PART + column + i, mask=mask, other=float("-inf") if i < 2 else 0.0)
         values = values + ((value.to(dtype) if i < 2 else value),)
+    if not TERM[2]:
+        values = values[:4] + (tl.zeros_like(values[2]),) + values[4:]
+    if not TERM[3]:
+        values = values + (tl.zeros_like(values[2]),)
     return values
 
 
@@ -238,7 +251,7 @@ def merge_kernel(
     first = tl.full((), 0, tl.int32)
     for i in tl.static_range(len(TERMS)):
         exponent = number(numbers, low, TERMS[i][5] + EXPONENT)
-        of_rest = merge_along(load_parts(stats, row, mask, PART, part_column(TERMS, i, ASIDE, _REST), dtype))
+        of_rest = merge_along(load_parts(stats, row, mask, PART, part_column(TERMS, i, ASIDE, _REST), TERMS[i], dtype))
         of_single = of_rest
         of_top = of_rest
         if by_rank(TERMS[i][0]) and ASIDE:
@@ -248,15 +261,12 @@ def merge_kernel(
             place = position % reveal(ks[i])
             its_row = samples[:, None] * parts + of_part[None, :]
             inside = there[:, None] & (of_part < parts)[None, :]
-            found = tl.load(stats + its_row * PART + part_column(TERMS, i, ASIDE, _COUNT), mask=inside, other=0.0).to(
-                tl.int32
-            )
-            inside = inside & (place[None, :] < found)
             slot = its_row * candidate_count + first + place[None, :]
             first += reveal(ks[i])
+            of_class = tl.load(candidate_classes + slot, mask=inside, other=_NO_CLASS)
+            inside = of_class != _NO_CLASS
             s = tl.load(candidates + 2 * slot, mask=inside, other=float("-inf"))
             t = tl.load(candidates + 2 * slot + 1, mask=inside, other=float("-inf"))
-            of_class = tl.load(candidate_classes + slot, mask=inside, other=0)
             ranks = ranked(t, inside, TERMS[i][1])
             bound, last = select((ranks,), position, reveal(ks[i]))
             # Any value that k candidates reach will do among them, but others may reach it too: none the k-th's.
@@ -284,7 +294,9 @@ def merge_kernel(
                 )
                 of_single = statistics_of_single(tl.sum(of_student, 1).to(dtype), tl.sum(of_teacher, 1).to(dtype))
             if by_rank(TERMS[i][0]):
-                of_top = merge_along(load_parts(stats, row, mask, PART, part_column(TERMS, i, ASIDE, _TOP), dtype))
+                of_top = merge_along(
+                    load_parts(stats, row, mask, PART, part_column(TERMS, i, ASIDE, _TOP), TERMS[i], dtype)
+                )
         groups = groups_with(of_single, of_top, of_rest, TERMS[i][0])
         of_term, of_parts, coefficients = evaluate(
             groups,
