@@ -81,6 +81,8 @@ struct Objective {
     return count;
   }
   KDK_HOST_DEVICE bool has_ce() const { return ce_weight != 0; }
+  // The cross entropy's weight in the gradient: of one class it has none, whatever is rounded.
+  KDK_HOST_DEVICE double ce_slope(int64_t classes) const { return classes > 1 ? ce_weight : 0; }
   // Of two terms.
   KDK_HOST_DEVICE bool same_groups() const {
     return term[0].kind == term[1].kind && term[0].k == term[1].k && term[0].largest == term[1].largest;

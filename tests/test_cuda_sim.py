@@ -237,6 +237,36 @@ def test_ties_of_the_top_k(layout: str) -> None:
     check(ALL["gdkd"], student, teacher, FUSED, arch)
 
 
+@pytest.mark.parametrize("name", ["dkd", "gdkd3"])
+@pytest.mark.parametrize(("size", "path"), [((7, 90), FUSED), ((7, 6), RECOMPUTE), ((2, 6, 5, 7), FUSED)], ids=name_of)
+def test_logits_far_from_zero(name: str, size: tuple[int, ...], path: Path) -> None:
+    """Each side by an offset of its own; a group of one class counts from its own exponent, exactly."""
+    student, teacher, target = make_inputs(size)
+    check(ALL[name], student + 1e4, teacher - 3e4, path, LAST, return_parts=False, target=target)
+
+
+@pytest.mark.parametrize("size", [(5, 40), (5, 2), (1, 2, 3, 5), (1, 40, 3, 5), (2, 20001)], ids=name_of)
+@pytest.mark.parametrize("in_target", [True, False])
+def test_a_nan_stays_in_its_sample(size: tuple[int, ...], in_target: bool) -> None:
+    student, teacher, target = make_inputs(size)
+    bad = torch.zeros_like(target, dtype=torch.bool)
+    bad.view(-1)[1] = True
+    of_target = torch.zeros_like(student, dtype=torch.bool).scatter_(1, target.unsqueeze(1), True)
+    student[bad.unsqueeze(1) & (of_target == in_target)] = torch.nan
+    got, _ = run(ALL["dkd"], student, teacher, FUSED, LAST, target=target, reduction="none")
+    assert torch.equal(got.loss.isnan(), bad)
+    assert torch.equal(got.gradient.isnan().any(1), bad)
+
+
+@pytest.mark.parametrize("name", ["dkd_two_temperatures", "kd_ce", "pr_dkd"])
+@pytest.mark.parametrize("size", [(3, 1), (3, 1, 2, 2)], ids=name_of)
+def test_one_class(name: str, size: tuple[int, ...]) -> None:
+    student, teacher, target = make_inputs(size)
+    got, _ = run(ALL[name], student, teacher, FUSED, LAST, target=target, return_parts=True)
+    for value in (got.loss, got.gradient, *got.parts.values()):
+        assert value.eq(0).all()
+
+
 def test_targets_out_of_range() -> None:
     """No access out of bounds; the sample's loss is NaN and others are untouched: rows of whole vectors are added up
     in the same order wherever they are."""
@@ -370,7 +400,7 @@ def test_cost_of_lanes(dtype: torch.dtype) -> None:
         assert side.loaded <= 3.2 * matrix  # with the targets' logits
     assert stats.buffers["gradient"].stored == matrix
     assert 2 * 19 * dtype.itemsize * stats.block[0] * most_blocks <= cache
-    assert stats.load.efficiency >= COALESCING
+    assert cost("kd", (2, 19, 32, 32), dtype)[1] >= COALESCING  # targets' logits are where they are
 
 
 @needs_simulator

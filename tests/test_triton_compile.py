@@ -94,12 +94,13 @@ def calls_of_all_sizes() -> Iterator[Call]:
 
 
 def cover(calls: Iterator[Call]) -> list[Call]:
-    """The calls that choose a tile which none before them chose."""
+    """The calls that choose a tile which none before them chose, in single or double precision."""
     known: set[tuple[Any, ...]] = set()
     needed = []
     for call in calls:
-        with choices() as chosen:
+        with choices() as tiles:
             call.run()
+        chosen = {(call.dtype == F64, *tile) for tile in tiles}
         if chosen - known:
             known |= chosen
             needed.append(call)

@@ -318,26 +318,30 @@ __device__ void write_member(const Call& call, int64_t number, int e, const Entr
 
 // Statistics of the entries of one group of a term, by one thread.
 template <class T>
-__device__ GroupStats<double> entry_statistics(const Entry<T>* entries, int count, int t, int group, T exponent) {
+__device__ GroupStats<double> entry_statistics(const Call& call, const Entry<T>* entries, int t, int group,
+                                               T exponent) {
+  const int count = call.tiling.entries;
   T student = minus_infinity<T>(), teacher = minus_infinity<T>();
   for (int e = 0; e < count; ++e) {
     if (!entries[e].counts || entries[e].group[t] != group) continue;
-    student = larger(student, entries[e].student * exponent);
-    teacher = larger(teacher, entries[e].teacher * exponent);
+    student = larger(student, entries[e].student);
+    teacher = larger(teacher, entries[e].teacher);
   }
+  const T student_origin = student * exponent, teacher_origin = teacher * exponent;
   GroupStats<double> stats;
-  stats.student_origin = student;
-  stats.teacher_origin = teacher;
+  stats.student_origin = student_origin;
+  stats.teacher_origin = teacher_origin;
   for (int e = 0; e < count; ++e) {
     if (!entries[e].counts || entries[e].group[t] != group) continue;
-    const T a = fma(entries[e].student, exponent, -start(student)),
-            b = fma(entries[e].teacher, exponent, -start(teacher));
+    const T a = fma(entries[e].student, exponent, -start(student_origin)),
+            b = fma(entries[e].teacher, exponent, -start(teacher_origin));
     const T es = power(a), et = power(b), gap = b - a;
     stats.student_sum += es;
     stats.teacher_sum += et;
     if (et > 0) stats.teacher_gap += et * gap;
     if (es > 0) stats.student_gap += es * gap;
   }
+  if (call.objective.term[t].group_size(group, call.classes) == 1) count_exactly(stats, student, teacher, exponent);
   return stats;
 }
 

@@ -21,7 +21,7 @@ template <class X, Layout kLayout, Use kUse>
 constexpr int kMostRegisters = sizeof(X) == 8                                     ? 255
                                : kUse == Use::any                                 ? 128
                                : kUse == Use::ranked || kLayout == Layout::pixels ? 104 + kMoreRegisters
-                               : sizeof(X) == 4                                   ? 88 + kMoreRegisters
+                               : sizeof(X) == 4                                   ? 96 + kMoreRegisters
                                                                                   : 72 + kMoreRegisters;
 // Of kernels that stream: as many threads as have enough under way, and no fewer registers than that takes.
 constexpr int kMomentRegisters = 96;

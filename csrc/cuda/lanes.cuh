@@ -77,19 +77,10 @@ struct Lane {
     return stats;
   }
 
-  __device__ static GroupStats<double> single(T exponent, T s, T t) {
-    GroupStats<double> stats;
-    stats.student_origin = s * exponent;
-    stats.teacher_origin = t * exponent;
-    stats.student_sum = single_sum(stats.student_origin);
-    stats.teacher_sum = single_sum(stats.teacher_origin);
-    return stats;
-  }
-
   __device__ GroupShare<T> share(const GroupStats<double>& stats, const GroupCoefficients<double>& by) const {
     return {static_cast<T>(start(stats.student_origin)), static_cast<T>(start(stats.teacher_origin)),
-            static_cast<T>(by.student * weight), static_cast<T>(by.tilt * weight),
-            static_cast<T>(-by.teacher * weight)};
+            static_cast<T>(by.student * weight) * from_rounded<T>(stats.student_origin),
+            static_cast<T>(by.tilt * weight), static_cast<T>(-by.teacher * weight)};
   }
 
   // The sample's loss; writes its gradient, if one is asked for.
@@ -102,7 +93,8 @@ struct Lane {
       largest[kStudent] = c == apart ? largest[kStudent] : larger(largest[kStudent], s);
       largest[kTeacher] = c == apart ? largest[kTeacher] : larger(largest[kTeacher], t);
     });
-    const GroupStats<double> of_rest = rest(exponent, largest);
+    GroupStats<double> of_rest = rest(exponent, largest);
+    if (call.classes == (apart < 0 ? 1 : 2)) count_exactly(of_rest, largest[kStudent], largest[kTeacher], exponent);
     GroupStats<double> of_target;
     TermResult<double> result;
     result.loss = 0;
@@ -110,9 +102,12 @@ struct Lane {
       evaluate_group(term, 0, of_rest, call.classes, 1.0, result);
       result.group[1] = result.group[0];
     } else {
-      of_target = single(exponent, student_target, teacher_at(target));
+      of_target.student_origin = static_cast<double>(student_target) * exponent;
+      of_target.teacher_origin = static_cast<double>(teacher_at(target)) * exponent;
+      of_target.student_sum = single_sum(of_target.student_origin);
+      of_target.teacher_sum = single_sum(of_target.teacher_origin);
       evaluate_group(term, 0, of_target, call.classes, 1.0, result);
-      evaluate_group(term, 1, call.classes == 2 ? only_other(exponent, of_rest) : of_rest, call.classes, 1.0, result);
+      evaluate_group(term, 1, of_rest, call.classes, 1.0, result);
       add_masses<2>(term, result);
     }
     double loss = result.loss * term.scale;
@@ -123,8 +118,8 @@ struct Lane {
       softmax.softmax_origin = static_cast<T>(start(origin));
       double sum = 0;
       over_classes([&](int, T s, T) { sum += power(fma(s, one, -softmax.softmax_origin)); });
-      loss += objective.ce_weight * (log(sum) + (kLn2 * start(origin) - student_target));
-      softmax.entropy_factor = static_cast<T>(objective.ce_weight * weight);
+      if (call.classes > 1) loss += objective.ce_weight * (log(sum) + (kLn2 * start(origin) - student_target));
+      softmax.entropy_factor = static_cast<T>(objective.ce_slope(call.classes) * weight);
       softmax.softmax_factor = softmax.entropy_factor * static_cast<T>(inverse(sum));
     }
     if (call.gradient.data) {
@@ -144,14 +139,6 @@ struct Lane {
       put_zeros(static_cast<int>(call.classes), static_cast<int>(call.gradient_classes));
     }
     return loss * weight;
-  }
-
-  // Of two classes the other one is a group of one class too.
-  __device__ static GroupStats<double> only_other(T exponent, GroupStats<double> stats) {
-    stats.student_sum = single_sum(stats.student_origin);
-    stats.teacher_sum = single_sum(stats.teacher_origin);
-    stats.student_gap = stats.teacher_gap = 0;
-    return stats;
   }
 };
 

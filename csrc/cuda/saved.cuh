@@ -44,7 +44,7 @@ __device__ void read_saved(const Block<X, kLayout, kUse>& block) {
     const T weight = static_cast<T>(sample.weight);
     const T* saved = static_cast<const T*>(call.saved) + max(sample.number, int64_t{0}) * saved_size(objective);
     sample.softmax_origin = sample.valid ? saved[1] : T(0);
-    sample.entropy_factor = static_cast<T>(objective.ce_weight) * weight;
+    sample.entropy_factor = static_cast<T>(objective.ce_slope(call.classes)) * weight;
     sample.softmax_factor = sample.valid ? saved[2] * sample.entropy_factor : T(0);
     saved += kSavedHeader;
     if (by_sample) {

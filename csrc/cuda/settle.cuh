@@ -26,12 +26,14 @@ __device__ void piece_statistics(const Block<X, kLayout, kUse>& block, int of_sa
   of_rest.teacher_sum = block.total(of_sample, column + 1);
   if (sweep.forward) of_rest.teacher_gap = block.total(of_sample, column + 2);
   if (sweep.reverse) of_rest.student_gap = block.total(of_sample, column + 3);
+  if (term.group_size(rest, call.classes) == 1)
+    count_exactly(of_rest, sample.largest[kStudent], sample.largest[kTeacher], exponent);
   bool others = false;  // entries that are in the last group after all
   for (int e = 0; e < call.tiling.entries; ++e) others = others || (entries[e].counts && entries[e].group[t] == rest);
-  if (others) merge(of_rest, entry_statistics(entries, call.tiling.entries, t, rest, exponent), 1.0);
+  if (others) merge(of_rest, entry_statistics(call, entries, t, rest, exponent), 1.0);
   stats[rest] = of_rest;
 #pragma unroll 1
-  for (int g = 0; g < rest; ++g) stats[g] = entry_statistics(entries, call.tiling.entries, t, g, exponent);
+  for (int g = 0; g < rest; ++g) stats[g] = entry_statistics(call, entries, t, g, exponent);
 }
 
 // Adds an entry to the student's softmax.
@@ -114,12 +116,14 @@ __device__ void settle(const Block<X, kLayout, kUse>& block) {
     }
     softmax_origin = static_cast<T>(start(softmax.origin));
     softmax_inverse = static_cast<T>(inverse(softmax.sum));
-    entropy = log(softmax.sum) + (kLn2 * start(softmax.origin) - target_logit);
+    // Of one class it is exactly 0; rounding the origin does not show.
+    entropy = call.classes == 1 ? target_logit - target_logit
+                                : log(softmax.sum) + (kLn2 * start(softmax.origin) - target_logit);
     loss = objective.ce_weight * entropy;
   }
   if (there) {
     sample.softmax_origin = softmax_origin;
-    sample.entropy_factor = static_cast<T>(objective.ce_weight * weight);
+    sample.entropy_factor = static_cast<T>(objective.ce_slope(call.classes) * weight);
     sample.softmax_factor = valid ? sample.entropy_factor * softmax_inverse : T(0);
     if (by_sample) sample.factor = static_cast<T>(sample.student.factor * weight);
   }
@@ -159,13 +163,6 @@ __device__ void settle(const Block<X, kLayout, kUse>& block) {
           stats[g] = merged;
         }
       }
-#pragma unroll 1
-      for (int g = 0; g < groups; ++g) {
-        if (term.group_size(g, call.classes) != 1) continue;
-        stats[g].student_sum = single_sum(stats[g].student_origin);
-        stats[g].teacher_sum = single_sum(stats[g].teacher_origin);
-        stats[g].student_gap = stats[g].teacher_gap = 0;
-      }
       evaluate<block.kRanks ? kMaxGroups : 2>(term, stats, call.classes, 1.0, result);
       loss += result.loss;
       const double factor = by_sample ? 1 : weight;
@@ -175,13 +172,14 @@ __device__ void settle(const Block<X, kLayout, kUse>& block) {
         GroupShare<T>& share = sample.share[t][g];
         share.student_origin = static_cast<T>(start(stats[g].student_origin));
         share.teacher_origin = static_cast<T>(start(stats[g].teacher_origin));
-        share.student = valid ? static_cast<T>(by.student * factor) : T(0);
+        const T student = static_cast<T>(by.student) * from_rounded<T>(stats[g].student_origin);
+        share.student = valid ? student * static_cast<T>(factor) : T(0);
         share.tilt = valid ? static_cast<T>(by.tilt * factor) : T(0);
         share.teacher = valid ? static_cast<T>(-by.teacher * factor) : T(0);
         if (saved) {
           saved[0] = share.student_origin;
           saved[1] = share.teacher_origin;
-          saved[2] = static_cast<T>(by.student);
+          saved[2] = student;
           saved[3] = static_cast<T>(by.tilt);
           saved[4] = static_cast<T>(-by.teacher);
           saved += 5;

@@ -106,9 +106,9 @@ __device__ __forceinline__ void merge_parts(const Call& call) {
       const Term& term = call.objective.term[t];
       const int rest = term.groups() - 1;
       const T exponent = static_cast<T>(call.sweep[call.sweep_of(t)].exponent);
-      merge(exchange.group[t][rest], entry_statistics(entries, count, t, rest, exponent), 1.0);
+      merge(exchange.group[t][rest], entry_statistics(call, entries, t, rest, exponent), 1.0);
 #pragma unroll 1
-      for (int g = 0; g < rest; ++g) exchange.group[t][g] = entry_statistics(entries, count, t, g, exponent);
+      for (int g = 0; g < rest; ++g) exchange.group[t][g] = entry_statistics(call, entries, t, g, exponent);
     }
     if (call.objective.has_ce()) {
       for (int e = 0; e < count; ++e)

@@ -17,6 +17,22 @@ __device__ __forceinline__ T origin_of(T largest, T exponent) {
   return start(largest * exponent);
 }
 
+// Of a group of one class: what it adds up to, counted from its exponent as it is and not, as in a sweep, rounded.
+template <class T>
+__device__ __forceinline__ void count_exactly(GroupStats<double>& stats, T student, T teacher, T exponent) {
+  stats.student_origin = static_cast<double>(student) * exponent;
+  stats.teacher_origin = static_cast<double>(teacher) * exponent;
+  stats.student_sum = stats.student_sum > 0 ? 1 : stats.student_sum;  // 0 or NaN otherwise
+  stats.teacher_sum = stats.teacher_sum > 0 ? 1 : stats.teacher_sum;
+}
+
+// The factor of what was counted from an origin if, as in the gradient's sweep, it counts from the origin rounded.
+template <class T>
+__device__ __forceinline__ T from_rounded(double origin) {
+  const double exact = start(origin);
+  return power(static_cast<T>(static_cast<T>(exact) - exact));
+}
+
 // The largest logits of both sides that the warp, or the thread of pixels, looks at.
 template <class X, Layout kLayout, Use kUse>
 __device__ __forceinline__ void lane_maxima(const Block<X, kLayout, kUse>& block, Real<X>* largest) {
