@@ -37,7 +37,8 @@ _FIXED_REGISTERS = 60
 _PER_THREAD = 32
 _PER_TILE = 8
 _MOST_WARPS = 8
-#: What an element needs of an objective whose every element fits at twice the number a thread.
+#: What an element needs of an objective whose every element fits at twice the number a thread; in float64 none does
+#: with less.
 _LEAST_NUMBERS = 2.5
 _LEAST_CLASSES = 16
 #: Rows that share a warp: tiles of classes that a thread has one after the other, if so many threads share a row.
@@ -57,7 +58,7 @@ def live_numbers(problem: Problem) -> float:
         numbers += {WHOLE.value: 0.0, TARGET.value: 0.5, TOPK.value: 4.2, TOP1_TOPK.value: three_groups}[term.kind]
     numbers += 1 if problem.ce else 0
     numbers += {0: 0, BY_CLASS.value: 4, BY_SAMPLE.value: 11}[problem.standardize]
-    return 2.5 * numbers if problem.low else numbers
+    return 2.5 * max(numbers, _LEAST_NUMBERS) if problem.low else numbers
 
 
 def live_logits(problem: Problem, layout: Layout) -> float:
@@ -92,7 +93,7 @@ def fused_tile(layout: Layout, problem: Problem) -> Tile | None:
     block_c = max(power_of_two(layout.gradient_classes), _LEAST_CLASSES)
     live = live_numbers(problem)
     if layout.axis == SAMPLES.value:  # each class has an address there, a simpler one if a single warp has them all
-        live += 3.4 if block_c <= _PER_THREAD else 4
+        live += 3.4 if block_c <= _PER_THREAD and not problem.low else 4
     if layout.axis != SAMPLES.value:
         for tiles in _SHORT_TILES:
             tile_c = block_c // tiles

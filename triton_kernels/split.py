@@ -145,13 +145,13 @@ def split_kernel(
             for place in range(reveal(ks[i])):
                 best = tl.max(keys, 1)
                 index = tl.min(tl.where(keys == best[:, None], classes[None, :], 0x7FFFFFFF), 1)
-                found = best != TAKEN
-                taken = (classes[None, :] == index[:, None]) & found[:, None]
+                is_class = best != TAKEN
+                taken = (classes[None, :] == index[:, None]) & is_class[:, None]
                 slot = slots + place
                 of_teacher = value_of(best) if TERMS[i][1] else -value_of(best)
                 tl.store(candidates + 2 * slot[:, None] + tl.zeros_like(keys), s, mask=taken & there[:, None])
                 tl.store(candidates + 2 * slot + 1, of_teacher, mask=there)
-                tl.store(candidate_classes + slot, tl.where(found, index, _NO_CLASS), mask=there)
+                tl.store(candidate_classes + slot, tl.where(is_class, index, _NO_CLASS), mask=there)
                 keys = tl.where(taken, TAKEN, keys)
             first += reveal(ks[i])
             aside = keys == TAKEN
