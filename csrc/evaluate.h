@@ -93,11 +93,11 @@ KDK_HOST_DEVICE void add_masses(const Term& term, TermResult<R>& result) {
   result.parts[0] = scale * weighed(term.mass_part, forward, reverse);
 }
 
-// Group `g` of a term. `unit` is that of the origins (see stats.h).
+// Group `g` of a term, whose results are to be at `slot`. `unit` is that of the origins (see stats.h).
 // Inside a group of a single one of the classes there is no divergence, and its sums are single_sum() of stats.h.
 template <class R>
 KDK_HOST_DEVICE void evaluate_group(const Term& term, int g, const GroupStats<R>& s, int64_t classes, Number<R> unit,
-                                    TermResult<R>& result) {
+                                    TermResult<R>& result, int slot) {
   const Number<R> scale = term.scale, slope = term.slope, ln2 = kLn2;
   const Number<R> nats = ln2 * unit;
   const R one = R{} + 1, infinite = R{} + INFINITY;
@@ -122,14 +122,14 @@ KDK_HOST_DEVICE void evaluate_group(const Term& term, int g, const GroupStats<R>
     reverse = s.student_sum == 0 ? R{} : reverse;
     weights = term.group[g];
   }
-  result.student_lse[g] = s.student_sum == 0 ? -infinite : student_start * nats + student_log;
-  result.teacher_lse[g] = s.teacher_sum == 0 ? -infinite : teacher_start * nats + teacher_log;
-  result.student_inverse[g] = student_inverse;
+  result.student_lse[slot] = s.student_sum == 0 ? -infinite : student_start * nats + student_log;
+  result.teacher_lse[slot] = s.teacher_sum == 0 ? -infinite : teacher_start * nats + teacher_log;
+  result.student_inverse[slot] = student_inverse;
   result.loss += weighed(weights, forward, reverse);
-  result.parts[1 + g] = scale * weighed(term.group_part[g], forward, reverse);
-  result.group[g].student = slope * student_inverse * weighed(weights, one, student_mean_gap);
-  result.group[g].tilt = -slope * ln2 * Number<R>(weights.reverse) * student_inverse;
-  result.group[g].teacher = slope * Number<R>(weights.forward) * teacher_inverse;
+  result.parts[1 + slot] = scale * weighed(term.group_part[g], forward, reverse);
+  result.group[slot].student = slope * student_inverse * weighed(weights, one, student_mean_gap);
+  result.group[slot].tilt = -slope * ln2 * Number<R>(weights.reverse) * student_inverse;
+  result.group[slot].teacher = slope * Number<R>(weights.forward) * teacher_inverse;
 }
 
 // One term of at most `kMostGroups` groups.
@@ -139,7 +139,7 @@ KDK_HOST_DEVICE void evaluate(const Term& term, const GroupStats<R>* stats, int6
   const int groups = term.groups();
   result.loss = R{};
   KDK_ONE_BY_ONE
-  for (int g = 0; g < groups; ++g) evaluate_group(term, g, stats[g], classes, unit, result);
+  for (int g = 0; g < groups; ++g) evaluate_group(term, g, stats[g], classes, unit, result, g);
   result.parts[0] = R{};
   if (groups == 2) add_masses<2>(term, result);
   if (kMostGroups > 2 && groups == 3) add_masses<3>(term, result);

@@ -56,6 +56,7 @@ STEPS = {
     "pixels with ranks": Step("gdkd", (2, 19, 5, 8)),
     "pixels by sample": Step("ls_dkd", (2, 19, 5, 8)),
     "pixels a thread each": Step("dkd", (2, 19, 15, 10), parts=False),
+    "pixels a thread each, with ranks": Step("gdkd3", (2, 19, 15, 10), parts=False),
     "rows in backward": Step("everything", (9, 101), "recompute"),
     "rows over clusters": Step("gdkd", (3, 3100), limits=SMALL),
     "split rows": Step("ls_gdkd", (3, 3100), arch=FIRST, limits=SMALL),

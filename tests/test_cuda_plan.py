@@ -78,7 +78,7 @@ def test_every_launch_is_within_the_limits(name: str, dtype: torch.dtype, arch: 
         ((2, 32000), BF16, 80, "forward_simple_rows_bf16", 2, 224, 1),
         ((2, 32000), BF16, 86, "part_statistics_rows_bf16", 16, 128, 1),  # with less of it, and without clusters
         ((2, 128256), BF16, 80, "part_statistics_rows_bf16", 64, 128, 1),
-        ((2, 19, 64, 64), F32, 90, "lanes_pixels_f32", 64, 32, 1),  # a thread a pixel, and four pixels a thread
+        ((2, 19, 64, 64), F32, 90, "lanes_simple_pixels_f32", 64, 32, 1),  # a thread a pixel, and four pixels a thread
         ((2, 65, 64, 64), F32, 90, "forward_simple_pixels_f32", 256, 128, 1),
         ((2, 1000, 64, 64), F32, 90, "forward_pixels_f32", 2048, 128, 8),  # 32 pixels a cluster
     ],
@@ -98,7 +98,8 @@ def test_which_kernel(
 @pytest.mark.parametrize(
     ("name", "options", "kernel"),
     [
-        ("gdkd", {}, "forward_ranked_pixels_f32"),
+        ("gdkd", {}, "lanes_ranked_pixels_f32"),
+        ("gdkd", {"k": 9}, "forward_ranked_pixels_f32"),
         ("ls_dkd", {}, "forward_pixels_f32"),
         ("bdd", {}, "forward_simple_pixels_f32"),  # two terms
         ("dkd", {"mode": "recompute"}, "forward_simple_pixels_f32"),  # what backward needs is kept

@@ -258,6 +258,17 @@ def test_a_nan_stays_in_its_sample(size: tuple[int, ...], in_target: bool) -> No
     assert torch.equal(got.gradient.isnan().any(1), bad)
 
 
+@pytest.mark.parametrize("classes", [6, 40])
+@pytest.mark.parametrize("name", ["gdkd", "gdkd_k1", "gdkd_worst", "gdkd_both_ce", "gdkd3", "gdkd3_worst_both"])
+def test_leading_classes_of_a_thread(name: str, classes: int) -> None:
+    """Equals, of which the first lead; masked classes, which lead where too few others are left."""
+    student, teacher, target = make_inputs((2, classes, 7, 9))
+    teacher = teacher.round()
+    student[1, 1:-2], teacher[1, 1:-2] = -torch.inf, -torch.inf
+    sim = check(ALL[name], student, teacher, FUSED, LAST, return_parts=False, target=target.clamp(max=0))
+    assert sim is None or any("lanes_ranked" in launch.name for launch in sim.log)
+
+
 @pytest.mark.parametrize("name", ["dkd_two_temperatures", "kd_ce", "pr_dkd"])
 @pytest.mark.parametrize("size", [(3, 1), (3, 1, 2, 2)], ids=name_of)
 def test_one_class(name: str, size: tuple[int, ...]) -> None:

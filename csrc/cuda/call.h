@@ -21,6 +21,9 @@ enum class Layout : int { rows = 0, pixels = 1 };
 // by rank among them (ranked) or none (simple). These take few registers, so that many of their warps are at work.
 enum class Use : int { any = 0, ranked = 1, simple = 2 };
 
+// Leading classes of a sample that is a thread's own, at most.
+constexpr int kMostLaneLeads = 8;
+
 // How the samples and classes of a call are shared out between blocks and threads.
 struct Tiling {
   int samples = 1;     // of a block

@@ -23,6 +23,8 @@ constexpr int kMostRegisters = sizeof(X) == 8                                   
                                : kUse == Use::ranked || kLayout == Layout::pixels ? 104 + kMoreRegisters
                                : sizeof(X) == 4                                   ? 96 + kMoreRegisters
                                                                                   : 72 + kMoreRegisters;
+// Three groups' statistics, and those that lead, a thread each.
+constexpr int kRankedLaneRegisters = 128 + kMoreRegisters;
 // Of kernels that stream: as many threads as have enough under way, and no fewer registers than that takes.
 constexpr int kMomentRegisters = 96;
 template <class X>
@@ -40,12 +42,14 @@ constexpr int kClassSumRegisters = sizeof(X) == 8 ? 255 : 128;
 #define KDK_CLASS_KERNEL(registers, step, layout, name, X) \
   KDK_KERNEL_OF((kdk::cuda::registers), step##_##layout##_##name, step<X, kdk::cuda::Layout::layout>)
 #define KDK_KERNEL(step, layout, name, X) KDK_KERNEL_FOR(any, , step, layout, name, X)
-#define KDK_KERNELS_OF_USE(name, X)                         \
-  KDK_KERNEL_FOR(ranked, _ranked, forward, rows, name, X)   \
-  KDK_KERNEL_FOR(ranked, _ranked, forward, pixels, name, X) \
-  KDK_KERNEL_FOR(simple, _simple, forward, rows, name, X)   \
-  KDK_KERNEL_FOR(simple, _simple, forward, pixels, name, X) \
-  KDK_KERNEL_FOR(simple, , lanes, pixels, name, X)
+#define KDK_KERNELS_OF_USE(name, X)                                            \
+  KDK_KERNEL_FOR(ranked, _ranked, forward, rows, name, X)                      \
+  KDK_KERNEL_FOR(ranked, _ranked, forward, pixels, name, X)                    \
+  KDK_KERNEL_FOR(simple, _simple, forward, rows, name, X)                      \
+  KDK_KERNEL_FOR(simple, _simple, forward, pixels, name, X)                    \
+  KDK_KERNEL_OF((kdk::cuda::kRankedLaneRegisters), lanes_ranked_pixels_##name, \
+                lanes<X, kdk::cuda::Layout::pixels, kdk::cuda::Use::ranked>)   \
+  KDK_KERNEL_FOR(simple, _simple, lanes, pixels, name, X)
 #define KDK_KERNELS(name, X)                                         \
   KDK_KERNEL(forward, rows, name, X)                                 \
   KDK_KERNEL(forward, pixels, name, X)                               \

@@ -7,8 +7,8 @@
 
 namespace kdk::cuda {
 
-// A thread's sample: its logits and what step 2 knows of it.
-template <class X>
+// A thread's sample. Its classes are in up to three groups: the one at `single`, those in `leading`, and the rest.
+template <class X, bool kRanks>
 struct Lane {
   using T = Real<X>;
 
@@ -17,7 +17,8 @@ struct Lane {
   X* gradient;
   double weight;
   int target;
-  int apart;  // the class that is a group of its own; -1 for none
+  int single = -1;       // the class that is a group of its own; -1 for none
+  uint64_t leading = 0;  // a bit a class
 
   __device__ T student_at(int c) const { return widen(__ldg(student + c * call.student.class_stride)); }
   __device__ T teacher_at(int c) const { return widen(__ldg(teacher + c * call.teacher.class_stride)); }
@@ -27,54 +28,133 @@ struct Lane {
     for (int c = first; c < end; ++c) put(c, T(0));
   }
 
-  // visit(first class, how many as a constant, the student's logits, the teacher's), which are read at once.
+  // visit(first class, how many as a constant), up to kSummed of them.
   template <class Visit>
   __device__ void over_groups(Visit visit) const {
-    in_groups<kSummed>(0, static_cast<int>(call.classes), 1, [&](int first, auto count) {
+    in_groups<kSummed>(0, static_cast<int>(call.classes), 1, visit);
+  }
+
+  // visit(first class, how many as a constant, the student's logits, the teacher's, a bit for each class that leads)
+  template <class Visit>
+  __device__ void over_logits(Visit visit) const {
+    over_groups([&](int first, auto count) {
       T s[count.value], t[count.value];
 #pragma unroll
       for (int i = 0; i < count.value; ++i) {
         s[i] = student_at(first + i);
         t[i] = teacher_at(first + i);
       }
-      visit(first, count, s, t);
+      visit(first, count, s, t, kRanks ? static_cast<unsigned>(leading >> first) : 0u);
     });
   }
 
-  // visit(class, student's logit, teacher's)
+  // visit(class, student's logit, teacher's, whether it leads)
   template <class Visit>
   __device__ void over_classes(Visit visit) const {
-    over_groups([&](int first, auto count, const T* s, const T* t) {
+    over_logits([&](int first, auto count, const T* s, const T* t, unsigned leads) {
 #pragma unroll
-      for (int i = 0; i < count.value; ++i) visit(first + i, s[i], t[i]);
+      for (int i = 0; i < count.value; ++i) visit(first + i, s[i], t[i], (leads >> i & 1) != 0);
     });
   }
 
-  // Statistics of the last group, origins in log2.
-  __device__ GroupStats<double> rest(T exponent, const T* largest) const {
-    const T student_origin = origin_of(largest[kStudent], exponent),
-            teacher_origin = origin_of(largest[kTeacher], exponent);
-    GroupStats<double> stats;
-    stats.student_origin = largest[kStudent] * exponent;
-    stats.teacher_origin = largest[kTeacher] * exponent;
-    over_groups([&](int first, auto count, const T* s, const T* t) {
-      T student_sum = 0, teacher_sum = 0, teacher_gap = 0, student_gap = 0;
+  // Finds the groups of a term.
+  __device__ void partition(const Term& term) {
+    if (term.kind == PartitionKind::target) single = target;
+    if constexpr (kRanks) rank(term.k, term.largest ? T(1) : T(-1), has_single(term));
+  }
+
+  // Finds the k classes that lead, of equals the first, and takes the best one apart where that is asked for.
+  __device__ void rank(int k, T sign, bool apart) {
+    T best[kMostLaneLeads];  // in order
+    for (T& value : best) value = minus_infinity<T>();
+    over_groups([&](int first, auto count) {
+      T t[count.value];
+#pragma unroll
+      for (int i = 0; i < count.value; ++i) t[i] = sign * teacher_at(first + i);
 #pragma unroll
       for (int i = 0; i < count.value; ++i) {
-        const T a = fma(s[i], exponent, -student_origin), b = fma(t[i], exponent, -teacher_origin), gap = b - a;
-        const bool counts = first + i != apart;
-        const T es = counts ? power(a) : T(0), et = counts ? power(b) : T(0);
-        student_sum += es;
-        teacher_sum += et;
-        teacher_gap += et > 0 ? et * gap : T(0);
-        if (call.sweep[0].reverse) student_gap += es > 0 ? es * gap : T(0);
+        T value = t[i] == t[i] ? t[i] : minus_infinity<T>();
+#pragma unroll
+        for (T& place : best) {
+          const T lower = smaller(place, value);
+          place = larger(place, value);
+          value = lower;
+        }
       }
-      stats.student_sum += student_sum;
-      stats.teacher_sum += teacher_sum;
-      stats.teacher_gap += teacher_gap;
-      stats.student_gap += student_gap;
     });
+    T bound = best[0];
+    int left = 0;  // of the classes that equal the k-th
+#pragma unroll
+    for (int i = 0; i < kMostLaneLeads; ++i) bound = i < k ? best[i] : bound;
+#pragma unroll
+    for (int i = 0; i < kMostLaneLeads; ++i) left += i < k && best[i] == bound;
+    over_groups([&](int first, auto count) {
+      T t[count.value];
+#pragma unroll
+      for (int i = 0; i < count.value; ++i) t[i] = sign * teacher_at(first + i);
+      unsigned leads = 0;
+#pragma unroll
+      for (int i = 0; i < count.value; ++i) {
+        const bool last = t[i] == bound && left > 0;
+        left -= last;
+        const bool first_of_all = apart && single < 0 && t[i] == best[0];
+        if (first_of_all) single = first + i;
+        leads |= !first_of_all && (t[i] > bound || last) ? 1u << i : 0u;
+      }
+      leading |= uint64_t{leads} << first;
+    });
+  }
+
+  // Whether a term's first group is one class.
+  __device__ static bool has_single(const Term& term) { return term.groups() > 1 && term.group_end(0) == 1; }
+
+  __device__ GroupStats<double> single_statistics(T exponent) const {
+    GroupStats<double> stats;
+    if (single < 0) return stats;
+    stats.student_origin = static_cast<double>(student_at(single)) * exponent;
+    stats.teacher_origin = static_cast<double>(teacher_at(single)) * exponent;
+    stats.student_sum = single_sum(stats.student_origin);
+    stats.teacher_sum = single_sum(stats.teacher_origin);
     return stats;
+  }
+
+  // Statistics of the last group and of those that lead, origins in log2. `largest` are both groups' largest logits.
+  __device__ void statistics(T exponent, const T (&largest)[2][2], GroupStats<double> (&stats)[2]) const {
+    T origin[2][2];
+#pragma unroll
+    for (int g = 0; g <= kRanks; ++g) {
+#pragma unroll
+      for (int side = kStudent; side <= kTeacher; ++side) origin[g][side] = origin_of(largest[g][side], exponent);
+      stats[g].student_origin = largest[g][kStudent] * exponent;
+      stats[g].teacher_origin = largest[g][kTeacher] * exponent;
+    }
+    over_logits([&](int first, auto count, const T* s, const T* t, unsigned leads) {
+      T sum[2][4] = {};
+#pragma unroll
+      for (int i = 0; i < count.value; ++i) {
+        const bool of_leading = kRanks && (leads >> i & 1) != 0;
+        const T student_origin = of_leading ? origin[1][kStudent] : origin[0][kStudent],
+                teacher_origin = of_leading ? origin[1][kTeacher] : origin[0][kTeacher];
+        const T a = fma(s[i], exponent, -student_origin), b = fma(t[i], exponent, -teacher_origin), gap = b - a;
+        const bool counts = first + i != single;
+        const T es = counts ? power(a) : T(0), et = counts ? power(b) : T(0);
+#pragma unroll
+        for (int g = 0; g <= kRanks; ++g) {
+          const bool here = !kRanks || of_leading == (g == 1);
+          sum[g][0] += here ? es : T(0);
+          sum[g][1] += here ? et : T(0);
+          sum[g][2] += here && et > 0 ? et * gap : T(0);
+          if (call.sweep[0].reverse) sum[g][3] += here && es > 0 ? es * gap : T(0);
+        }
+      }
+#pragma unroll
+      for (int g = 0; g <= kRanks; ++g) {
+        stats[g].student_sum += sum[g][0];
+        stats[g].teacher_sum += sum[g][1];
+        stats[g].teacher_gap += sum[g][2];
+        stats[g].student_gap += sum[g][3];
+      }
+    });
   }
 
   __device__ GroupShare<T> share(const GroupStats<double>& stats, const GroupCoefficients<double>& by) const {
@@ -84,52 +164,77 @@ struct Lane {
   }
 
   // The sample's loss; writes its gradient, if one is asked for.
-  __device__ double step() const {
+  __device__ double step() {
     const Objective& objective = call.objective;
     const Term& term = objective.term[0];
-    const T exponent = static_cast<T>(call.sweep[0].exponent), student_target = student_at(target);
-    T largest[2] = {minus_infinity<T>(), minus_infinity<T>()};
-    over_classes([&](int c, T s, T t) {
-      largest[kStudent] = c == apart ? largest[kStudent] : larger(largest[kStudent], s);
-      largest[kTeacher] = c == apart ? largest[kTeacher] : larger(largest[kTeacher], t);
+    partition(term);
+    const int rest = term.groups() - 1;
+    const bool apart = has_single(term);
+    const T exponent = static_cast<T>(call.sweep[0].exponent);
+    T largest[2][2];
+    for (auto& of_group : largest) of_group[kStudent] = of_group[kTeacher] = minus_infinity<T>();
+    over_classes([&](int c, T s, T t, bool leads) {
+#pragma unroll
+      for (int g = 0; g <= kRanks; ++g) {
+        const bool here = c != single && (!kRanks || leads == (g == 1));
+        largest[g][kStudent] = here ? larger(largest[g][kStudent], s) : largest[g][kStudent];
+        largest[g][kTeacher] = here ? larger(largest[g][kTeacher], t) : largest[g][kTeacher];
+      }
     });
-    GroupStats<double> of_rest = rest(exponent, largest);
-    if (call.classes == (apart < 0 ? 1 : 2)) count_exactly(of_rest, largest[kStudent], largest[kTeacher], exponent);
-    GroupStats<double> of_target;
+    GroupStats<double> stats[2];
+    statistics(exponent, largest, stats);
+    if (term.group_size(rest, call.classes) == 1)
+      count_exactly(stats[0], largest[0][kStudent], largest[0][kTeacher], exponent);
+    // Results of the last group, of the first one, which may be those that lead, and of those that lead behind it.
+    constexpr int kRest = 0, kFirst = 1, kLeading = kRanks ? 2 : 1;
     TermResult<double> result;
     result.loss = 0;
-    if (apart < 0) {
-      evaluate_group(term, 0, of_rest, call.classes, 1.0, result);
-      result.group[1] = result.group[0];
-    } else {
-      of_target.student_origin = static_cast<double>(student_target) * exponent;
-      of_target.teacher_origin = static_cast<double>(teacher_at(target)) * exponent;
-      of_target.student_sum = single_sum(of_target.student_origin);
-      of_target.teacher_sum = single_sum(of_target.teacher_origin);
-      evaluate_group(term, 0, of_target, call.classes, 1.0, result);
-      evaluate_group(term, 1, of_rest, call.classes, 1.0, result);
-      add_masses<2>(term, result);
+    evaluate_group(term, rest, stats[0], call.classes, 1.0, result, kRest);
+    GroupStats<double> first;
+    if (rest > 0) {
+      if constexpr (kRanks) {
+        if (rest == 2 && term.group_size(1, call.classes) == 1)
+          count_exactly(stats[1], largest[1][kStudent], largest[1][kTeacher], exponent);
+        if (rest == 2) evaluate_group(term, 1, stats[1], call.classes, 1.0, result, kLeading);
+        first = stats[1];
+      }
+      if (apart) first = single_statistics(exponent);
+      evaluate_group(term, 0, first, call.classes, 1.0, result, kFirst);
+      if (kRanks && rest == 2) add_masses<3>(term, result);
+      else add_masses<2>(term, result);
     }
     double loss = result.loss * term.scale;
     Sample<T> softmax;
     if (objective.has_ce()) {
-      const T most = larger(largest[kStudent], student_target), one = static_cast<T>(kLog2E);
+      const T student_target = student_at(target), one = static_cast<T>(kLog2E);
+      T most = larger(largest[0][kStudent], student_target);
+      if constexpr (kRanks) most = larger(larger(most, largest[1][kStudent]), student_at(max(single, 0)));
       const double origin = most * one;
       softmax.softmax_origin = static_cast<T>(start(origin));
       double sum = 0;
-      over_classes([&](int, T s, T) { sum += power(fma(s, one, -softmax.softmax_origin)); });
+      over_classes([&](int, T s, T, bool) { sum += power(fma(s, one, -softmax.softmax_origin)); });
       if (call.classes > 1) loss += objective.ce_weight * (log(sum) + (kLn2 * start(origin) - student_target));
       softmax.entropy_factor = static_cast<T>(objective.ce_slope(call.classes) * weight);
       softmax.softmax_factor = softmax.entropy_factor * static_cast<T>(inverse(sum));
     }
     if (call.gradient.data) {
       const bool tilted = call.sweep[0].tilted;
-      const GroupShare<T> others = share(of_rest, result.group[1]);
-      T of_apart = 0;
-      if (apart >= 0)
-        of_apart = slope_at(share(of_target, result.group[0]), exponent, tilted, student_target, teacher_at(target));
-      over_classes([&](int c, T s, T t) {
-        T slope = c == apart ? of_apart : slope_at(others, exponent, tilted, s, t);
+      const GroupShare<T> others = share(stats[0], result.group[kRest]);
+      GroupShare<T> of_leading;
+      if constexpr (kRanks) {
+        const GroupCoefficients<double>&one = result.group[kFirst], &other = result.group[kLeading];
+        of_leading = share(stats[1], {apart ? other.student : one.student, apart ? other.tilt : one.tilt,
+                                      apart ? other.teacher : one.teacher});
+      }
+      T of_single = 0;
+      if (single >= 0)
+        of_single =
+            slope_at(share(first, result.group[kFirst]), exponent, tilted, student_at(single), teacher_at(single));
+      over_classes([&](int c, T s, T t, bool leads) {
+        GroupShare<T> of_class = others;
+        if (kRanks && leads) of_class = of_leading;
+        T slope = slope_at(of_class, exponent, tilted, s, t);
+        if (c == single) slope = of_single;
         if (objective.has_ce()) {
           slope += softmax_gradient(softmax, s);
           if (c == target) slope -= softmax.entropy_factor;
@@ -153,16 +258,14 @@ __device__ __forceinline__ void lanes(const Call& call) {
   const X* teacher = static_cast<const X*>(call.teacher.data) + __shfl_sync(kAllLanes, offset, kTeacher);
   X* gradient = static_cast<X*>(call.gradient.data) + __shfl_sync(kAllLanes, offset, kGradient);
   const int64_t step = call.gradient.sample_stride[call.dims - 1];
-  const bool has_apart = call.objective.term[0].kind == PartitionKind::target;
   const double factor = result_factor(call);
   double losses = 0;
 #pragma unroll 1
   for (int at = own; at < place.count; at += 32) {
     int64_t target = 0;
     const double weight = given_weight(call, place.first + at, target);
-    const int of_target = static_cast<int>(target);
-    const Lane<X> lane{
-        call, student + at, teacher + at, gradient + at * step, weight * factor, of_target, has_apart ? of_target : -1};
+    Lane<X, kUse == Use::ranked> lane{
+        call, student + at, teacher + at, gradient + at * step, weight * factor, static_cast<int>(target)};
     double loss = 0;
     if (weight != 0) loss = lane.step();
     else if (call.gradient.data) lane.put_zeros(0, static_cast<int>(call.gradient_classes));

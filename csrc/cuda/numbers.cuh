@@ -122,6 +122,8 @@ __device__ __forceinline__ T minus_infinity() {
 // The maximum; a NaN is passed over, and shows in the sums.
 __device__ __forceinline__ float larger(float a, float b) { return fmaxf(a, b); }
 __device__ __forceinline__ double larger(double a, double b) { return fmax(a, b); }
+__device__ __forceinline__ float smaller(float a, float b) { return fminf(a, b); }
+__device__ __forceinline__ double smaller(double a, double b) { return fmin(a, b); }
 
 struct Larger {
   template <class T>

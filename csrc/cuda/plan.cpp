@@ -151,7 +151,7 @@ std::optional<Tiling> lane_tiling(const Call& call) {
   const DType type = tile_type(call);
   if (layout_of(call) != Layout::pixels || call.classes > kMostClasses || type == DType::f64 ||
       type != call.student.dtype || type != call.teacher.dtype || objective.standardize != Standardize::none ||
-      objective.terms > 1 || objective.term[0].by_rank() || call.saved || call.part_values)
+      objective.terms > 1 || objective.term[0].k > kMostLaneLeads || call.saved || call.part_values)
     return std::nullopt;
   Tiling tiling;
   tiling.samples = kLaneSamples;
@@ -219,7 +219,7 @@ Launch configure_merge(const char* step, Call& call) {
   return launch;
 }
 
-// Which of forward's kernels serves a call; double precision has one for all.
+// Which of forward's or lanes' kernels serves a call; double precision has one for all.
 const char* use_of(const Call& call, DType type) {
   if (type == DType::f64 || call.tiling.pieces > 1 || call.objective.standardize != Standardize::none) return "";
   for (int t = 0; t < call.objective.terms; ++t)
@@ -241,7 +241,7 @@ Launch configure(const char* step, Call& call, bool clustered) {
   const DType type = tile_type(call);
   const bool alone = std::string(step) == "lanes";  // threads that share nothing
   Launch launch;
-  launch.kernel = std::string("kdk_") + step + (std::string(step) == "forward" ? use_of(call, type) : "") +
+  launch.kernel = std::string("kdk_") + step + (alone || std::string(step) == "forward" ? use_of(call, type) : "") +
                   (layout_of(call) == Layout::rows ? "_rows_" : "_pixels_") + name_of(type);
   launch.blocks = sample_blocks(call) * tiling.pieces;
   launch.threads = alone ? kWarp : tiling.threads();
