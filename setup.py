@@ -4,7 +4,7 @@ GPU; the package works without either, through plain PyTorch.
 Environment:
     KDKERNELS_BUILD_CPU=0   do not build the extension
     KDKERNELS_BUILD_CUDA=0  build it without CUDA kernels
-    KDKERNELS_CUDA_ARCHS    compute capabilities to compile them for, "80;90;100" by default; PTX of the newest is added
+    KDKERNELS_CUDA_ARCHS    compute capabilities to compile them for, "80;90;100" by default; their PTX is added
     KDKERNELS_NVCC          the CUDA compiler, by default the nvcc of CUDA_HOME or of the PATH
     KDKERNELS_REQUIRE_NATIVE=1  fail where a compiler fails, or warns of CUDA code; otherwise go without
     MAX_JOBS                compiler processes at a time
@@ -76,8 +76,8 @@ def compile_cuda(nvcc: str, folder: Path) -> None:
     if strict():
         flags += ["-Xptxas=-Werror", "-Werror=all-warnings"]
     for target in targets:
-        flags += [f"-gencode=arch=compute_{target},code=sm_{target}"]
-    flags += [f"-gencode=arch=compute_{targets[-1]},code=compute_{targets[-1]}"]
+        # PTX of the newest serves newer devices; of the others, the simulator of the tests.
+        flags += [f"-gencode=arch=compute_{target},code=[compute_{target},sm_{target}]"]
     headers = [*(ROOT / "csrc").glob("*.h"), *(ROOT / "csrc/cuda").glob("*.*h")]
     changed = max(path.stat().st_mtime for path in (*headers, ROOT / "setup.py"))
     folder.mkdir(parents=True, exist_ok=True)

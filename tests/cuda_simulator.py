@@ -1,7 +1,8 @@
 """Stands in the CUDA driver's place: launches of ``backend="cuda"`` on CPU tensors run in tests/ptxsim, or are noted.
 
 The extension's own host code calls what is registered here with each launch's configuration, its parameters, and the
-memory that these point at. It needs no GPU; running needs nvcc, which compiles the kernels to PTX when they are wanted.
+memory that these point at. It needs no GPU. What runs is the PTX of the build or, where that is not of these sources or
+not for this architecture, what nvcc makes of them.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,12 +20,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import triton
 from ptxsim import Module, Struct, nvcc
 from torch import Tensor
 
 import kdkernels
 
 SOURCES = Path(__file__).parent.parent / "csrc"
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 TYPES = ("f32", "f64", "f16", "bf16")
 
 
@@ -102,23 +106,39 @@ def _tensor_at(buffer: _Buffer) -> Tensor | None:
     return usable.view(_INTEGERS[size]).as_strided(sizes, strides, skipped // size)
 
 
+def _sources() -> list[Path]:
+    return sorted([*SOURCES.glob("*.h"), *(SOURCES / "cuda").glob("*.*h"), *(SOURCES / "cuda").glob("*.cu")])
+
+
 @cache
 def _digest() -> str:
     """Of all that kernels are compiled from."""
     digest = hashlib.sha256()
-    for path in sorted([*SOURCES.glob("*.h"), *(SOURCES / "cuda").glob("*.*h"), *(SOURCES / "cuda").glob("*.cu")]):
+    for path in _sources():
         digest.update(path.read_bytes())
     return digest.hexdigest()[:24]
 
 
+def _built(name: str, arch: int) -> str | None:
+    """PTX of a file of kernels as the build compiled it; None if it did not for this architecture, or not since."""
+    image = SOURCES.parent / f"build/cuda/{name}.fatbin"
+    if not image.exists() or image.stat().st_mtime < max(path.stat().st_mtime for path in _sources()):
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        command = [CUOBJDUMP, "-xptx", f".sm_{arch}.ptx", image.resolve()]
+        subprocess.run(command, cwd=folder, capture_output=True, check=False)
+        return next((file.read_text() for file in Path(folder).glob("*.ptx")), None)
+
+
 @cache
 def module_of(name: str, arch: int) -> Module:
-    """The kernels of a file for an architecture, compiled when they are wanted and kept for other processes."""
+    """The kernels of a file for an architecture: those of the build or compiled now, and kept for other processes."""
     folder = Path(tempfile.gettempdir()) / f"kdkernels-ptx-{os.getuid()}"
     folder.mkdir(exist_ok=True)
     file = folder / f"{name}-{arch}-{_digest()}.ptx"
     if not file.exists():
-        text = nvcc.compile_to_ptx(SOURCES / f"cuda/kernels_{name}.cu", f"sm_{arch}", include=[SOURCES])
+        source = SOURCES / f"cuda/kernels_{name}.cu"
+        text = _built(name, arch) or nvcc.compile_to_ptx(source, f"sm_{arch}", include=[SOURCES])
         own = file.with_suffix(f".{os.getpid()}")
         own.write_text(text)
         own.replace(file)
