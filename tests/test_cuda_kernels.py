@@ -67,7 +67,7 @@ STEPS = {
     "pixels by class": Step("pr_dkd", (2, 19, 8, 18)),  # enough of them for two stretches
 }
 SCALED = [(3, 1001), (2, 7, 5, 6)]
-EVALUATED = (2, 19, 15, 10)
+EVALUATED = ("dkd", "gdkd3"), (2, 19, 15, 10)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
@@ -88,9 +88,10 @@ def test_training_step(step: Step, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-def test_evaluation(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("name", EVALUATED[0])
+def test_evaluation(name: str, dtype: torch.dtype) -> None:
     """A loss without a gradient: float16 students have theirs in backward only, by other kernels."""
-    inputs, case = make_inputs(EVALUATED, dtype), ALL["dkd"]
+    inputs, case = make_inputs(EVALUATED[1], dtype), ALL[name]
     with torch.no_grad(), device(LAST):
         student, teacher, target = (moved(tensor, DEVICE) for tensor in inputs)
         loss = case.call(student, teacher, target=target, backend="cuda")
@@ -131,10 +132,10 @@ def test_no_kernel_is_left_out() -> None:
                 target=inputs.target,
             )
         launched |= {launch.name for launch in recorder.log}
-    for dtype in DTYPES:
-        student, teacher, target = make_inputs(EVALUATED, dtype)
+    for name, dtype in product(EVALUATED[0], DTYPES):
+        student, teacher, target = make_inputs(EVALUATED[1], dtype)
         with torch.no_grad(), recorded(LAST) as recorder:
-            ALL["dkd"].call(student, teacher, target=target, backend="cuda")
+            ALL[name].call(student, teacher, target=target, backend="cuda")
         launched |= {launch.name for launch in recorder.log}
     for shape, dtype in product(SCALED, DTYPES):
         with recorded(LAST) as recorder:

@@ -385,7 +385,7 @@ def cost(
         ("dkd", (1, 65536), F32, 90),
         ("dkd", (16, 4096), BF16, 80),
         ("gdkd", (2, 16384), F32, 80),
-        ("gdkd", (2, 19, 32, 32), BF16, 90),
+        ("gdkd", (2, 65, 16, 16), BF16, 90),
         ("dkd", (1, 150, 16, 32), BF16, 90),
     ],
     ids=name_of,
@@ -398,17 +398,19 @@ def test_cost_on_chip(name: str, shape: tuple[int, ...], dtype: torch.dtype, arc
 
 
 @needs_simulator
-@pytest.mark.parametrize("dtype", [F32, BF16], ids=name_of)
-def test_cost_of_lanes(dtype: torch.dtype) -> None:
-    """Each thread reads its pixels three times and others' never: they are in the L1 cache since the first time."""
+@pytest.mark.parametrize(
+    ("name", "dtype", "sweeps"), [("dkd", F32, 3), ("dkd", BF16, 3), ("gdkd", BF16, 5)], ids=name_of
+)
+def test_cost_of_lanes(name: str, dtype: torch.dtype, sweeps: int) -> None:
+    """Each thread reads its pixels several times and others' never: they are in the L1 cache since the first time."""
     inputs = make_inputs((2, 19, 32, 32), dtype)
-    _, sim = run(ALL["dkd"], inputs.student, inputs.teacher, FUSED, LAST, target=inputs.target)
+    _, sim = run(ALL[name], inputs.student, inputs.teacher, FUSED, LAST, target=inputs.target)
     assert sim is not None
     (stats,) = (launch.stats for launch in sim.log if "lanes" in launch.name)
     matrix, most_blocks, cache = inputs.student.nbytes, 32, 256 << 10  # of a multiprocessor
     for side in (stats.buffers["student"], stats.buffers["teacher"]):
         assert side.distinct_loaded == matrix
-        assert side.loaded <= 3.2 * matrix  # with the targets' logits
+        assert side.loaded <= (sweeps + 0.2) * matrix  # with the targets' logits
     assert stats.buffers["gradient"].stored == matrix
     assert 2 * 19 * dtype.itemsize * stats.block[0] * most_blocks <= cache
     assert cost("kd", (2, 19, 32, 32), dtype)[1] >= COALESCING  # targets' logits are where they are
