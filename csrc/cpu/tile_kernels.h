@@ -347,7 +347,8 @@ void add_sums(const Source<T>& student, const Source<T>& teacher, const Classes&
   if constexpr (Serves == Also::softmax) to.softmax->sum += softmax.total();
 }
 
-// Whether nothing overflowed, no infinity met a zero, and no exponent is so far above its origin that its rounding shows.
+// Whether nothing overflowed, no infinity met a zero, and no exponent is so far above its origin that its rounding
+// shows.
 inline bool plausible(double sum) { return sum < 0x1p32; }
 inline bool plausible(const GroupStats<double>& stats) {
   return plausible(stats.student_sum + stats.teacher_sum + std::abs(stats.teacher_gap) + std::abs(stats.student_gap));
