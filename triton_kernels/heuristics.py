@@ -88,7 +88,7 @@ def fused_tile(layout: Layout, problem: Problem) -> Tile | None:
     So rows of up to 16384 classes are on chip in float32, bfloat16 and float16 where the objective has a single term of
     logits that are not standardised. Up to 8192 classes are where there are three groups of 16 bits a logit or with
     reverse divergences, or leading classes and the cross entropy in float32; 2048 to 8192, by the registers they need,
-    where objectives have two terms or standardised logits; 1024 to 8192 in float64.
+    where objectives have two terms or standardised logits; 1024 to 4096 in float64.
     """
     block_c = max(power_of_two(layout.gradient_classes), _LEAST_CLASSES)
     live = live_numbers(problem)
