@@ -72,8 +72,19 @@ void set_layout(Problem& problem, std::vector<std::pair<Matrix*, const Tensor*>>
   }
 }
 
+// Contiguous, not set. torch::stable::empty looks its op up by name each time: microseconds, of which a call has few.
 inline Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
-  return torch::stable::empty(sizes, dtype, std::nullopt, like.device());
+  auto type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  AtenTensorHandle tensor = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(like.get(), sizes.data(), static_cast<int64_t>(sizes.size()), &type,
+                                                   nullptr, nullptr, 0, nullptr, &tensor));  // the rest is that of like
+  return Tensor(tensor);
+}
+
+// In the memory format of another tensor, not set.
+inline Tensor new_like(const Tensor& like) {
+  return like.is_contiguous() ? new_tensor(like, like.sizes().vec(), like.scalar_type())
+                              : torch::stable::empty_like(like);
 }
 
 // The schemas that all backends' ops have.

@@ -64,7 +64,7 @@ double reduction_factor(Reduction reduction, const double* denominator, double s
 
 // The student's gradient, in the student's own memory format.
 Tensor new_gradient(const Tensor& student) {
-  Tensor gradient = torch::stable::empty_like(student);
+  Tensor gradient = new_like(student);
   prefer_huge_pages(gradient.data_ptr(), gradient.numel() * gradient.element_size());
   return gradient;
 }
