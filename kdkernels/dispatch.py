@@ -82,11 +82,11 @@ def preference(device_type: str) -> tuple[str, ...]:
     return {"cpu": ("cpu", "reference"), "cuda": gpu}.get(device_type, ("reference",))
 
 
-def checks_samples(backend: str, device_type: str) -> bool:
+def checks_samples(backend: str, call: Call) -> bool:
     """Whether to check targets and weights before the call: the backend does not, and it costs little."""
     if backend == "cpu":
         return False
-    return (backend == "reference" and device_type == "cpu") or os.environ.get(DEBUG) == "1"
+    return (backend == "reference" and call.student.is_cpu) or os.environ.get(DEBUG) == "1"
 
 
 def choose(call: Call, requested: str = "auto") -> str:

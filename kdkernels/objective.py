@@ -266,10 +266,9 @@ def _memoized(build: Callable[_P, _R]) -> Callable[_P, _R]:
     def preset(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         if not torch.compiler.is_compiling():
             try:
-                hash((args, tuple(kwargs.values())))
+                return remembered(*args, **kwargs)  # type: ignore[arg-type]
             except TypeError:
-                return build(*args, **kwargs)  # unhashable: let the validation say what is wrong
-            return remembered(*args, **kwargs)  # type: ignore[arg-type]
+                pass  # unhashable or of a wrong type: the validation says what is wrong
         return build(*args, **kwargs)
 
     return preset

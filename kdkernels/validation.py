@@ -80,7 +80,7 @@ def check_call(
         target = _check_target(target, samples, student.device)
     elif objective.needs_target:
         what = "ce_weight" if objective.ce_weight else "the loss's target partition"
-        raise TypeError(f"target is required by {what}, got None; expected integers of shape {tuple(samples)}")
+        raise TypeError(f"target is required by {what}, got None; expected integers of shape {samples}")
     if sample_weight is not None:
         sample_weight = _check_sample_weight(sample_weight, samples, student.device)
     scale = 1.0
@@ -157,13 +157,14 @@ def _check_logits(student: Tensor, teacher: Tensor, class_dim: int, num_classes:
 
 
 def _samples(shape: torch.Size, class_dim: int) -> tuple[int, ...]:
-    return shape[:class_dim] + shape[class_dim + 1 :]
+    sizes = tuple(shape)  # slices of a torch.Size are several times slower
+    return sizes[:class_dim] + sizes[class_dim + 1 :]
 
 
 def _check_target(target: Tensor, samples: tuple[int, ...], device: torch.device) -> Tensor:
     right_type = isinstance(target, Tensor) and target.dtype in _INDEX_DTYPES
     if not right_type or target.shape != samples or target.device != device:
-        expected = f"an integer tensor of the sample dimensions' shape {tuple(samples)} on {device}"
+        expected = f"an integer tensor of the sample dimensions' shape {samples} on {device}"
         error = ValueError if right_type else TypeError
         raise error(f"target must be {expected}, got {describe(target)}")
     return target if target.dtype == torch.int64 else target.long()
@@ -171,7 +172,7 @@ def _check_target(target: Tensor, samples: tuple[int, ...], device: torch.device
 
 def _check_sample_weight(weight: Tensor, samples: tuple[int, ...], device: torch.device) -> Tensor:
     count = math.prod(samples)
-    expected = f"a tensor of {count} values >= 0 in the sample dimensions' shape {tuple(samples)} on {device}"
+    expected = f"a tensor of {count} values >= 0 in the sample dimensions' shape {samples} on {device}"
     if not isinstance(weight, Tensor) or weight.is_complex():
         raise TypeError(f"sample_weight must be {expected}, got {describe(weight)}")
     if weight.shape not in (samples, (count,)) or weight.device != device:
