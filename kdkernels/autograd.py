@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -115,10 +116,8 @@ def _rounds_too_early(dtype: torch.dtype, reduction: str) -> bool:
     return dtype == torch.float16 or (dtype == torch.bfloat16 and reduction == "none")
 
 
-def _graph_is_kept() -> bool:
-    """Whether the running backward was asked to keep its graph; True, the safe answer, where torch cannot tell."""
-    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
-    return True if ask is None else ask()
+#: Whether the running backward was asked to keep its graph; True, the safe answer, where torch cannot tell.
+_graph_is_kept: Callable[[], bool] = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
 
 class OnceDifferentiable(torch.autograd.Function):
