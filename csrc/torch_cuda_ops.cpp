@@ -224,6 +224,16 @@ struct Step {
 
   // Statistics of pieces of the samples, their merge, and a sweep for the gradient: where samples do not fit on chip.
   void split();
+
+  // A launch whose threads keep to a few classes, as the tiling says, while samples stream by.
+  Launch streaming(const char* step) {
+    call().stretch = stretch_of(call(), device_limits());
+    return configure_classes(step, call());
+  }
+  Launch streaming(const char* step, int sides) {
+    call().tiling = class_tiling(call(), device_limits(), sides);
+    return streaming(step);
+  }
 };
 
 void Step::split() {
@@ -279,18 +289,22 @@ Tensor backward(const Tensor& grad_loss, const Tensor& student, const Tensor& te
   Tensor gradient = torch::stable::empty_like(student);
   BackwardStep step(grad_loss, student, teacher, target, saved, members, objective, class_dim, num_classes, &gradient);
   if (step.call().samples == 0) return gradient;
-  step.affines(moments, sums);
-  step.call().tiling = piece_tiling(step.call(), device_limits());
-  step.launch("backward");
+  if (!step.affines(moments, sums)) {
+    step.call().tiling = piece_tiling(step.call(), device_limits());
+    step.launch("backward");
+  } else if (const auto lanes = lane_tiling(step.call())) {
+    step.call().tiling = *lanes;
+    step.launch("lane_gradient");
+  } else {
+    step.parameters.launch(step.streaming("class_gradient", 1), step.device);
+  }
   return gradient;
 }
 
-// The sum over stretches of samples of what a kernel adds up for each class.
-Tensor over_stretches(Step& step, const char* kernel, const char* merge, int sides, const std::vector<int64_t>& sizes) {
+// The sum over stretches of samples of what a launch adds up for each class.
+Tensor over_stretches(Step& step, const Launch& launch, const char* merge, int sides,
+                      const std::vector<int64_t>& sizes) {
   Call& call = step.call();
-  call.tiling = class_tiling(call, device_limits(), sides);
-  call.stretch = stretch_of(call, device_limits());
-  const Launch launch = configure_classes(kernel, call);
   const int64_t stretches = launch.blocks / call.tiling.pieces;
   Tensor out = new_tensor(step.student, sizes, ScalarType::Double);
   int64_t numbers = 1;
@@ -303,9 +317,13 @@ Tensor over_stretches(Step& step, const char* kernel, const char* merge, int sid
     Parameters<StretchMerge> merged;
     merged.values.stretches = stretches;
     merged.values.columns = sides > 1 ? call.classes : numbers;
+    // As many threads a column as have something to add up, but whole sectors of memory.
+    constexpr int kFewestColumns = 8;
+    int& columns = merged.values.columns_of_block = kSumThreads;
+    while (columns > kFewestColumns && kSumThreads / columns < stretches) columns /= 2;
     merged.point("partial", merged.values.partial, partial);
     merged.point("sums", merged.values.out, out, true);
-    merged.launch(small_launch(merge, ceil_div(sides * merged.values.columns, kMergedColumns)), step.device);
+    merged.launch(small_launch(merge, ceil_div(sides * merged.values.columns, columns)), step.device);
   }
   return out;
 }
@@ -318,11 +336,20 @@ Tensor class_moments(const Tensor& student, const Tensor& teacher, const std::op
   step.read("target", step.call().target, target, ScalarType::Long);
   step.read("weight", step.call().weight, sample_weight, ScalarType::Double);
   if (step.call().samples == 0) return zeros(student, {2, 3, num_classes});
-  return over_stretches(step, "class_moments", "kdk_merge_moments", 2, {2, 3, num_classes});
+  return over_stretches(step, step.streaming("class_moments", 2), "kdk_merge_moments", 2, {2, 3, num_classes});
 }
 
 Tensor sums_of_classes(BackwardStep& step) {
-  return over_stretches(step, "class_sums", "kdk_add_stretches", 1, {2, step.call().classes});
+  Call& call = step.call();
+  Launch launch;
+  if (const auto lanes = lane_tiling(call)) {
+    call.tiling = *lanes;
+    call.stretch = lane_stretch_of(call, device_limits());
+    launch = configure("lane_sums", call, false);
+  } else {
+    launch = step.streaming("class_sums", 1);
+  }
+  return over_stretches(step, launch, "kdk_add_stretches", 1, {2, call.classes});
 }
 
 Tensor class_sums(const Tensor& grad_loss, const Tensor& student, const Tensor& teacher,
@@ -386,10 +413,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
       step.parameters.point("saved", call.saved, saved, true);
       if (members.numel() > 0) step.parameters.point("members", call.members, members, true);
     }
-    const std::optional<Tiling> lanes = parts ? std::nullopt : lane_tiling(call);
-    const std::optional<Tiling> fused = lanes ? lanes : fused_tiling(call, device_limits());
-    call.tiling = fused ? *fused : piece_tiling(call, device_limits());
-    const int64_t blocks = fused ? sample_blocks(call) : samples;
+    const char* kernel = "forward";
+    std::optional<Tiling> tiling = statistics_tiling(call);
+    if (tiling) {
+      call.tiling = *tiling;
+      step.room("piece_sums", call.piece_sums, {tiling->pieces, sum_columns(call), samples}, step.dtype);
+      step.parameters.launch(step.streaming("class_statistics"), step.device);
+      kernel = "class_settle";
+      tiling = settling_tiling(call, device_limits());
+    } else if (!parts && (tiling = lane_forward_tiling(call))) {
+      kernel = "lanes";
+    } else {
+      tiling = fused_tiling(call, device_limits());
+    }
+    call.tiling = tiling ? *tiling : piece_tiling(call, device_limits());
+    const int64_t blocks = tiling ? sample_blocks(call) : samples;
     Tensor block_losses = loss, block_parts = part_values;
     if (!each) {
       block_losses = new_tensor(student, {blocks, 1}, ScalarType::Double);
@@ -397,7 +435,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
     }
     step.parameters.point("losses", call.losses, block_losses, true);
     if (parts) step.parameters.point("parts", call.part_values, block_parts, true);
-    if (fused) step.launch(lanes ? "lanes" : "forward", true);
+    if (tiling) step.launch(kernel, true);
     else step.split();
     if (!each) {
       step.sum_rows(block_losses, loss);

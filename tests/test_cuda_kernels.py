@@ -64,7 +64,9 @@ STEPS = {
     "pixels in backward": Step("dkd", (2, 21, 5, 7), "recompute"),
     "split pixels": Step("ls_gdkd", (1, 300, 2, 4), arch=FIRST, limits=SMALL),
     "rows by class": Step("pr_gdkd", (21, 100)),
-    "pixels by class": Step("pr_dkd", (2, 19, 8, 18)),  # enough of them for two stretches
+    "rows by class without ranks": Step("pr_dkd", (21, 100)),
+    "pixels by class": Step("pr_dkd", (2, 70, 8, 18)),  # enough of them for two stretches
+    "pixels by class, a thread each": Step("pr_gdkd", (2, 19, 15, 20), parts=False),
 }
 SCALED = [(3, 1001), (2, 7, 5, 6)]
 EVALUATED = ("dkd", "gdkd3"), (2, 19, 15, 10)

@@ -9,6 +9,8 @@ against the float64 reference. What the kernels may cost is counted at the end.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -16,6 +18,8 @@ from cuda_targets import ARCHITECTURES, FIRST, LAST, check, missing, needs_simul
 from helpers import Path, make_inputs, must_have_native, name_of, needed_target
 from losses import LOSSES, STANDARDIZED
 from ptxsim import device_bytes
+
+from kdkernels import distillation_loss, objective
 
 ALL = LOSSES | STANDARDIZED
 FUSED, RECOMPUTE = Path("cuda", "fused"), Path("cuda", "recompute")
@@ -214,6 +218,40 @@ def test_masked_classes(name: str, layout: str) -> None:
     if name != "bdd":  # the reverse divergence would be infinite
         teacher[:, 7] = -torch.inf
     check(ALL[name], student, teacher, FUSED, arch, **needed_target(ALL[name], target.clamp(min=9)))
+
+
+#: Standardised classes: rows, long ones, rows of whole vectors and others, pixels of few classes and of more.
+BY_CLASS = {"rows": (70, 132), "long": (9, 1001), "pixels": (2, 21, 5, 7), "more pixels": (2, 70, 4, 5)}
+
+
+@pytest.mark.parametrize("layout", BY_CLASS)
+@pytest.mark.parametrize("name", ["pr_dkd", "pr_bdd", "pr_gdkd"])
+def test_standardised_classes(name: str, layout: str) -> None:
+    """Samples that do not count, weights, and masked classes, for loss and gradient alone."""
+    student, teacher, target = make_inputs(BY_CLASS[layout])
+    for logits in (student, teacher):
+        logits[:, 3:6] = -torch.inf
+    target = target.clamp(min=9)
+    target.view(-1)[::3] = -100
+    student.movedim(1, -1)[target == -100] = torch.nan
+    weight = torch.rand(target.shape) + 0.5
+    options = {"target": target, "sample_weight": weight, "return_parts": False}
+    check(ALL[name], student, teacher, FUSED, LAST, **options)
+    check(ALL[name], student, teacher, FUSED, LAST, reduction="none", **options)
+
+
+@pytest.mark.parametrize("far", [15.0, 3e3])
+def test_standardised_logits_far_from_zero(far: float) -> None:
+    """Exponents count from 0 no more where a sample's logits are far away from all others', in all classes or in some,
+    and in the cross entropy from its target's."""
+    student, teacher, target = make_inputs((400, 70), scale=1.0)
+    for logits in (student, teacher):
+        logits[7] += far
+        logits[9, :30] -= far
+        logits[11, 40:45] += far
+    cold = objective.adjust(objective.pr_dkd(temperature=0.25), ce_weight=1.0)
+    case = replace(ALL["pr_dkd"], objective=cold, call=partial(distillation_loss, objective=cold))
+    check(case, student, teacher, FUSED, LAST, return_parts=False, target=target)
 
 
 @more
@@ -441,8 +479,9 @@ def test_instructions(name: str, most: float) -> None:
 @needs_simulator
 def test_cost_of_class_standardisation() -> None:
     """Both matrices four times: for the moments, the losses, the sums that the gradients go into, and the gradients.
-    Each needs all that came before of all samples or, of the sums, of whole samples at least. The sums read the logits
-    of the targets, one class in a hundred, a second time."""
+    Each needs all that came before of all samples or, of the sums, of whole samples at least. The logits of the
+    targets, one class in a hundred, are read by themselves, and their gradients written twice; threads beyond the last
+    class read that one."""
     inputs = make_inputs((64, 100))
     _, sim = run(ALL["pr_dkd"], inputs.student, inputs.teacher, FUSED, LAST, target=inputs.target)
     assert sim is not None
@@ -451,9 +490,11 @@ def test_cost_of_class_standardisation() -> None:
         if "student" in buffers:
             read[name] = (buffers["student"].loaded + buffers["teacher"].loaded) / inputs.student.nbytes
             written[name] = sum(buffer.stored for key, buffer in buffers.items() if key == "gradient")
-    steps = ["class_moments", "forward", "class_sums", "backward"]
-    assert read == {f"kdk_{step}_rows_f32": 2.02 if step == "class_sums" else 2 for step in steps}
-    assert written == {f"kdk_{step}_rows_f32": inputs.student.nbytes * (step == "backward") for step in steps}
+            written[name] /= inputs.student.nbytes
+    want = {"class_moments": 2, "class_statistics": 2, "class_settle": 0.02, "class_sums": 2.02, "class_gradient": 2.02}
+    got = {name.removeprefix("kdk_").removesuffix("_rows_f32"): share for name, share in read.items()}
+    assert got == pytest.approx(want | {"class_statistics": 2.09}, abs=0.005)
+    assert written == pytest.approx({name: 1.01 * ("gradient" in name) for name in written})
 
 
 @needs_simulator
@@ -468,10 +509,11 @@ def test_cost_of_class_standardisation() -> None:
             "pr_dkd",
             {"reduction": "sum"},
             [
-                *("class_moments_rows_f32", "merge_moments", "affines", "forward_rows_f32", "row_sum"),
+                *("class_moments_rows_f32", "merge_moments", "affines"),
+                *("class_statistics_rows_f32", "class_settle_rows_f32", "row_sum"),
                 *("class_sums_rows_f32", "add_stretches"),
             ],
-            ["affines", "backward_rows_f32"],
+            ["affines", "class_gradient_rows_f32"],
         ),
         ("dkd", {"reduction": "sum"}, ["forward_simple_rows_f32", "row_sum"], []),
         ("gdkd", {"reduction": "none"}, ["forward_ranked_rows_f32"], ["scale_rows_f32"]),

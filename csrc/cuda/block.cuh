@@ -47,6 +47,14 @@ __device__ __forceinline__ void in_turn(At first, At end, Step step, Visit visit
   });
 }
 
+// Of two numbers, the sum over two lanes that are `distance` apart: of the first one for the lower, of the second one
+// for the upper lane.
+template <class V>
+__device__ __forceinline__ V shared_sum(V first, V second, int distance) {
+  const bool upper = threadIdx.x & distance;
+  return (upper ? second : first) + __shfl_xor_sync(kAllLanes, upper ? first : second, distance);
+}
+
 // A thread's view of its block: it belongs to the team of one sample. Elements of a sample's piece are taken in vectors
 // of kWidth; a team's thread takes every so many vectors.
 template <class X, Layout kLayout, Use kUse>
@@ -177,12 +185,7 @@ struct Block {
   __device__ void put_four(int column, const double* values) const {
     if constexpr (kRows) {
       const int lane = member % 32;
-      const auto exchanged = [](double low, double high, bool takes_high, int distance) {
-        return (takes_high ? high : low) + __shfl_xor_sync(kAllLanes, takes_high ? low : high, distance);
-      };
-      const bool odd = lane % 2, upper = lane / 2 % 2;
-      double value =
-          exchanged(exchanged(values[0], values[1], odd, 1), exchanged(values[2], values[3], odd, 1), upper, 2);
+      double value = shared_sum(shared_sum(values[0], values[1], 1), shared_sum(values[2], values[3], 1), 2);
       for (int distance = 4; distance < min(team, 32); distance *= 2)
         value += __shfl_xor_sync(kAllLanes, value, distance);
       if (lane < 4) partial(own, own_result())[column + lane] = value;

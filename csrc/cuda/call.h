@@ -8,6 +8,7 @@
 
 namespace kdk::cuda {
 
+constexpr int kWarp = 32;
 constexpr int kMostThreads = 224;  // of a block: two of them leave each thread 144 registers, three 96
 
 // Of kernels that add up over samples, see classes.cuh: threads of a block, at most; samples that it looks up at a
@@ -21,8 +22,8 @@ enum class Layout : int { rows = 0, pixels = 1 };
 // by rank among them (ranked) or none (simple). These take few registers, so that many of their warps are at work.
 enum class Use : int { any = 0, ranked = 1, simple = 2 };
 
-// Leading classes of a sample that is a thread's own, at most.
-constexpr int kMostLaneLeads = 8;
+// Of a sample that is a thread's own: its leading classes, and all of them, at most.
+constexpr int kMostLaneLeads = 8, kMostLaneClasses = 64;
 
 // How the samples and classes of a call are shared out between blocks and threads.
 struct Tiling {
@@ -92,9 +93,11 @@ struct Call {
   // Of split samples: what is known of their pieces, and these pieces' entries.
   Exchange* exchange = nullptr;
   void* entries = nullptr;
-  // Sums over a stretch of pages of samples: class statistics.
+  // Of standardised classes: sums of samples over pieces of their classes, in the arithmetic's type, a row for each
+  // piece and column; and sums of classes over stretches of pages of samples.
+  void* piece_sums = nullptr;
   double* sums = nullptr;
-  int64_t stretch = 0;
+  int64_t stretch = 0;  // its pages or, of samples of a thread each, blocks
 
   KDK_HOST_DEVICE int64_t inner() const { return dims > 0 ? sample_size[dims - 1] : 1; }
   // Where a term's leading classes are among the entries; the target may be before them.
@@ -188,6 +191,11 @@ constexpr int kResults = 1 + 1 + kMaxGroups + 3 * kMaxGroups + 3 * kMaxGroups;
 
 // Threads that take all classes of a side.
 KDK_HOST_DEVICE int64_t class_units(int64_t classes) { return (classes + kClassesOfThread - 1) / kClassesOfThread; }
+
+// Pieces of a row whose standardised classes are added up: a warp's classes each. Columns of their sums: the softmax's,
+// and four of each sweep.
+KDK_HOST_DEVICE int64_t row_pieces(const Call& call) { return (class_units(call.classes) + kWarp - 1) / kWarp; }
+KDK_HOST_DEVICE int sum_columns(const Call& call) { return 1 + 4 * call.sweeps; }
 
 // Elements that a thread takes at a time: of a row 16 bytes; of pixels, which are apart, a few.
 KDK_HOST_DEVICE constexpr int width(Layout layout, int element_bytes) {

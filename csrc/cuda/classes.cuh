@@ -1,10 +1,9 @@
-// Standardisation by class: moments of each class over the samples, and the sums that its gradient needs. Logits stream
-// through registers: a thread has a few classes, and goes through the samples of its block's stretch, several at a
-// time. What it adds up is merged over the block, and then over the stretches, always in the same order.
+// Standardisation by class: how logits stream, and the moments of each class over the samples. A thread has a few
+// classes, and goes through the samples of its block's stretch, several at a time, in registers. What it adds up is
+// merged over the block, and then over the stretches, always in the same order.
 #pragma once
 
 #include "samples.cuh"
-#include "saved.cuh"
 #include "sweeps.cuh"
 
 namespace kdk::cuda {
@@ -43,7 +42,7 @@ struct Logits {
       words[at / 2] = at % 2 ? words[at / 2] | bits << 16 : bits;
     }
   }
-  // Reads some bytes: `which` of so many.
+  // Reads some bytes, and writes them: `which` of so many.
   template <class V>
   __device__ void read(int which, const X* from) {
     const V vector = __ldg(reinterpret_cast<const V*>(from));
@@ -55,13 +54,27 @@ struct Logits {
       words[which * kOf + 3] = vector.w;
     }
   }
+  template <class V>
+  __device__ void write(int which, X* to) const {
+    constexpr int kOf = sizeof(V) / sizeof(unsigned);
+    V vector;
+    vector.x = words[which * kOf];
+    vector.y = words[which * kOf + 1];
+    if constexpr (kOf == 4) {
+      vector.z = words[which * kOf + 2];
+      vector.w = words[which * kOf + 3];
+    }
+    *reinterpret_cast<V*>(to) = vector;
+  }
 };
 
 // What a block looks up of kPage samples at a time. Bits are of samples, 32 a word.
 struct Page {
-  int64_t offset[2][kPage];  // of the first logits of both sides
+  int64_t offset[3][kPage];  // of the first logits of both sides, and of the gradient where there is one
   unsigned valid[kPage / 32];
-  unsigned follows[kPage / 32];  // next to its predecessor in memory; for pixels
+  unsigned skipped[kPage / 32];           // there, but not valid
+  unsigned follows[kPage / 32];           // next to its predecessor in memory; for pixels
+  alignas(8) unsigned char order[kPage];  // places, of each 32 the valid ones first and those that are skipped last
 };
 
 // The thread's place: `column`, of the classes that its block has, and `row`, of the samples. Columns are next to one
@@ -78,63 +91,103 @@ struct ClassThread {
     rows = call.tiling.samples;
     column = kRows ? thread % columns : thread / rows;
     row = kRows ? thread / columns : thread % rows;
-    unit = static_cast<int>(blockIdx.x % call.tiling.pieces) * columns + column;
+    unit = first_unit(call) + column;
+  }
+
+  // The unit of the block's first column.
+  __device__ int first_unit(const Call& call) const {
+    return static_cast<int>(blockIdx.x % call.tiling.pieces) * columns;
+  }
+  // Where a thread's part of a result is, for its class `w`: in other banks than its neighbours'.
+  __device__ int part(int w) const { return w * blockDim.x + threadIdx.x; }
+  // Merges the parts over the block's rows, and visits what becomes of them, a class of a unit each: visit(the unit,
+  // which of its classes, the result).
+  template <class V, class Merge, class Visit>
+  __device__ void over_merged(const Call& call, V* parts, Merge merge, Visit visit) const {
+    const int row_stride = kRows ? columns : 1, column_stride = kRows ? 1 : rows;
+    for (int w = 0; w < kClassesOfThread; ++w)
+      merge_rows(parts + w * blockDim.x, rows, row_stride, columns, column_stride, merge);
+    for (int i = threadIdx.x; i < columns * kClassesOfThread; i += blockDim.x) {
+      const int of_column = i % columns, w = i / columns;
+      visit(first_unit(call) + of_column, w, parts[w * blockDim.x + of_column * column_stride]);
+    }
   }
 };
 
 // Looks up the samples from `first` on; barriers must come before and after. counts(a sample's number, its place)
-template <Layout kLayout, class Counts>
+template <class Counts>
 __device__ void look_up(const Call& call, int64_t first, Page& page, Counts counts) {
   for (int i = threadIdx.x; i < kPage; i += blockDim.x) {
     const int64_t number = first + i;
     const bool there = number < call.samples;
-    int64_t offset[2] = {0, 0}, left = there ? number : 0, inner = 0;
+    int64_t offset[3] = {0, 0, 0}, left = there ? number : 0, inner = 0;
 #pragma unroll 1
     for (int d = call.dims - 1; d >= 0; --d) {
       const int64_t next = d > 0 ? left / call.sample_size[d] : 0, at = left - next * call.sample_size[d];
       offset[kStudent] += at * call.student.sample_stride[d];
       offset[kTeacher] += at * call.teacher.sample_stride[d];
+      if (call.gradient.data) offset[kGradient] += at * call.gradient.sample_stride[d];
       if (d == call.dims - 1) inner = at;
       left = next;
     }
     page.offset[kStudent][i] = offset[kStudent];
     page.offset[kTeacher][i] = offset[kTeacher];
+    if (call.gradient.data) page.offset[kGradient][i] = offset[kGradient];
     const unsigned valid = __ballot_sync(kAllLanes, counts(there ? number : -1, i));
     const unsigned follows = __ballot_sync(kAllLanes, there && inner != 0);
+    const unsigned skipped = __ballot_sync(kAllLanes, there) & ~valid, lower = (1u << i % 32) - 1;
+    const int rank = valid >> i % 32 & 1     ? __popc(valid & lower)
+                     : skipped >> i % 32 & 1 ? 31 - __popc(skipped & lower)
+                                             : __popc(valid) + __popc(~valid & ~skipped & lower);
+    page.order[i / 32 * 32 + rank] = static_cast<unsigned char>(i);
     if (i % 32 == 0) {
       page.valid[i / 32] = valid;
+      page.skipped[i / 32] = skipped;
       page.follows[i / 32] = follows;
     }
   }
 }
 
-// Visits the page's samples that count, of the thread's, some at a time: visit(their places, which of them are there as
-// bits).
-template <class X, Layout kLayout, class Visit>
+// Looks up one page after the other of the block's stretch, and visits it: look_up(first sample), visit(first sample).
+template <class LookUp, class Visit>
+__device__ __forceinline__ void over_pages(const Call& call, LookUp look_up, Visit visit) {
+  const int64_t size = call.stretch * kPage, begin = blockIdx.x / call.tiling.pieces * size;
+  const int64_t end = min(begin + size, call.samples);
+  for (int64_t from = begin; from < end; from += kPage) {
+    __syncthreads();
+    look_up(from);
+    __syncthreads();
+    visit(from);
+  }
+}
+
+// Visits the thread's share of a page's samples, of the valid ones or of those that are skipped, some at a time:
+// visit(their places, which of them are there as bits).
+template <class X, bool kSkipped = false, Layout kLayout, class Visit>
 __device__ __forceinline__ void over_page(const ClassThread<kLayout>& own, const Page& page, Visit visit) {
   constexpr int kCount = kAtOnce<X>;
+  const unsigned* chosen = kSkipped ? page.skipped : page.valid;
   int samples[kCount];
   if constexpr (kLayout == Layout::rows) {
     // A warp takes 32 samples; of its rows of threads each takes every so many.
+    using Places = std::conditional_t<kCount == 8, uint64_t, std::conditional_t<kCount == 4, uint32_t, uint16_t>>;
     const int rows = 32 / own.columns;
-    const unsigned of_row = 0xffffffffu / ((2u << (rows - 1)) - 1) << own.row % rows;
 #pragma unroll 1
     for (int first = threadIdx.x / 32 * 32; first < kPage; first += kClassThreads) {
-      unsigned left = page.valid[first / 32] & of_row;
-      while (left != 0) {
-        const unsigned there = (1u << min(__popc(left), kCount)) - 1;
+      const int count = __popc(chosen[first / 32]);
+#pragma unroll 1
+      for (int done = own.row % rows * kCount; done < count; done += rows * kCount) {
+        const int at = first + (kSkipped ? 32 - kCount - done : done);
+        const Places places = *reinterpret_cast<const Places*>(page.order + at);
 #pragma unroll
-        for (int i = 0; i < kCount; ++i) {
-          samples[i] = first + max(__ffs(left) - 1, 0);
-          left &= left - 1;
-        }
-        visit(samples, there);
+        for (int i = 0; i < kCount; ++i) samples[i] = places >> 8 * (kSkipped ? kCount - 1 - i : i) & 0xff;
+        visit(samples, (1u << min(count - done, kCount)) - 1);
       }
     }
   } else {
 #pragma unroll 1
     for (int first = own.row * kCount; first < kPage; first += 32 * kCount) {
-      const unsigned there = page.valid[first / 32] >> first % 32 & ((1u << kCount) - 1);
+      const unsigned there = chosen[first / 32] >> first % 32 & ((1u << kCount) - 1);
 #pragma unroll
       for (int i = 0; i < kCount; ++i) samples[i] = first + i;
       if (there != 0) visit(samples, there);
@@ -142,20 +195,38 @@ __device__ __forceinline__ void over_page(const ClassThread<kLayout>& own, const
   }
 }
 
+// What of a sample's row is moved at once.
+template <class X>
+using RowVector = std::conditional_t<sizeof(X) == 2, uint2, uint4>;
+
+// Whether some samples, of which `samples` has the places, are next to one another in memory.
+template <int kCount>
+__device__ __forceinline__ bool in_a_run(const unsigned* follows, const int* samples) {
+  const unsigned others = ((1u << kCount) - 2) << samples[0] % 32;
+  return (follows[samples[0] / 32] & others) == others;
+}
+
+// Whether all rows of a matrix are moved that way.
+template <class X>
+__device__ __forceinline__ bool in_row_vectors(const Call& call, const Matrix& matrix) {
+  uintptr_t addresses = reinterpret_cast<uintptr_t>(matrix.data);
+  for (int d = 0; d < call.dims; ++d) addresses |= matrix.sample_stride[d] * sizeof(X);
+  return matrix.dtype == dtype_of<X> && matrix.class_stride == 1 && addresses % sizeof(RowVector<X>) == 0;
+}
+
 // Reads logits of some samples and of `count` classes from `first` on. What is beyond these classes is some logit.
+// `in_vectors`: in_row_vectors() of the matrix.
 template <class X, Layout kLayout>
-__device__ __forceinline__ void fetch(const Matrix& matrix, const int64_t* offset, const unsigned* follows,
-                                      const int* samples, int64_t first, int count, Logits<X, kLayout>& logits) {
+__device__ __forceinline__ void fetch(const Matrix& matrix, bool in_vectors, const int64_t* offset,
+                                      const unsigned* follows, const int* samples, int64_t first, int count,
+                                      Logits<X, kLayout>& logits) {
   constexpr int kCount = kAtOnce<X>;
   const X* from = static_cast<const X*>(matrix.data) + first * matrix.class_stride;
   const bool same = matrix.dtype == dtype_of<X>;
   if constexpr (kLayout == Layout::rows) {
-    using V = std::conditional_t<sizeof(X) == 2, uint2, uint4>;
-    constexpr int kVectors = kClassesOfThread * sizeof(X) / sizeof(V);  // of a sample
-    uintptr_t addresses = 0;
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) addresses |= reinterpret_cast<uintptr_t>(from + offset[samples[i]]);
-    if (same && matrix.class_stride == 1 && count == kClassesOfThread && addresses % sizeof(V) == 0) {
+    if (in_vectors && count == kClassesOfThread) {
+      using V = RowVector<X>;
+      constexpr int kVectors = kClassesOfThread * sizeof(X) / sizeof(V);  // of a sample
 #pragma unroll
       for (int i = 0; i < kCount * kVectors; ++i)
         logits.template read<V>(i, from + offset[samples[i / kVectors]] + i % kVectors * (sizeof(V) / sizeof(X)));
@@ -164,9 +235,8 @@ __device__ __forceinline__ void fetch(const Matrix& matrix, const int64_t* offse
   } else {
     // All of them in one run, where every class begins at a multiple of 16 bytes.
     from += offset[samples[0]];
-    const unsigned others = ((1u << kCount) - 2) << samples[0] % 32;
     const uintptr_t addresses = reinterpret_cast<uintptr_t>(from) | matrix.class_stride * sizeof(X);
-    if (same && addresses % sizeof(uint4) == 0 && (follows[samples[0] / 32] & others) == others) {
+    if (same && addresses % sizeof(uint4) == 0 && in_a_run<kCount>(follows, samples)) {
 #pragma unroll
       for (int w = 0; w < kClassesOfThread; ++w)
         logits.template read<uint4>(w, from + min(w, count - 1) * matrix.class_stride);
@@ -247,281 +317,74 @@ __device__ __forceinline__ void class_moments(const Call& call) {
   const int first = (own.unit - side * units) * kClassesOfThread;
   const int count = min(static_cast<int>(call.classes) - first, kClassesOfThread);  // 0 or less: idle
   const Matrix matrix = side == kStudent ? call.student : call.teacher;
-  const int columns = own.columns * kClassesOfThread;
-  Moments<double>* const all = parts + own.row * columns + own.column * kClassesOfThread;
-  FewMoments<T>* const settled = few + threadIdx.x * kClassesOfThread;
+  const bool in_vectors = in_row_vectors<X>(call, call.student) && in_row_vectors<X>(call, call.teacher);
   FewMoments<T> moments[kClassesOfThread];
 #pragma unroll
   for (int w = 0; w < kClassesOfThread; ++w) {
-    all[w] = {};
+    parts[own.part(w)] = {};
     moments[w].start(minus_infinity<T>());
   }
   // By way of shared memory one class at a time, which takes few registers.
   const auto settle = [&] {
 #pragma unroll
-    for (int w = 0; w < kClassesOfThread; ++w) settled[w] = moments[w];
+    for (int w = 0; w < kClassesOfThread; ++w) few[own.part(w)] = moments[w];
 #pragma unroll 1
-    for (int w = 0; w < kClassesOfThread; ++w) settled[w].settle(all[w]);
+    for (int w = 0; w < kClassesOfThread; ++w) few[own.part(w)].settle(parts[own.part(w)]);
 #pragma unroll
-    for (int w = 0; w < kClassesOfThread; ++w) moments[w].start(settled[w].shift);
+    for (int w = 0; w < kClassesOfThread; ++w) moments[w].start(few[own.part(w)].shift);
   };
   int room = 0;  // for samples until the next time; the first time is soon
-  const int64_t end = min((stretch + 1) * call.stretch * kPage, call.samples);
-  for (int64_t from = stretch * call.stretch * kPage; from < end; from += kPage) {
-    __syncthreads();
-    look_up<kLayout>(call, from, page, [&](int64_t number, int) {
-      int64_t target;
-      return number >= 0 && given_weight(call, number, target) != 0;
-    });
-    __syncthreads();
-    if (count <= 0) continue;
-    over_page<X>(own, page, [&](const int* samples, unsigned there) {
-      Logits<X, kLayout> logits;
-      fetch(matrix, page.offset[side], page.follows, samples, first, count, logits);
-      const auto logit_at = [&](int i, int w) { return there >> i & 1 ? logits.get(i, w) : minus_infinity<T>(); };
-#pragma unroll
-      for (int w = 0; w < kClassesOfThread; ++w) {
-        FewMoments<T>& of_class = moments[w];
-        if (of_class.shift == minus_infinity<T>()) {
-#pragma unroll
-          for (int i = kCount - 1; i >= 0; --i)
-            if (logit_at(i, w) != minus_infinity<T>()) of_class.shift = logit_at(i, w);
-        }
-        T sum = 0, square = 0;
-#pragma unroll
-        for (int i = 0; i < kCount; ++i) {
-          const T away = logits.get(i, w) - of_class.shift;
-          sum += away;
-          square = fma(away, away, square);
-        }
-        if (there == kAll && sum - sum == 0) {
-          of_class.add(sum, square, kCount);
-        } else {  // with care for what does not count
-#pragma unroll
-          for (int i = 0; i < kCount; ++i) of_class.add(logit_at(i, w));
-        }
-      }
-      room -= kCount;
-      if (room > 0) return;
-      settle();
-      room = kFew;
-    });
-  }
-  settle();
-  merge_rows(parts, own.rows, columns, [](Moments<double>& into, const Moments<double>& other) { merge(into, other); });
-  for (int i = threadIdx.x; i < columns; i += blockDim.x) {
-    const int unit = own.unit - own.column + i / kClassesOfThread;
-    const int of_class = (unit - side_of(unit) * units) * kClassesOfThread + i % kClassesOfThread;
-    if (of_class >= call.classes) continue;
-    double* out = call.sums + (stretch * 2 + side_of(unit)) * 3 * call.classes + of_class;
-    out[0] = parts[i].count;
-    out[call.classes] = parts[i].mean;
-    out[2 * call.classes] = parts[i].m2;
-  }
-}
-
-// What the gradients of a page's samples take.
-template <class T>
-struct PageGradients {
-  T share[kMaxTerms][5][kPage];             // of each sweep's last group
-  unsigned alone[kPage][kClassesOfThread];  // classes of a warp's threads, or fewer, that are in other groups, as bits
-};
-
-template <class T>
-__device__ __forceinline__ GroupShare<T> saved_share(const T* saved, T weight) {
-  return {saved[0], saved[1], saved[2] * weight, saved[3] * weight, saved[4] * weight};
-}
-
-// A sample's leading classes in a term by rank, as forward has written them.
-__device__ __forceinline__ const int64_t* members_of(const Call& call, int term, int64_t number) {
-  const int first = call.first_entry(0);
-  return call.members + number * (call.first_entry(call.objective.terms) - first) + call.first_entry(term) - first;
-}
-
-// The group of a term that a sample's class is in.
-__device__ __forceinline__ int group_of(const Call& call, int t, int64_t number, int64_t of_class) {
-  const Term& term = call.objective.term[t];
-  if (term.kind == PartitionKind::target && call.target[number] == of_class) return 0;
-#pragma unroll 1
-  for (int rank = 0; term.by_rank() && rank < term.k; ++rank)
-    if (members_of(call, t, number)[rank] == of_class) return term.lead_group(rank);
-  return term.groups() - 1;
-}
-
-// Sums over the samples of the gradient, and of the gradient times the logit, as the terms see it.
-template <class X, Layout kLayout>
-__device__ __forceinline__ void class_sums(const Call& call) {
-  using T = Real<X>;
-  constexpr int kCount = kAtOnce<X>;
-  struct Sums {
-    double gradient, product;
+  const auto counts = [&](int64_t number, int) {
+    int64_t target;
+    return number >= 0 && given_weight(call, number, target) != 0;
   };
-  __shared__ Page page;
-  __shared__ PageGradients<T> gradients;
-  __shared__ Sums parts[kClassThreads * kClassesOfThread];
-  const ClassThread<kLayout> own(call);
-  const int64_t stretch = blockIdx.x / call.tiling.pieces;
-  const int first = own.unit * kClassesOfThread;
-  const int count = min(static_cast<int>(call.classes) - first, kClassesOfThread);  // 0 or less: idle
-  const int columns = own.columns * kClassesOfThread, column = own.column * kClassesOfThread;
-  Sums* const all = parts + own.row * columns + column;
-  Affine<T> affine[2][kClassesOfThread];
+  over_pages(
+      call, [&](int64_t from) { look_up(call, from, page, counts); },
+      [&](int64_t) {
+        if (count <= 0) return;
+        over_page<X>(own, page, [&](const int* samples, unsigned there) {
+          Logits<X, kLayout> logits;
+          fetch(matrix, in_vectors, page.offset[side], page.follows, samples, first, count, logits);
+          const auto logit_at = [&](int i, int w) { return there >> i & 1 ? logits.get(i, w) : minus_infinity<T>(); };
 #pragma unroll
-  for (int w = 0; w < kClassesOfThread; ++w) {
-    const int of_class = min(first + w, static_cast<int>(call.classes) - 1);
-    for (int side = kStudent; side <= kTeacher; ++side)
-      affine[side][w] = {affine_number<T>(call, side * kSide + kHigh, of_class),
-                         affine_number<T>(call, side * kSide + kFactor, of_class),
-                         affine_number<T>(call, side * kSide + kOffset, of_class)};
-    all[w] = {0, 0};
-  }
-  // Where a sample's numbers are: threads of a warp that have different samples find them in different banks.
-  const auto slot_of = [](int sample) {
-    if (kLayout == Layout::rows) return sample;
-    return sample / (32 * kCount) * (32 * kCount) + sample % kCount * 32 + sample / kCount % 32;
-  };
-  const int size = static_cast<int>(saved_size(call.objective));
-  const auto saved_of = [&](int64_t number) { return static_cast<const T*>(call.saved) + number * size; };
-  const int64_t end = min((stretch + 1) * call.stretch * kPage, call.samples);
-  for (int64_t from = stretch * call.stretch * kPage; from < end; from += kPage) {
-    __syncthreads();
-    look_up<kLayout>(call, from, page, [&](int64_t number, int i) {
-      const int slot = slot_of(i);
-      const double given = number < 0 ? 0 : static_cast<double>(saved_of(number)[0]);
-      const bool valid = given != 0;
-      const T weight = valid ? static_cast<T>(given * upstream(call, number)) : T(0);
-      unsigned* alone = gradients.alone[slot];
-      for (int word = 0; word < (columns + 31) / 32; ++word) alone[word] = 0;
-      const auto mark = [&](int64_t of_class) {
-        const int64_t at = of_class - (first - column);
-        if (at >= 0 && at < columns) alone[at / 32] |= 1u << at % 32;
-      };
-      const T* saved = saved_of(valid ? number : 0) + kSavedHeader;
-      GroupShare<T> rest[kMaxTerms] = {};
+          for (int w = 0; w < kClassesOfThread; ++w) {
+            FewMoments<T>& of_class = moments[w];
+            if (of_class.shift == minus_infinity<T>()) {
 #pragma unroll
-      for (int t = 0; t < kMaxTerms; ++t) {
-        if (t >= call.objective.terms || !valid) break;
-        const Term& term = call.objective.term[t];
-        const GroupShare<T> share = saved_share(saved + 5 * (term.groups() - 1), weight);
-        saved += 5 * term.groups();
-        if (t < call.sweeps) {
-          rest[t] = share;
-        } else {
-          rest[0].student += share.student;
-          rest[0].tilt += share.tilt;
-          rest[0].teacher += share.teacher;
-        }
-        if (term.kind == PartitionKind::target) mark(call.target[number]);
-#pragma unroll 1
-        for (int rank = 0; term.by_rank() && rank < term.k; ++rank) mark(members_of(call, t, number)[rank]);
-      }
-#pragma unroll
-      for (int k = 0; k < kMaxTerms; ++k) {
-        gradients.share[k][0][slot] = rest[k].student_origin;
-        gradients.share[k][1][slot] = rest[k].teacher_origin;
-        gradients.share[k][2][slot] = rest[k].student;
-        gradients.share[k][3][slot] = rest[k].tilt;
-        gradients.share[k][4][slot] = rest[k].teacher;
-      }
-      return valid;
-    });
-    __syncthreads();
-    if (count <= 0) continue;
-    T few[kClassesOfThread] = {}, few_products[kClassesOfThread] = {};
-    const auto alone_of = [&](int slot) {
-      return gradients.alone[slot][column / 32] >> column % 32 & ((1u << kClassesOfThread) - 1);
-    };
-    over_page<X>(own, page, [&](const int* samples, unsigned there) {
-      Logits<X, kLayout> student, teacher;
-      fetch(call.student, page.offset[kStudent], page.follows, samples, first, count, student);
-      fetch(call.teacher, page.offset[kTeacher], page.follows, samples, first, count, teacher);
-      unsigned others = 0;  // of 32 samples, those that have classes in other groups
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) {
-        const int slot = slot_of(samples[i]);
-        const unsigned alone = alone_of(slot);
-        if ((there >> i & 1) && alone) others |= 1u << samples[i] % 32;
-        T s[kClassesOfThread], t[kClassesOfThread], slope[kClassesOfThread];
-#pragma unroll
-        for (int w = 0; w < kClassesOfThread; ++w) {
-          s[w] = apply(affine[kStudent][w], student.get(i, w));
-          t[w] = apply(affine[kTeacher][w], teacher.get(i, w));
-        }
-#pragma unroll
-        for (int k = 0; k < kMaxTerms; ++k) {
-          if (k > 0 && k >= call.sweeps) break;
-          const GroupShare<T> share{gradients.share[k][0][slot], gradients.share[k][1][slot],
-                                    gradients.share[k][2][slot], gradients.share[k][3][slot],
-                                    gradients.share[k][4][slot]};
-          const T exponent = static_cast<T>(call.sweep[k].exponent);
-          const auto add = [&](bool tilted) {
-#pragma unroll
-            for (int w = 0; w < kClassesOfThread; ++w) {
-              const T of_sweep = slope_at(share, exponent, tilted, s[w], t[w]);
-              slope[w] = k == 0 ? of_sweep : slope[w] + of_sweep;
+              for (int i = kCount - 1; i >= 0; --i)
+                if (logit_at(i, w) != minus_infinity<T>()) of_class.shift = logit_at(i, w);
             }
-          };
-          if (call.sweep[k].tilted) add(true);
-          else add(false);
-        }
+            T sum = 0, square = 0;
 #pragma unroll
-        for (int w = 0; w < kClassesOfThread; ++w) {
-          // Nothing comes from masked classes.
-          const bool counts = (there >> i & 1) && !(alone >> w & 1) && s[w] != minus_infinity<T>();
-          few[w] += counts ? slope[w] : T(0);
-          few_products[w] += counts ? slope[w] * s[w] : T(0);
-        }
-      }
-      for (; others != 0; others &= others - 1) {
-        const int sample = samples[0] / 32 * 32 + __ffs(others) - 1;
-        const int64_t number = from + sample;
-        const T* saved = saved_of(number);
-        const T weight = static_cast<T>(static_cast<double>(saved[0]) * upstream(call, number));
-        for (unsigned alone = alone_of(slot_of(sample)); alone != 0; alone &= alone - 1) {
-          const int w = __ffs(alone) - 1;
-          const int of_class = first + w;
-          const auto standardized_of = [&](const Matrix& matrix, int side) {
-            const int row = side * kSide;
-            return apply(
-                Affine<T>{affine_number<T>(call, row + kHigh, of_class),
-                          affine_number<T>(call, row + kFactor, of_class),
-                          affine_number<T>(call, row + kOffset, of_class)},
-                load_as<T>(matrix.data, matrix.dtype, page.offset[side][sample] + of_class * matrix.class_stride));
-          };
-          const T s = standardized_of(call.student, kStudent), t = standardized_of(call.teacher, kTeacher);
-          if (s == minus_infinity<T>()) continue;
-          T slope = 0;
-          int groups = 0;
-#pragma unroll 1
-          for (int term = 0; term < call.objective.terms; ++term) {
-            const Sweep& sweep = call.sweep[call.sweep_of(term)];
-            const int group = groups + group_of(call, term, number, of_class);
-            slope += slope_at(saved_share(saved + kSavedHeader + 5 * group, weight), static_cast<T>(sweep.exponent),
-                              sweep.tilted, s, t);
-            groups += call.objective.term[term].groups();
+            for (int i = 0; i < kCount; ++i) {
+              const T away = logits.get(i, w) - of_class.shift;
+              sum += away;
+              square = fma(away, away, square);
+            }
+            if (there == kAll && sum - sum == 0) {
+              of_class.add(sum, square, kCount);
+            } else {  // with care for what does not count
+#pragma unroll
+              for (int i = 0; i < kCount; ++i) of_class.add(logit_at(i, w));
+            }
           }
-          all[w].gradient += slope;
-          all[w].product += slope * s;
-        }
-      }
-    });
-#pragma unroll
-    for (int w = 0; w < kClassesOfThread; ++w) {
-      all[w].gradient += few[w];
-      all[w].product += few_products[w];
-    }
-  }
-  merge_rows(parts, own.rows, columns, [](Sums& into, const Sums& other) {
-    into.gradient += other.gradient;
-    into.product += other.product;
-  });
-  for (int i = threadIdx.x; i < columns; i += blockDim.x) {
-    const int of_class = first - column + i;
-    if (of_class >= call.classes) continue;
-    double* out = call.sums + stretch * 2 * call.classes + of_class;
-    out[0] = parts[i].gradient;
-    out[call.classes] = parts[i].product;
-  }
+          room -= kCount;
+          if (room > 0) return;
+          settle();
+          room = kFew;
+        });
+      });
+  settle();
+  own.over_merged(
+      call, parts, [](Moments<double>& into, const Moments<double>& other) { merge(into, other); },
+      [&](int unit, int w, const Moments<double>& result) {
+        const int of_class = (unit - side_of(unit) * units) * kClassesOfThread + w;
+        if (of_class >= call.classes) return;
+        double* out = call.sums + (stretch * 2 + side_of(unit)) * 3 * call.classes + of_class;
+        out[0] = result.count;
+        out[call.classes] = result.mean;
+        out[2 * call.classes] = result.m2;
+      });
 }
 
 }  // namespace kdk::cuda

@@ -380,7 +380,7 @@ __device__ void entry_gradients(const Block<X, kLayout, kUse>& block) {
     const Sample<Real<X>>& sample = of.sample();
     const Entry<Real<X>>& entry = of.entries[e];
     if (!entry.counts) return;
-    Real<X> slope = chained(of, entry.of_class, entry.student, entry_gradient(call, sample, entry));
+    Real<X> slope = chained(of, entry.student, entry_gradient(call, sample, entry));
     if (call.objective.has_ce()) {
       slope += softmax_gradient(sample, entry.raw);
       if (entry.of_class == sample.target) slope -= sample.entropy_factor;

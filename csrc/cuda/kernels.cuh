@@ -2,7 +2,9 @@
 #pragma once
 
 #include "backward.cuh"
-#include "classes.cuh"
+#include "class_gradients.cuh"
+#include "class_lanes.cuh"
+#include "class_statistics.cuh"
 #include "forward.cuh"
 #include "lanes.cuh"
 #include "scale.cuh"
@@ -25,10 +27,13 @@ constexpr int kMostRegisters = sizeof(X) == 8                                   
                                                                                   : 72 + kMoreRegisters;
 // Three groups' statistics, and those that lead, a thread each.
 constexpr int kRankedLaneRegisters = 128 + kMoreRegisters;
+constexpr int kLaneGradientRegisters = 80 + kMoreRegisters;
 // Of kernels that stream: as many threads as have enough under way, and no fewer registers than that takes.
 constexpr int kMomentRegisters = 96;
 template <class X>
 constexpr int kClassSumRegisters = sizeof(X) == 8 ? 255 : 128;
+template <class X>
+constexpr int kClassStreamRegisters = sizeof(X) == 8 ? 255 : 168;
 
 }  // namespace kdk::cuda
 
@@ -49,23 +54,30 @@ constexpr int kClassSumRegisters = sizeof(X) == 8 ? 255 : 128;
   KDK_KERNEL_FOR(simple, _simple, forward, pixels, name, X)                    \
   KDK_KERNEL_OF((kdk::cuda::kRankedLaneRegisters), lanes_ranked_pixels_##name, \
                 lanes<X, kdk::cuda::Layout::pixels, kdk::cuda::Use::ranked>)   \
-  KDK_KERNEL_FOR(simple, _simple, lanes, pixels, name, X)
-#define KDK_KERNELS(name, X)                                         \
-  KDK_KERNEL(forward, rows, name, X)                                 \
-  KDK_KERNEL(forward, pixels, name, X)                               \
-  KDK_KERNEL(backward, rows, name, X)                                \
-  KDK_KERNEL(backward, pixels, name, X)                              \
-  KDK_KERNEL(scale, rows, name, X)                                   \
-  KDK_KERNEL(scale, pixels, name, X)                                 \
-  KDK_KERNEL(part_moments, rows, name, X)                            \
-  KDK_KERNEL(part_moments, pixels, name, X)                          \
-  KDK_KERNEL(part_statistics, rows, name, X)                         \
-  KDK_KERNEL(part_statistics, pixels, name, X)                       \
-  KDK_KERNEL(part_products, rows, name, X)                           \
-  KDK_KERNEL(part_products, pixels, name, X)                         \
-  KDK_KERNEL(merge_parts, rows, name, X)                             \
-  KDK_KERNEL(merge_products, rows, name, X)                          \
-  KDK_CLASS_KERNEL(kMomentRegisters, class_moments, rows, name, X)   \
-  KDK_CLASS_KERNEL(kMomentRegisters, class_moments, pixels, name, X) \
-  KDK_CLASS_KERNEL(kClassSumRegisters<X>, class_sums, rows, name, X) \
-  KDK_CLASS_KERNEL(kClassSumRegisters<X>, class_sums, pixels, name, X)
+  KDK_KERNEL_FOR(simple, _simple, lanes, pixels, name, X)                      \
+  KDK_KERNEL_FOR(any, , lanes, pixels, name, X)                                \
+  KDK_CLASS_KERNEL(kLaneGradientRegisters, lane_sums, pixels, name, X)         \
+  KDK_CLASS_KERNEL(kLaneGradientRegisters, lane_gradient, pixels, name, X)
+#define KDK_KERNELS(name, X)                                                  \
+  KDK_KERNEL(forward, rows, name, X)                                          \
+  KDK_KERNEL(forward, pixels, name, X)                                        \
+  KDK_KERNEL(backward, rows, name, X)                                         \
+  KDK_KERNEL(backward, pixels, name, X)                                       \
+  KDK_KERNEL(scale, rows, name, X)                                            \
+  KDK_KERNEL(scale, pixels, name, X)                                          \
+  KDK_KERNEL(part_moments, rows, name, X)                                     \
+  KDK_KERNEL(part_moments, pixels, name, X)                                   \
+  KDK_KERNEL(part_statistics, rows, name, X)                                  \
+  KDK_KERNEL(part_statistics, pixels, name, X)                                \
+  KDK_KERNEL(part_products, rows, name, X)                                    \
+  KDK_KERNEL(part_products, pixels, name, X)                                  \
+  KDK_KERNEL(merge_parts, rows, name, X)                                      \
+  KDK_KERNEL(merge_products, rows, name, X)                                   \
+  KDK_CLASS_KERNEL(kMomentRegisters, class_moments, rows, name, X)            \
+  KDK_CLASS_KERNEL(kMomentRegisters, class_moments, pixels, name, X)          \
+  KDK_CLASS_KERNEL(kClassSumRegisters<X>, class_sums, rows, name, X)          \
+  KDK_CLASS_KERNEL(kClassSumRegisters<X>, class_sums, pixels, name, X)        \
+  KDK_CLASS_KERNEL(kClassStreamRegisters<X>, class_gradient, rows, name, X)   \
+  KDK_CLASS_KERNEL(kClassStreamRegisters<X>, class_gradient, pixels, name, X) \
+  KDK_CLASS_KERNEL(kClassStreamRegisters<X>, class_statistics, rows, name, X) \
+  KDK_CLASS_KERNEL(kClassSumRegisters<X>, class_settle, rows, name, X)

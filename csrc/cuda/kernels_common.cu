@@ -19,6 +19,7 @@ __device__ double block_sum(double value) {
 extern "C" __global__ void __launch_bounds__(kSumThreads) kdk_row_sum(const __grid_constant__ RowSum call) {
   const int64_t column = blockIdx.x;
   double sum = 0;
+#pragma unroll 8
   for (int64_t row = threadIdx.x; row < call.rows; row += blockDim.x) sum += call.values[row * call.columns + column];
   sum = block_sum(sum);
   if (threadIdx.x != 0) return;
@@ -68,21 +69,21 @@ extern "C" __global__ void __launch_bounds__(kSumThreads) kdk_affines(const __gr
 // Merges what the stretches have for a column, by all threads of it: known to the first of them.
 template <class V, class Read, class Merge>
 __device__ __forceinline__ V over_stretches(const StretchMerge& call, bool there, Read read, Merge merge) {
-  constexpr int kThreads = kSumThreads / kMergedColumns;  // of a column
+  const int columns = call.columns_of_block, threads = kSumThreads / columns;
   __shared__ V parts[kSumThreads];
   V& all = parts[threadIdx.x];
   all = V{};
   if (there) {
 #pragma unroll 4
-    for (int64_t i = threadIdx.x / kMergedColumns; i < call.stretches; i += kThreads) merge(all, read(i));
+    for (int64_t i = threadIdx.x / columns; i < call.stretches; i += threads) merge(all, read(i));
   }
-  merge_rows(parts, kThreads, kMergedColumns, merge);
+  merge_rows(parts, threads, columns, columns, 1, merge);
   return all;
 }
 
 // `columns` classes of a side: stretches of count, mean and sum of squared deviations.
 extern "C" __global__ void __launch_bounds__(kSumThreads) kdk_merge_moments(const __grid_constant__ StretchMerge call) {
-  const int64_t column = blockIdx.x * int64_t{kMergedColumns} + threadIdx.x % kMergedColumns;
+  const int64_t column = blockIdx.x * int64_t{call.columns_of_block} + threadIdx.x % call.columns_of_block;
   const bool there = column < 2 * call.columns;
   const int64_t at = column / call.columns * 3 * call.columns + column % call.columns;
   const auto all = over_stretches<Moments<double>>(
@@ -92,19 +93,19 @@ extern "C" __global__ void __launch_bounds__(kSumThreads) kdk_merge_moments(cons
         return Moments<double>{from[0], from[call.columns], from[2 * call.columns]};
       },
       [](Moments<double>& into, const Moments<double>& other) { merge(into, other); });
-  if (!there || threadIdx.x >= kMergedColumns) return;
+  if (!there || threadIdx.x >= call.columns_of_block) return;
   call.out[at] = all.count;
   call.out[at + call.columns] = all.mean;
   call.out[at + 2 * call.columns] = all.m2;
 }
 
 extern "C" __global__ void __launch_bounds__(kSumThreads) kdk_add_stretches(const __grid_constant__ StretchMerge call) {
-  const int64_t column = blockIdx.x * int64_t{kMergedColumns} + threadIdx.x % kMergedColumns;
+  const int64_t column = blockIdx.x * int64_t{call.columns_of_block} + threadIdx.x % call.columns_of_block;
   const bool there = column < call.columns;
   const auto sum = over_stretches<double>(
       call, there, [&](int64_t i) { return call.partial[i * call.columns + column]; },
       [](double& into, double other) { into += other; });
-  if (there && threadIdx.x < kMergedColumns) call.out[column] = sum;
+  if (there && threadIdx.x < call.columns_of_block) call.out[column] = sum;
 }
 
 }  // namespace kdk::cuda

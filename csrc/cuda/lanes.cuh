@@ -1,18 +1,39 @@
 // Steps 1 to 3 of samples of few classes that are side by side in memory: a thread each, in registers. Each sweep reads
-// the logits again, which the L1 cache has since the first.
+// the logits again, which the L1 cache has since the first. Of standardised classes step 3 is in class_lanes.cuh.
 #pragma once
 
-#include "samples.cuh"
+#include "saved.cuh"
 #include "sweeps.cuh"
 
 namespace kdk::cuda {
 
+// What standardises each class, in shared memory.
+template <class T>
+struct ClassTable {
+  struct Row {
+    Affine<T> affine[2];
+    T level, slope;
+  };
+  static_assert(kAffineRows == sizeof(Row) / sizeof(T));
+  alignas(16) Row rows[kMostLaneClasses];
+
+  // Reads the rows before `end`, by a block that is a warp.
+  __device__ void read(const Call& call, AffineRow end) {
+    const int classes = static_cast<int>(call.classes);
+    for (int i = threadIdx.x; i < end * classes; i += kWarp)
+      reinterpret_cast<T*>(rows + i % classes)[i / classes] = affine_number<T>(call, i / classes, i % classes);
+    __syncwarp();
+  }
+};
+
 // A thread's sample. Its classes are in up to three groups: the one at `single`, those in `leading`, and the rest.
-template <class X, bool kRanks>
+template <class X, Use kUse>
 struct Lane {
   using T = Real<X>;
+  static constexpr bool kRanks = kUse != Use::simple, kStandardized = kUse == Use::any;
 
   const Call& call;
+  const ClassTable<T>* table;
   const X *student, *teacher;
   X* gradient;
   double weight;
@@ -20,8 +41,16 @@ struct Lane {
   int single = -1;       // the class that is a group of its own; -1 for none
   uint64_t leading = 0;  // a bit a class
 
-  __device__ T student_at(int c) const { return widen(__ldg(student + c * call.student.class_stride)); }
-  __device__ T teacher_at(int c) const { return widen(__ldg(teacher + c * call.teacher.class_stride)); }
+  __device__ T raw_at(int c) const { return widen(__ldg(student + c * call.student.class_stride)); }
+  __device__ T student_at(int c) const { return seen(kStudent, c, raw_at(c)); }
+  __device__ T teacher_at(int c) const {
+    return seen(kTeacher, c, widen(__ldg(teacher + c * call.teacher.class_stride)));
+  }
+  // A logit as the term sees it.
+  __device__ T seen(int side, int c, T logit) const {
+    if constexpr (kStandardized) return apply(table->rows[c].affine[side], logit);
+    return logit;
+  }
   __device__ void put(int c, T value) const { gradient[c * call.gradient.class_stride] = narrow<X>(value); }
 
   __device__ void put_zeros(int first, int end) const {
@@ -48,6 +77,18 @@ struct Lane {
     });
   }
 
+  // visit(the student's logit as it is)
+  template <class Visit>
+  __device__ void over_raw(Visit visit) const {
+    over_groups([&](int first, auto count) {
+      T raw[count.value];
+#pragma unroll
+      for (int i = 0; i < count.value; ++i) raw[i] = raw_at(first + i);
+#pragma unroll
+      for (int i = 0; i < count.value; ++i) visit(raw[i]);
+    });
+  }
+
   // visit(class, student's logit, teacher's, whether it leads)
   template <class Visit>
   __device__ void over_classes(Visit visit) const {
@@ -60,7 +101,7 @@ struct Lane {
   // Finds the groups of a term.
   __device__ void partition(const Term& term) {
     if (term.kind == PartitionKind::target) single = target;
-    if constexpr (kRanks) rank(term.k, term.largest ? T(1) : T(-1), has_single(term));
+    if (kRanks && (!kStandardized || term.by_rank())) rank(term.k, term.largest ? T(1) : T(-1), has_single(term));
   }
 
   // Finds the k classes that lead, of equals the first, and takes the best one apart where that is asked for.
@@ -103,6 +144,24 @@ struct Lane {
       }
       leading |= uint64_t{leads} << first;
     });
+  }
+
+  // Writes the classes that lead by rank: a class's is the number of those that are better, or equal and before it.
+  __device__ void write_members(int64_t number, const Term& term) const {
+    const T sign = term.largest ? T(1) : T(-1);
+    uint64_t all = leading;
+    if (has_single(term)) all |= uint64_t{1} << single;
+    for (uint64_t left = all; left != 0; left &= left - 1) {
+      const int c = __ffsll(left) - 1;
+      const T own = sign * teacher_at(c);
+      int rank = 0;
+      for (uint64_t others = all; others != 0; others &= others - 1) {
+        const int other = __ffsll(others) - 1;
+        const T value = sign * teacher_at(other);
+        rank += value > own || (value == own && other < c);
+      }
+      call.members[number * term.k + rank] = c;
+    }
   }
 
   // Whether a term's first group is one class.
@@ -157,14 +216,15 @@ struct Lane {
     });
   }
 
-  __device__ GroupShare<T> share(const GroupStats<double>& stats, const GroupCoefficients<double>& by) const {
+  __device__ GroupShare<T> share(const GroupStats<double>& stats, const GroupCoefficients<double>& by,
+                                 double factor) const {
     return {static_cast<T>(start(stats.student_origin)), static_cast<T>(start(stats.teacher_origin)),
-            static_cast<T>(by.student * weight) * from_rounded<T>(stats.student_origin),
-            static_cast<T>(by.tilt * weight), static_cast<T>(-by.teacher * weight)};
+            static_cast<T>(by.student * factor) * from_rounded<T>(stats.student_origin),
+            static_cast<T>(by.tilt * factor), static_cast<T>(-by.teacher * factor)};
   }
 
-  // The sample's loss; writes its gradient, if one is asked for.
-  __device__ double step() {
+  // The loss of a sample; writes its gradient or, of standardised classes, what that takes, where it is asked for.
+  __device__ double step(int64_t number) {
     const Objective& objective = call.objective;
     const Term& term = objective.term[0];
     partition(term);
@@ -205,31 +265,54 @@ struct Lane {
     }
     double loss = result.loss * term.scale;
     Sample<T> softmax;
+    T softmax_inverse = 0;
+    softmax.softmax_origin = 0;
     if (objective.has_ce()) {
-      const T student_target = student_at(target), one = static_cast<T>(kLog2E);
+      const T student_target = raw_at(target), one = static_cast<T>(kLog2E);
       T most = larger(largest[0][kStudent], student_target);
-      if constexpr (kRanks) most = larger(larger(most, largest[1][kStudent]), student_at(max(single, 0)));
+      if constexpr (kStandardized) {
+        most = student_target;
+        over_raw([&](T raw) { most = larger(most, raw); });
+      } else if constexpr (kRanks) {
+        most = larger(larger(most, largest[1][kStudent]), student_at(max(single, 0)));
+      }
       const double origin = most * one;
       softmax.softmax_origin = static_cast<T>(start(origin));
       double sum = 0;
-      over_classes([&](int, T s, T, bool) { sum += power(fma(s, one, -softmax.softmax_origin)); });
+      over_raw([&](T raw) { sum += power(fma(raw, one, -softmax.softmax_origin)); });
       if (call.classes > 1) loss += objective.ce_weight * (log(sum) + (kLn2 * start(origin) - student_target));
       softmax.entropy_factor = static_cast<T>(objective.ce_slope(call.classes) * weight);
-      softmax.softmax_factor = softmax.entropy_factor * static_cast<T>(inverse(sum));
+      softmax_inverse = static_cast<T>(inverse(sum));
+      softmax.softmax_factor = softmax.entropy_factor * softmax_inverse;
     }
-    if (call.gradient.data) {
+    if constexpr (kStandardized) {
+      if (!call.saved) return loss * weight;
+      T* saved = static_cast<T*>(call.saved) + number * saved_size(objective);
+      saved[0] = static_cast<T>(weight);
+      saved[1] = softmax.softmax_origin;
+      saved[2] = softmax_inverse;
+      const auto save = [&](int g, const GroupStats<double>& of, int slot) {
+        reinterpret_cast<GroupShare<T>*>(saved + kSavedHeader)[g] = share(of, result.group[slot], 1.0);
+      };
+      if (rest > 0) save(0, first, kFirst);
+      if (rest == 2) save(1, stats[1], kLeading);
+      save(rest, stats[0], kRest);
+      if (term.by_rank()) write_members(number, term);
+    } else if (call.gradient.data) {
       const bool tilted = call.sweep[0].tilted;
-      const GroupShare<T> others = share(stats[0], result.group[kRest]);
+      const GroupShare<T> others = share(stats[0], result.group[kRest], weight);
       GroupShare<T> of_leading;
       if constexpr (kRanks) {
         const GroupCoefficients<double>&one = result.group[kFirst], &other = result.group[kLeading];
-        of_leading = share(stats[1], {apart ? other.student : one.student, apart ? other.tilt : one.tilt,
-                                      apart ? other.teacher : one.teacher});
+        of_leading = share(
+            stats[1],
+            {apart ? other.student : one.student, apart ? other.tilt : one.tilt, apart ? other.teacher : one.teacher},
+            weight);
       }
       T of_single = 0;
       if (single >= 0)
-        of_single =
-            slope_at(share(first, result.group[kFirst]), exponent, tilted, student_at(single), teacher_at(single));
+        of_single = slope_at(share(first, result.group[kFirst], weight), exponent, tilted, student_at(single),
+                             teacher_at(single));
       over_classes([&](int c, T s, T t, bool leads) {
         GroupShare<T> of_class = others;
         if (kRanks && leads) of_class = of_leading;
@@ -247,10 +330,11 @@ struct Lane {
   }
 };
 
-// A block is a warp, which takes some samples a lane.
-template <class X, Layout kLayout, Use kUse>
-__device__ __forceinline__ void lanes(const Call& call) {
-  const Place place = place_of<kLayout>(call, blockIdx.x);
+// Visits the samples of a block of them, which a warp takes, some a lane: visit(a sample's number, its logits of both
+// sides, its gradient).
+template <class X, class Visit>
+__device__ __forceinline__ void over_samples(const Call& call, int64_t block, Visit visit) {
+  const Place place = place_of<Layout::pixels>(call, block);
   const int own = threadIdx.x;
   const Matrix& matrix = own == kTeacher ? call.teacher : own == kGradient ? call.gradient : call.student;
   const int64_t offset = own <= kGradient && matrix.data ? offset_of(call, matrix, place.first) : 0;
@@ -258,23 +342,36 @@ __device__ __forceinline__ void lanes(const Call& call) {
   const X* teacher = static_cast<const X*>(call.teacher.data) + __shfl_sync(kAllLanes, offset, kTeacher);
   X* gradient = static_cast<X*>(call.gradient.data) + __shfl_sync(kAllLanes, offset, kGradient);
   const int64_t step = call.gradient.sample_stride[call.dims - 1];
+#pragma unroll 1
+  for (int at = own; at < place.count; at += kWarp)
+    visit(place.first + at, student + at, teacher + at, gradient + at * step);
+}
+
+template <class X, Layout kLayout, Use kUse>
+__device__ __forceinline__ void lanes(const Call& call) {
+  using T = Real<X>;
+  const ClassTable<T>* table = nullptr;
+  if constexpr (kUse == Use::any) {
+    __shared__ ClassTable<T> shared_table;
+    shared_table.read(call, kLevel);
+    table = &shared_table;
+  }
   const double factor = result_factor(call);
   double losses = 0;
-#pragma unroll 1
-  for (int at = own; at < place.count; at += 32) {
+  over_samples<X>(call, blockIdx.x, [&](int64_t number, const X* student, const X* teacher, X* gradient) {
     int64_t target = 0;
-    const double weight = given_weight(call, place.first + at, target);
-    Lane<X, kUse == Use::ranked> lane{
-        call, student + at, teacher + at, gradient + at * step, weight * factor, static_cast<int>(target)};
+    const double weight = given_weight(call, number, target);
+    Lane<X, kUse> lane{call, table, student, teacher, gradient, weight * factor, static_cast<int>(target)};
     double loss = 0;
-    if (weight != 0) loss = lane.step();
+    if (weight != 0) loss = lane.step(number);
     else if (call.gradient.data) lane.put_zeros(0, static_cast<int>(call.gradient_classes));
-    if (call.each) static_cast<Real<X>*>(call.losses)[place.first + at] = static_cast<Real<X>>(loss);
+    else if (call.saved) static_cast<T*>(call.saved)[number * saved_size(call.objective)] = 0;
+    if (call.each) static_cast<T*>(call.losses)[number] = static_cast<T>(loss);
     losses += loss;
-  }
+  });
   if (call.each) return;
   for (int distance = 16; distance > 0; distance /= 2) losses += __shfl_xor_sync(kAllLanes, losses, distance);
-  if (own == 0) static_cast<double*>(call.losses)[blockIdx.x] = losses;
+  if (threadIdx.x == 0) static_cast<double*>(call.losses)[blockIdx.x] = losses;
 }
 
 }  // namespace kdk::cuda

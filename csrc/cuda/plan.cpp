@@ -51,7 +51,6 @@ int shared_bytes(const Call& call, const Tiling& tiling) {
   return regions_of(tile_type(call), layout_of(call), tiling).total;
 }
 
-constexpr int kWarp = 32;
 // Vectors of each side that a thread works on: as many as fill a multiprocessor's shared memory and its registers
 // alike, and share what a thread does once a sample; fewer where there are so few rows that threads are left over.
 constexpr int kMostVectors = 16, kFewestVectors = 4;
@@ -146,17 +145,30 @@ std::optional<Tiling> fused_tiling(const Call& call, const Device& device) {
 }
 
 std::optional<Tiling> lane_tiling(const Call& call) {
-  constexpr int kMostClasses = 64, kLaneSamples = 128;  // the L1 cache has as many logits as a multiprocessor's lanes
-  const Objective& objective = call.objective;
+  constexpr int kLaneSamples = 128;  // the L1 cache has as many logits as a multiprocessor's lanes
   const DType type = tile_type(call);
-  if (layout_of(call) != Layout::pixels || call.classes > kMostClasses || type == DType::f64 ||
-      type != call.student.dtype || type != call.teacher.dtype || objective.standardize != Standardize::none ||
-      objective.terms > 1 || objective.term[0].k > kMostLaneLeads || call.saved || call.part_values)
+  if (layout_of(call) != Layout::pixels || call.classes > kMostLaneClasses || type == DType::f64 ||
+      type != call.student.dtype || type != call.teacher.dtype)
     return std::nullopt;
   Tiling tiling;
   tiling.samples = kLaneSamples;
   tiling.piece = static_cast<int>(call.classes);
   return tiling;
+}
+
+std::optional<Tiling> lane_forward_tiling(const Call& call) {
+  const Objective& objective = call.objective;
+  const bool by_class = objective.standardize == Standardize::by_class;
+  if (objective.standardize == Standardize::by_sample || objective.terms > 1 || objective.term[0].k > kMostLaneLeads ||
+      (call.saved && !by_class) || call.part_values)
+    return std::nullopt;
+  return lane_tiling(call);
+}
+
+int64_t lane_stretch_of(const Call& call, const Device& device) {
+  constexpr int64_t kMostSamplesOfLane = 64, kBlocksOfMultiprocessor = 16;
+  return std::clamp<int64_t>(sample_blocks(call) / (kBlocksOfMultiprocessor * device.multiprocessors), 1,
+                             kMostSamplesOfLane * kWarp / call.tiling.samples);
 }
 
 Tiling piece_tiling(const Call& call, const Device& device) {
@@ -172,7 +184,8 @@ Tiling piece_tiling(const Call& call, const Device& device) {
 
 Tiling class_tiling(const Call& call, const Device& device, int sides) {
   constexpr int kFewestColumns = 8;  // whole sectors of a row
-  const int64_t units = sides * class_units(call.classes), pages = ceil_div(call.samples, kPage);
+  const int64_t classes = call.gradient.data ? call.gradient_classes : call.classes;
+  const int64_t units = sides * class_units(classes), pages = ceil_div(call.samples, kPage);
   Tiling tiling;
   if (layout_of(call) == Layout::pixels) {
     tiling.samples = kWarp;
@@ -186,6 +199,36 @@ Tiling class_tiling(const Call& call, const Device& device, int sides) {
     tiling.pieces = static_cast<int>(ceil_div(units, tiling.team));
   }
   tiling.piece = tiling.team * kClassesOfThread;
+  return tiling;
+}
+
+std::optional<Tiling> statistics_tiling(const Call& call) {
+  constexpr int kFewestClasses = 64;  // of fewer, half of a warp and more would be idle
+  const Objective& objective = call.objective;
+  bool ranks = false;
+  for (int t = 0; t < objective.terms; ++t) ranks = ranks || objective.term[t].by_rank();
+  if (objective.standardize != Standardize::by_class || ranks || layout_of(call) != Layout::rows ||
+      call.classes <= kFewestClasses)
+    return std::nullopt;
+  Tiling tiling;
+  tiling.team = kWarp;
+  tiling.samples = kClassThreads / kWarp;
+  tiling.pieces = static_cast<int>(row_pieces(call));
+  tiling.piece = kWarp * kClassesOfThread;
+  return tiling;
+}
+
+// A lane a sample settles them, after several have added up its pieces.
+Tiling settling_tiling(const Call& call, const Device& device) {
+  Tiling tiling;
+  tiling.samples = kWarp;
+  tiling.team = kClassThreads / kWarp;
+  while (tiling.samples > 1 && ceil_div(call.samples, tiling.samples) < 2 * device.multiprocessors) {
+    tiling.samples /= 2;
+    tiling.team *= 2;
+  }
+  tiling.piece = 0;  // nothing of it is in shared memory
+  tiling.entries = call.target_is_entry() ? 1 : 0;
   return tiling;
 }
 
@@ -239,15 +282,21 @@ Launch configure_classes(const char* step, const Call& call) {
 Launch configure(const char* step, Call& call, bool clustered) {
   const Tiling& tiling = call.tiling;
   const DType type = tile_type(call);
-  const bool alone = std::string(step) == "lanes";  // threads that share nothing
+  const bool alone = std::string(step).starts_with("lane");  // threads that share no samples
   Launch launch;
-  launch.kernel = std::string("kdk_") + step + (alone || std::string(step) == "forward" ? use_of(call, type) : "") +
+  launch.kernel = std::string("kdk_") + step +
+                  (std::string(step) == "lanes" || std::string(step) == "forward" ? use_of(call, type) : "") +
                   (layout_of(call) == Layout::rows ? "_rows_" : "_pixels_") + name_of(type);
+  constexpr int64_t kMostScalingBlocks = 2048;  // these go through all that there is
   launch.blocks = sample_blocks(call) * tiling.pieces;
+  if (std::string(step) == "lane_sums") launch.blocks = ceil_div(launch.blocks, call.stretch);
+  if (std::string(step) == "scale") launch.blocks = std::min(launch.blocks, kMostScalingBlocks);
   launch.threads = alone ? kWarp : tiling.threads();
   launch.cluster = clustered ? tiling.pieces : 1;
   call.regions = regions_of(type, layout_of(call), tiling);
   launch.shared_bytes = alone || std::string(step) == "scale" ? 0 : call.regions.total;
+  if (std::string(step) == "lane_sums")
+    launch.shared_bytes = 2 * kWarp * static_cast<int>(call.classes) * static_cast<int>(sizeof(float));
   return launch;
 }
 

@@ -33,14 +33,21 @@ DType tile_type(const Call& call);
 Layout layout_of(const Call& call);
 // How the fused kernel shares out a call; nothing where a sample does not fit on chip.
 std::optional<Tiling> fused_tiling(const Call& call, const Device& device);
-// How samples are shared out that a thread each works on, if they can be: side by side, of few classes, one term
-// without ranks, and nothing but loss and gradient asked for.
+// How samples are shared out that a thread each works on, if they can be: side by side, of few classes; and for steps 1
+// and 2 of one term, with nothing asked for but loss and gradient. How many blocks of these a block adds up where it
+// adds up classes, so that sums of a lane are in float32 of few samples.
 std::optional<Tiling> lane_tiling(const Call& call);
+std::optional<Tiling> lane_forward_tiling(const Call& call);
+int64_t lane_stretch_of(const Call& call, const Device& device);
 // How kernels that look at any piece of a sample share out a call.
 Tiling piece_tiling(const Call& call, const Device& device);
-// How kernels that add up over samples share out a call, each side's classes by themselves where there are two; how
-// many pages of samples one of their blocks adds up; and their launch.
+// How kernels that keep to a few classes share out a call, each side's by themselves where there are two sides; how
+// many pages of samples go by one of their blocks; and their launch.
 Tiling class_tiling(const Call& call, const Device& device, int sides);
+// The same where they add up each sample, if they can: rows of standardised classes, without ranks; and how these
+// samples are settled.
+std::optional<Tiling> statistics_tiling(const Call& call);
+Tiling settling_tiling(const Call& call, const Device& device);
 int64_t stretch_of(const Call& call, const Device& device);
 Launch configure_classes(const char* step, const Call& call);
 // How the pieces of a sample are merged, and the launches that do it: a warp, or a thread, a sample.

@@ -5,14 +5,13 @@
 
 namespace kdk::cuda {
 
-// A factor of 1 for all touches no memory. The gradient stands where the student does.
+// Multiplies what a block of samples has.
 template <class X, Layout kLayout, Use kUse>
-__device__ __forceinline__ void scale(const Call& call) {
+__device__ __forceinline__ void scale_block(const Call& call, int64_t which) {
   using T = Real<X>;
-  if (!call.upstream_each && *call.upstream == 1) return;
   const int pieces = call.tiling.pieces;
-  Block<X, kLayout, kUse> block(call, static_cast<int>(blockIdx.x % pieces));
-  const Place place = place_of<kLayout>(call, blockIdx.x / pieces);
+  Block<X, kLayout, kUse> block(call, static_cast<int>(which % pieces));
+  const Place place = place_of<kLayout>(call, which / pieces);
   if (block.own >= place.count) return;
   const int64_t number = place.first + block.own;
   const T factor = static_cast<T>(upstream(call, number));
@@ -37,6 +36,15 @@ __device__ __forceinline__ void scale(const Call& call) {
     X& value = data[(c < begin ? c : c + end - begin) * call.student.class_stride];
     value = narrow<X>(widen(value) * factor);
   }
+}
+
+// A factor of 1 for all touches no memory; most are, so that there are but as many blocks as a GPU holds. The gradient
+// stands where the student does.
+template <class X, Layout kLayout, Use kUse>
+__device__ __forceinline__ void scale(const Call& call) {
+  if (!call.upstream_each && *call.upstream == 1) return;
+  const int64_t blocks = blocks_of_samples<kLayout>(call) * call.tiling.pieces;
+  for (int64_t which = blockIdx.x; which < blocks; which += gridDim.x) scale_block<X, kLayout, kUse>(call, which);
 }
 
 }  // namespace kdk::cuda

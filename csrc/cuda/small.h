@@ -7,7 +7,6 @@ namespace kdk::cuda {
 
 constexpr int kSumThreads = 256;  // of a block, at most
 constexpr int kWeightsOfBlock = 4096;
-constexpr int kMergedColumns = 8;
 
 // The sums of the columns of `rows` x `columns` numbers, a block each.
 struct RowSum {
@@ -35,11 +34,13 @@ struct Affines {
   bool to_float;
 };
 
-// Moments of each class and side, or sums of columns, from those of stretches of samples: kMergedColumns a block.
+// Moments of each class and side, or sums of columns, from those of stretches of samples: some columns a block, whose
+// threads share out the stretches.
 struct StretchMerge {
   const double* partial;
   double* out;
   int64_t stretches, columns;
+  int columns_of_block;
 };
 
 }  // namespace kdk::cuda

@@ -84,12 +84,16 @@ __device__ void settle_moments(const Objective& objective, const Moments<double>
   sample.factor = sample.student.factor;
 }
 
-// Merges what the block's threads have for each class, `rows` times `columns`, into the first row; ends with a barrier.
+// Merges rows of what the block's threads have, into the first row; ends with a barrier. A row's numbers are
+// `column_stride` apart, and rows `row_stride`.
 template <class V, class Merge>
-__device__ void merge_rows(V* parts, int rows, int columns, Merge merge) {
+__device__ void merge_rows(V* parts, int rows, int row_stride, int columns, int column_stride, Merge merge) {
   __syncthreads();
   for (int half = rows / 2; half > 0; half /= 2) {
-    for (int i = threadIdx.x; i < half * columns; i += blockDim.x) merge(parts[i], parts[i + half * columns]);
+    for (int i = threadIdx.x; i < half * columns; i += blockDim.x) {
+      const int at = i / columns * row_stride + i % columns * column_stride;
+      merge(parts[at], parts[at + half * row_stride]);
+    }
     __syncthreads();
   }
 }

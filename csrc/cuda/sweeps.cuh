@@ -270,23 +270,22 @@ __device__ __forceinline__ T chain(T gradient, T h, T level, T slope, T factor) 
   return h == minus_infinity<T>() ? T(0) : (gradient - level - h * slope) * factor;
 }
 
+// The same through a standardised sample; standardised classes have kernels of their own.
 template <class X, Layout kLayout, Use kUse>
-__device__ __forceinline__ Real<X> chained(const Block<X, kLayout, kUse>& block, int64_t of_class, Real<X> h,
-                                           Real<X> gradient) {
-  using T = Real<X>;
-  const Call& call = block.call;
-  const Sample<T>& sample = block.sample();
-  if (block.standardization() == Standardize::by_sample) return chain(gradient, h, T(0), sample.slope, sample.factor);
-  if (block.standardization() == Standardize::by_class)
-    return chain(gradient, h, affine_number<T>(call, kLevel, of_class), affine_number<T>(call, kSlope, of_class),
-                 affine_number<T>(call, kFactor, of_class));
-  return gradient;
+__device__ __forceinline__ Real<X> chained(const Block<X, kLayout, kUse>& block, Real<X> h, Real<X> gradient) {
+  const Sample<Real<X>>& sample = block.sample();
+  if (block.standardization() != Standardize::by_sample) return gradient;
+  return chain(gradient, h, Real<X>(0), sample.slope, sample.factor);
 }
 
 // The gradient of the cross entropy but for its target.
 template <class T>
+__device__ __forceinline__ T softmax_gradient(T origin, T factor, T logit) {
+  return power(fma(logit, static_cast<T>(kLog2E), -origin)) * factor;
+}
+template <class T>
 __device__ __forceinline__ T softmax_gradient(const Sample<T>& sample, T logit) {
-  return power(fma(logit, static_cast<T>(kLog2E), -sample.softmax_origin)) * sample.softmax_factor;
+  return softmax_gradient(sample.softmax_origin, sample.softmax_factor, logit);
 }
 
 // The sum over the piece, without entries, of gradient times standardised logit.
@@ -334,7 +333,7 @@ __device__ __forceinline__ void sweep_gradient(const Block<X, kLayout, kUse>& bl
       standardize(block, kTeacher, v, t);
       vector_gradient<kSweeps, kTilted, T, block.kWidth>(numbers, sweeps, s, t, out);
 #pragma unroll
-      for (int w = 0; w < block.kWidth; ++w) out[w] = chained(block, class_near(block, v, w), s[w], out[w]);
+      for (int w = 0; w < block.kWidth; ++w) out[w] = chained(block, s[w], out[w]);
     }
     if (entropy) {
 #pragma unroll
