@@ -65,6 +65,8 @@ def test_recomputed(name: str) -> None:
         ("dkd", (F32, BF16)),
         ("dkd", (BF16, F32)),
         ("dkd", (F16, F64)),
+        ("pr_dkd", (F32, BF16)),
+        ("pr_dkd", (BF16, F64)),
     ],
     ids=name_of,
 )
@@ -230,8 +232,8 @@ def test_standardised_classes(name: str, layout: str) -> None:
     """Samples that do not count, weights, and masked classes, for loss and gradient alone."""
     student, teacher, target = make_inputs(BY_CLASS[layout])
     for logits in (student, teacher):
-        logits[:, 3:6] = -torch.inf
-    target = target.clamp(min=9)
+        logits[:, 3:6] = logits[:, -1] = -torch.inf
+    target = target.clamp(9, logits.shape[1] - 2)
     target.view(-1)[::3] = -100
     student.movedim(1, -1)[target == -100] = torch.nan
     weight = torch.rand(target.shape) + 0.5

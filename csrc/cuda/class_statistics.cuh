@@ -77,10 +77,21 @@ __device__ __forceinline__ void class_statistics(const Call& call) {
   over_pages(call, look_up_page, [&](int64_t from) {
     over_page<X>(own, page, [&](const int* samples, unsigned there) {
       Logits<X, kLayout> student, teacher;
-      // Pads read what is in the last classes.
+      // Pads read what is in the last classes, which may be masked, and shall hold a number.
       const int begin = min(first, static_cast<int>(call.classes) - 1), some = max(count, 1);
       fetch(call.student, in_vectors, page.offset[kStudent], page.follows, samples, begin, some, student);
       fetch(call.teacher, in_vectors, page.offset[kTeacher], page.follows, samples, begin, some, teacher);
+      if (count < kClassesOfThread) {
+#pragma unroll
+        for (int w = 0; w < kClassesOfThread; ++w) {
+          if (w < count) continue;
+#pragma unroll
+          for (int i = 0; i < kCount; ++i) {
+            student.clear(i, w);
+            teacher.clear(i, w);
+          }
+        }
+      }
       // The sample whose sums the lane gets, if there is one.
       const int which = threadIdx.x % kWarp * kCount / kWarp;
       int own_sample = -1;

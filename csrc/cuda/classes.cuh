@@ -42,6 +42,13 @@ struct Logits {
       words[at / 2] = at % 2 ? words[at / 2] | bits << 16 : bits;
     }
   }
+  // Makes it 0.
+  __device__ void clear(int i, int w) {
+    const int at = index(i, w);
+    if constexpr (sizeof(X) == 8) words[2 * at] = words[2 * at + 1] = 0;
+    else if constexpr (sizeof(X) == 4) words[at] = 0;
+    else words[at / 2] &= at % 2 ? 0xffffu : 0xffff0000u;
+  }
   // Reads some bytes, and writes them: `which` of so many.
   template <class V>
   __device__ void read(int which, const X* from) {
