@@ -185,6 +185,8 @@ class Simulator:
         stats = module.launch(
             name, blocks, threads, [struct], shared, cluster=cluster, written=self.written, **self.options
         )
+        # The driver is asked for all of a device's shared memory then: there is none left for the kernel's own.
+        assert not shared or stats.shared_bytes == shared, f"{name} takes shared memory and has some of its own"
         self.log.append(Launch(name, blocks, cluster, threads, shared, stats))
 
 

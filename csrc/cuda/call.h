@@ -178,6 +178,9 @@ struct Candidate {
   int of_class;
 };
 
+// What standardises a class, and its gradient's chain rule: numbers, see AffineRow.
+constexpr int kAffineNumbers = 8;
+
 // Partial sums of a warp (rows) or a thread (pixels): of the softmax, and four of each term.
 constexpr int kPartials = 1 + 4 * kMaxTerms;
 
@@ -196,6 +199,12 @@ KDK_HOST_DEVICE int64_t class_units(int64_t classes) { return (classes + kClasse
 // and four of each sweep.
 KDK_HOST_DEVICE int64_t row_pieces(const Call& call) { return (class_units(call.classes) + kWarp - 1) / kWarp; }
 KDK_HOST_DEVICE int sum_columns(const Call& call) { return 1 + 4 * call.sweeps; }
+
+// Shared memory of a warp whose lanes add up two numbers of each class, in float32; behind these is what standardises
+// the classes.
+KDK_HOST_DEVICE int lane_sum_bytes(const Call& call) {
+  return (2 * kWarp + kAffineNumbers) * static_cast<int>(call.classes) * static_cast<int>(sizeof(float));
+}
 
 // Elements that a thread takes at a time: of a row 16 bytes; of pixels, which are apart, a few.
 KDK_HOST_DEVICE constexpr int width(Layout layout, int element_bytes) {

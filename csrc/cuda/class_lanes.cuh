@@ -13,16 +13,16 @@ struct LaneGradients {
   using T = Real<X>;
 
   const Call& call;
-  const ClassTable<T>& table;
+  const ClassRow<T>* rows;
   int64_t number;
   const X *student, *teacher;
   T weight;
   GroupShare<T> rest[kMaxTerms];
   uint64_t alone = 0;  // classes that are in other groups, a bit each
 
-  __device__ LaneGradients(const Call& call_, const ClassTable<T>& table_, int64_t number_, const X* student_,
+  __device__ LaneGradients(const Call& call_, const ClassRow<T>* rows_, int64_t number_, const X* student_,
                            const X* teacher_)
-      : call(call_), table(table_), number(number_), student(student_), teacher(teacher_) {
+      : call(call_), rows(rows_), number(number_), student(student_), teacher(teacher_) {
     weight = weight_of<T>(call, number);
     read_rest(call, number, weight, rest);
     over_alone(call, number, [&](int64_t of_class) {
@@ -43,7 +43,7 @@ struct LaneGradients {
       }
 #pragma unroll
       for (int i = 0; i < count.value; ++i) {
-        const auto& row = table.rows[first + i];
+        const auto& row = rows[first + i];
         const T s = apply(row.affine[kStudent], raw[i]), seen = apply(row.affine[kTeacher], t[i]);
         T slope = 0;
 #pragma unroll
@@ -57,8 +57,8 @@ struct LaneGradients {
     for (uint64_t left = alone; left != 0; left &= left - 1) {
       const int c = __ffsll(left) - 1;
       const T raw = widen(__ldg(student + c * call.student.class_stride));
-      const T s = apply(table.rows[c].affine[kStudent], raw);
-      const T t = apply(table.rows[c].affine[kTeacher], widen(__ldg(teacher + c * call.teacher.class_stride)));
+      const T s = apply(rows[c].affine[kStudent], raw);
+      const T t = apply(rows[c].affine[kTeacher], widen(__ldg(teacher + c * call.teacher.class_stride)));
       lone(c, raw, s, slope_alone(call, number, weight, c, s, t));
     }
   }
@@ -69,10 +69,11 @@ struct LaneGradients {
 template <class X, Layout kLayout>
 __device__ __forceinline__ void lane_sums(const Call& call) {
   using T = Real<X>;
-  __shared__ ClassTable<T> table;
-  table.read(call, kLevel);
   const int classes = static_cast<int>(call.classes), own = threadIdx.x;
   T* const sums = reinterpret_cast<T*>(shared_memory);
+  // Launches that take shared memory may take all of it, so that the kernel has none of its own.
+  auto* const rows = reinterpret_cast<ClassRow<T>*>(sums + 2 * kWarp * classes);
+  read_classes(call, kLevel, rows);
   const auto gradient_of = [&](int c) -> T& { return sums[2 * c * kWarp + own]; };
   const auto product_of = [&](int c) -> T& { return sums[(2 * c + 1) * kWarp + own]; };
   for (int c = 0; c < classes; ++c) gradient_of(c) = product_of(c) = 0;
@@ -81,7 +82,7 @@ __device__ __forceinline__ void lane_sums(const Call& call) {
   for (int64_t block = blockIdx.x * call.stretch; block < end; ++block) {
     over_samples<X>(call, block, [&](int64_t number, const X* student, const X* teacher, X*) {
       if (saved_of<T>(call, number)[0] == 0) return;
-      const LaneGradients<X> lane(call, table, number, student, teacher);
+      const LaneGradients<X> lane(call, rows, number, student, teacher);
       // Nothing comes from masked classes.
       const auto add = [&](int c, T s, T slope, bool counts) {
         const T value = counts && s != minus_infinity<T>() ? slope : T(0);
@@ -104,19 +105,19 @@ __device__ __forceinline__ void lane_sums(const Call& call) {
 template <class X, Layout kLayout>
 __device__ __forceinline__ void lane_gradient(const Call& call) {
   using T = Real<X>;
-  __shared__ ClassTable<T> table;
-  table.read(call, kAffineRows);
+  __shared__ ClassRow<T> rows[kMostLaneClasses];
+  read_classes(call, kAffineRows, rows);
   const bool entropy = call.objective.has_ce();
   over_samples<X>(call, blockIdx.x, [&](int64_t number, const X* student, const X* teacher, X* gradient) {
     const auto put = [&](int c, T value) { gradient[c * call.gradient.class_stride] = narrow<X>(value); };
     const T* saved = saved_of<T>(call, number);
     const bool valid = saved[0] != 0;
     if (valid) {
-      const LaneGradients<X> lane(call, table, number, student, teacher);
+      const LaneGradients<X> lane(call, rows, number, student, teacher);
       const T of_target = entropy ? entropy_factor(call, lane.weight) : T(0), origin = saved[1];
       const T factor = saved[2] * of_target;
       const auto chained = [&](int c, T raw, T s, T slope) {
-        const auto& row = table.rows[c];
+        const auto& row = rows[c];
         const T value = chain(slope, s, row.level, row.slope, row.affine[kStudent].factor);
         return entropy ? value + softmax_gradient(origin, factor, raw) : value;
       };

@@ -7,24 +7,22 @@
 
 namespace kdk::cuda {
 
-// What standardises each class, in shared memory.
+// What standardises a class, in shared memory.
 template <class T>
-struct ClassTable {
-  struct Row {
-    Affine<T> affine[2];
-    T level, slope;
-  };
-  static_assert(kAffineRows == sizeof(Row) / sizeof(T));
-  alignas(16) Row rows[kMostLaneClasses];
-
-  // Reads the rows before `end`, by a block that is a warp.
-  __device__ void read(const Call& call, AffineRow end) {
-    const int classes = static_cast<int>(call.classes);
-    for (int i = threadIdx.x; i < end * classes; i += kWarp)
-      reinterpret_cast<T*>(rows + i % classes)[i / classes] = affine_number<T>(call, i / classes, i % classes);
-    __syncwarp();
-  }
+struct alignas(16) ClassRow {
+  Affine<T> affine[2];
+  T level, slope;
 };
+
+// Reads that of all classes, of the table's rows those before `end`, by a block that is a warp.
+template <class T>
+__device__ __forceinline__ void read_classes(const Call& call, AffineRow end, ClassRow<T>* rows) {
+  static_assert(sizeof(ClassRow<T>) == kAffineRows * sizeof(T));
+  const int classes = static_cast<int>(call.classes);
+  for (int i = threadIdx.x; i < end * classes; i += kWarp)
+    reinterpret_cast<T*>(rows + i % classes)[i / classes] = affine_number<T>(call, i / classes, i % classes);
+  __syncwarp();
+}
 
 // A thread's sample. Its classes are in up to three groups: the one at `single`, those in `leading`, and the rest.
 template <class X, Use kUse>
@@ -33,7 +31,7 @@ struct Lane {
   static constexpr bool kRanks = kUse != Use::simple, kStandardized = kUse == Use::any;
 
   const Call& call;
-  const ClassTable<T>* table;
+  const ClassRow<T>* rows;  // of standardised classes
   const X *student, *teacher;
   X* gradient;
   double weight;
@@ -48,7 +46,7 @@ struct Lane {
   }
   // A logit as the term sees it.
   __device__ T seen(int side, int c, T logit) const {
-    if constexpr (kStandardized) return apply(table->rows[c].affine[side], logit);
+    if constexpr (kStandardized) return apply(rows[c].affine[side], logit);
     return logit;
   }
   __device__ void put(int c, T value) const { gradient[c * call.gradient.class_stride] = narrow<X>(value); }
@@ -350,18 +348,18 @@ __device__ __forceinline__ void over_samples(const Call& call, int64_t block, Vi
 template <class X, Layout kLayout, Use kUse>
 __device__ __forceinline__ void lanes(const Call& call) {
   using T = Real<X>;
-  const ClassTable<T>* table = nullptr;
+  const ClassRow<T>* rows = nullptr;
   if constexpr (kUse == Use::any) {
-    __shared__ ClassTable<T> shared_table;
-    shared_table.read(call, kLevel);
-    table = &shared_table;
+    __shared__ ClassRow<T> of_classes[kMostLaneClasses];
+    read_classes(call, kLevel, of_classes);
+    rows = of_classes;
   }
   const double factor = result_factor(call);
   double losses = 0;
   over_samples<X>(call, blockIdx.x, [&](int64_t number, const X* student, const X* teacher, X* gradient) {
     int64_t target = 0;
     const double weight = given_weight(call, number, target);
-    Lane<X, kUse> lane{call, table, student, teacher, gradient, weight * factor, static_cast<int>(target)};
+    Lane<X, kUse> lane{call, rows, student, teacher, gradient, weight * factor, static_cast<int>(target)};
     double loss = 0;
     if (weight != 0) loss = lane.step(number);
     else if (call.gradient.data) lane.put_zeros(0, static_cast<int>(call.gradient_classes));

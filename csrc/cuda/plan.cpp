@@ -295,8 +295,7 @@ Launch configure(const char* step, Call& call, bool clustered) {
   launch.cluster = clustered ? tiling.pieces : 1;
   call.regions = regions_of(type, layout_of(call), tiling);
   launch.shared_bytes = alone || std::string(step) == "scale" ? 0 : call.regions.total;
-  if (std::string(step) == "lane_sums")
-    launch.shared_bytes = 2 * kWarp * static_cast<int>(call.classes) * static_cast<int>(sizeof(float));
+  if (std::string(step) == "lane_sums") launch.shared_bytes = lane_sum_bytes(call);
   return launch;
 }
 

@@ -8,7 +8,7 @@ namespace kdk::cuda {
 
 // Rows of the table of what standardises each class, a column a class: an Affine of either side, and what the chain
 // rule takes off.
-enum AffineRow { kHigh = 0, kFactor = 1, kOffset = 2, kSide = 3, kLevel = 6, kSlope = 7, kAffineRows = 8 };
+enum AffineRow { kHigh = 0, kFactor = 1, kOffset = 2, kSide = 3, kLevel = 6, kSlope = 7, kAffineRows = kAffineNumbers };
 
 // The multiply-add is explicit: values must come out the same in every kernel, lest the ranking differ.
 template <class T>
