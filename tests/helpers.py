@@ -238,7 +238,7 @@ def loss_tolerance(loss: Tensor, of_gpu: bool | None = None) -> float:
     shows in a few samples.
     """
     of_gpu = loss.is_cuda if of_gpu is None else of_gpu
-    single, few = 6, 2 if loss.is_cuda else 1
+    single, few = 8, 2 if loss.is_cuda else 1
     factor = (single if loss.dim() else few) if of_gpu and loss.dtype == torch.float32 else 1
     return factor * LOSS_TOLERANCE[loss.dtype]
 
