@@ -204,7 +204,7 @@ struct Step {
     if (!moments) return std::nullopt;
     STD_TORCH_CHECK(moments->numel() == 6 * classes, "ValueError: moments must have 2 x 3 x ", classes, " numbers");
     STD_TORCH_CHECK(!sums || sums->numel() == 2 * classes, "ValueError: sums must have 2 x ", classes, " numbers");
-    const Tensor table = room("affines", call().affines, {8, classes}, dtype);
+    const Tensor table = room("affines", call().affines, {kAffineRows, classes}, dtype);
     Parameters<Affines> of_class;
     held.push_back(typed(*moments, ScalarType::Double));
     of_class.point("moments", of_class.values.moments, held.back());

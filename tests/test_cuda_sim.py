@@ -242,6 +242,16 @@ def test_standardised_classes(name: str, layout: str) -> None:
     check(ALL[name], student, teacher, FUSED, LAST, reduction="none", **options)
 
 
+@pytest.mark.parametrize("shape", [(3, 70), (1, 19, 1, 3)], ids=name_of)
+@pytest.mark.parametrize("counting", [3, 1, 0])
+def test_standardised_classes_of_few_samples(counting: int, shape: tuple[int, ...]) -> None:
+    """Half of the classes are constant, and all of them where one sample counts: their deviation is 0."""
+    student, teacher, target = make_inputs(shape)
+    student[:, ::2] = teacher[:, 1::2] = 3.0
+    target.view(-1)[counting:] = -100
+    check(ALL["pr_dkd"], student, teacher, FUSED, LAST, return_parts=False, target=target)
+
+
 @pytest.mark.parametrize("far", [15.0, 3e3])
 def test_standardised_logits_far_from_zero(far: float) -> None:
     """Exponents count from 0 no more where a sample's logits are far away from all others', in all classes or in some,
@@ -330,6 +340,16 @@ def test_targets_out_of_range() -> None:
     want, _ = run(ALL["dkd"], *part, target=target[right], reduction="none")
     assert torch.equal(got.loss[right], want.loss)
     assert torch.equal(got.gradient[right], want.gradient)
+
+
+@pytest.mark.parametrize("shape", [(6, 92), (1, 19, 2, 3)], ids=name_of)
+def test_targets_out_of_range_of_standardised_classes(shape: tuple[int, ...]) -> None:
+    """The same; but the gradients' sums over the samples are no numbers then."""
+    student, teacher, target = make_inputs(shape)
+    target.view(-1)[2], target.view(-1)[4] = shape[1], -1
+    got, _ = run(ALL["pr_dkd"], student, teacher, FUSED, LAST, target=target, reduction="none")
+    assert got.loss.flatten().isnan().tolist() == [False, False, True, False, True, False]
+    assert got.gradient.isnan().all()
 
 
 def test_views() -> None:

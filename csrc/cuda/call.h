@@ -134,6 +134,10 @@ struct Affine {
   T high, factor, offset;
 };
 
+// Rows of the table of what standardises each class, a column a class: an Affine of either side, and what the chain
+// rule takes off.
+enum AffineRow { kHigh = 0, kFactor = 1, kOffset = 2, kSide = 3, kLevel = 6, kSlope = 7, kAffineRows = 8 };
+
 // What the gradient needs to know of one group of one term.
 template <class T>
 struct GroupShare {
@@ -178,9 +182,6 @@ struct Candidate {
   int of_class;
 };
 
-// What standardises a class, and its gradient's chain rule: numbers, see AffineRow.
-constexpr int kAffineNumbers = 8;
-
 // Partial sums of a warp (rows) or a thread (pixels): of the softmax, and four of each term.
 constexpr int kPartials = 1 + 4 * kMaxTerms;
 
@@ -203,7 +204,7 @@ KDK_HOST_DEVICE int sum_columns(const Call& call) { return 1 + 4 * call.sweeps; 
 // Shared memory of a warp whose lanes add up two numbers of each class, in float32; behind these is what standardises
 // the classes.
 KDK_HOST_DEVICE int lane_sum_bytes(const Call& call) {
-  return (2 * kWarp + kAffineNumbers) * static_cast<int>(call.classes) * static_cast<int>(sizeof(float));
+  return (2 * kWarp + kAffineRows) * static_cast<int>(call.classes) * static_cast<int>(sizeof(float));
 }
 
 // Elements that a thread takes at a time: of a row 16 bytes; of pixels, which are apart, a few.

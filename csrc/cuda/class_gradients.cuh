@@ -19,16 +19,6 @@ __device__ __forceinline__ T weight_of(const Call& call, int64_t number) {
   return static_cast<T>(static_cast<double>(saved_of<T>(call, number)[0]) * upstream(call, number));
 }
 
-template <class T>
-__device__ __forceinline__ T entropy_factor(const Call& call, T weight) {
-  return static_cast<T>(call.objective.ce_slope(call.classes)) * weight;
-}
-
-template <class T>
-__device__ __forceinline__ GroupShare<T> saved_share(const T* saved, T weight) {
-  return {saved[0], saved[1], saved[2] * weight, saved[3] * weight, saved[4] * weight};
-}
-
 // The gradient's coefficients in each sweep's last group.
 template <class T>
 __device__ __forceinline__ void read_rest(const Call& call, int64_t number, T weight,
@@ -39,15 +29,8 @@ __device__ __forceinline__ void read_rest(const Call& call, int64_t number, T we
     rest[t] = {};
     if (t >= call.objective.terms) continue;
     const int groups = call.objective.term[t].groups();
-    const GroupShare<T> share = saved_share(saved + 5 * (groups - 1), weight);
+    add_rest(call, t, saved_share(saved + 5 * (groups - 1), weight), rest);
     saved += 5 * groups;
-    if (t < call.sweeps) {
-      rest[t] = share;
-    } else {
-      rest[0].student += share.student;
-      rest[0].tilt += share.tilt;
-      rest[0].teacher += share.teacher;
-    }
   }
 }
 
@@ -57,14 +40,18 @@ __device__ __forceinline__ const int64_t* members_of(const Call& call, int term,
   return call.members + number * (call.first_entry(call.objective.terms) - first) + call.first_entry(term) - first;
 }
 
-// Visits the classes of a sample that may be in another group than the last one, or have a gradient of their own.
+// Visits the classes of a sample that may be in another group than the last one, or have a gradient of their own. A
+// target that is none of the classes has made the sample's weight NaN, and no access follows it.
 template <class Visit>
 __device__ __forceinline__ void over_alone(const Call& call, int64_t number, Visit visit) {
-  if (call.target_is_entry()) visit(call.target[number]);
+  const auto visit_class = [&](int64_t of_class) {
+    if (of_class >= 0 && of_class < call.classes) visit(static_cast<int>(of_class));
+  };
+  if (call.target_is_entry()) visit_class(call.target[number]);
   const int64_t* members = members_of(call, 0, number);
   const int count = call.first_entry(call.objective.terms) - call.first_entry(0);
 #pragma unroll 1
-  for (int i = 0; i < count; ++i) visit(members[i]);
+  for (int i = 0; i < count; ++i) visit_class(members[i]);
 }
 
 // The group of a term that a sample's class is in.
@@ -125,14 +112,12 @@ struct ClassGradients {
                  (!call.gradient.data || in_row_vectors<X>(call, call.gradient));
 #pragma unroll
     for (int w = 0; w < kClassesOfThread; ++w)
-      for (int side = kStudent; side <= kTeacher; ++side) affine[side][w] = affine_of_class(side, first + w);
+      for (int side = kStudent; side <= kTeacher; ++side) affine[side][w] = affine_near(side, first + w);
   }
 
   // What standardises a class; beyond the last one, that one.
-  __device__ Affine<T> affine_of_class(int side, int of_class) const {
-    const int row = side * kSide, at = min(of_class, static_cast<int>(call.classes) - 1);
-    return {affine_number<T>(call, row + kHigh, at), affine_number<T>(call, row + kFactor, at),
-            affine_number<T>(call, row + kOffset, at)};
+  __device__ Affine<T> affine_near(int side, int of_class) const {
+    return affine_of_class<T>(call, side, min(of_class, static_cast<int>(call.classes) - 1));
   }
 
   // Where a sample's numbers are: threads of a warp that have different samples find them in different banks.
@@ -155,8 +140,8 @@ struct ClassGradients {
       for (int word = 0; word < (columns + 31) / 32; ++word) alone[word] = 0;
       GroupShare<T> rest[kMaxTerms] = {};
       if (valid) {
-        over_alone(call, number, [&](int64_t of_class) {
-          const int64_t at = of_class - (first - column);
+        over_alone(call, number, [&](int of_class) {
+          const int at = of_class - (first - column);
           if (at >= 0 && at < columns) alone[at / 32] |= 1u << at % 32;
         });
         read_rest(call, number, weight, rest);
@@ -223,8 +208,8 @@ struct ClassGradients {
           const auto logit_of = [&](const Matrix& matrix, int side) {
             return load_as<T>(matrix.data, matrix.dtype, page.offset[side][sample] + of_class * matrix.class_stride);
           };
-          const T raw = logit_of(call.student, kStudent), s = apply(affine_of_class(kStudent, of_class), raw);
-          const T t = apply(affine_of_class(kTeacher, of_class), logit_of(call.teacher, kTeacher));
+          const T raw = logit_of(call.student, kStudent), s = apply(affine_of_class<T>(call, kStudent, of_class), raw);
+          const T t = apply(affine_of_class<T>(call, kTeacher, of_class), logit_of(call.teacher, kTeacher));
           lone(sample, from + sample, w, raw, s,
                slope_alone(call, from + sample, weight_of<T>(call, from + sample), of_class, s, t));
         }

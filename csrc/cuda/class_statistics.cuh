@@ -53,12 +53,8 @@ __device__ __forceinline__ void class_statistics(const Call& call) {
 #pragma unroll
   for (int w = 0; w < kClassesOfThread; ++w) {
     for (int side = kStudent; side <= kTeacher; ++side) {
-      const int row = side * kSide;
       affine[side][w] = {0, 0, kFarBelow};
-      if (w < count)
-        affine[side][w] = {affine_number<T>(call, row + kHigh, first + w),
-                           affine_number<T>(call, row + kFactor, first + w),
-                           affine_number<T>(call, row + kOffset, first + w)};
+      if (w < count) affine[side][w] = affine_of_class<T>(call, side, first + w);
     }
   }
   const auto look_up_page = [&](int64_t from) {

@@ -9,6 +9,18 @@ namespace kdk::cuda {
 
 constexpr int kSavedHeader = 3, kSavedStandardization = 7;
 
+// The coefficients of a group, for a sample's factor of the gradient.
+template <class T>
+__device__ __forceinline__ GroupShare<T> saved_share(const T* saved, T weight) {
+  return {saved[0], saved[1], saved[2] * weight, saved[3] * weight, saved[4] * weight};
+}
+
+// The factor of the cross entropy's gradient.
+template <class T>
+__device__ __forceinline__ T entropy_factor(const Call& call, T weight) {
+  return static_cast<T>(call.objective.ce_slope(call.classes)) * weight;
+}
+
 template <class X, Layout kLayout, Use kUse>
 __device__ void save_standardization(const Block<X, kLayout, kUse>& block) {
   using T = Real<X>;
@@ -44,7 +56,7 @@ __device__ void read_saved(const Block<X, kLayout, kUse>& block) {
     const T weight = static_cast<T>(sample.weight);
     const T* saved = static_cast<const T*>(call.saved) + max(sample.number, int64_t{0}) * saved_size(objective);
     sample.softmax_origin = sample.valid ? saved[1] : T(0);
-    sample.entropy_factor = static_cast<T>(objective.ce_slope(call.classes)) * weight;
+    sample.entropy_factor = entropy_factor(call, weight);
     sample.softmax_factor = sample.valid ? saved[2] * sample.entropy_factor : T(0);
     saved += kSavedHeader;
     if (by_sample) {
@@ -59,8 +71,7 @@ __device__ void read_saved(const Block<X, kLayout, kUse>& block) {
         GroupShare<T>& share = sample.share[t][g];
         share = {T(0), T(0), T(0), T(0), T(0)};
         if (!sample.valid) continue;
-        const T by = by_sample ? T(1) : weight;
-        share = {saved[0], saved[1], saved[2] * by, saved[3] * by, saved[4] * by};
+        share = saved_share(saved, by_sample ? T(1) : weight);
       }
     }
   }

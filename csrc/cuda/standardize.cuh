@@ -6,10 +6,6 @@
 
 namespace kdk::cuda {
 
-// Rows of the table of what standardises each class, a column a class: an Affine of either side, and what the chain
-// rule takes off.
-enum AffineRow { kHigh = 0, kFactor = 1, kOffset = 2, kSide = 3, kLevel = 6, kSlope = 7, kAffineRows = kAffineNumbers };
-
 // The multiply-add is explicit: values must come out the same in every kernel, lest the ranking differ.
 template <class T>
 __device__ __forceinline__ T apply(const Affine<T>& affine, T logit) {
@@ -27,6 +23,14 @@ __device__ __forceinline__ T affine_number(const Call& call, int row, int64_t of
   return static_cast<const T*>(call.affines)[row * call.classes + of_class];
 }
 
+// What standardises a class.
+template <class T>
+__device__ __forceinline__ Affine<T> affine_of_class(const Call& call, int side, int64_t of_class) {
+  const int row = side * kSide;
+  return {affine_number<T>(call, row + kHigh, of_class), affine_number<T>(call, row + kFactor, of_class),
+          affine_number<T>(call, row + kOffset, of_class)};
+}
+
 // One logit as the terms see it.
 template <class X, Layout kLayout, Use kUse>
 __device__ __forceinline__ Real<X> standardized(const Block<X, kLayout, kUse>& block, int side, int of_class,
@@ -35,13 +39,7 @@ __device__ __forceinline__ Real<X> standardized(const Block<X, kLayout, kUse>& b
   const Call& call = block.call;
   if (block.standardization() == Standardize::by_sample)
     return apply(side == kStudent ? block.sample().student : block.sample().teacher, logit);
-  if (block.standardization() == Standardize::by_class) {
-    const int row = side * kSide;
-    return apply(
-        Affine<T>{affine_number<T>(call, row + kHigh, of_class), affine_number<T>(call, row + kFactor, of_class),
-                  affine_number<T>(call, row + kOffset, of_class)},
-        logit);
-  }
+  if (block.standardization() == Standardize::by_class) return apply(affine_of_class<T>(call, side, of_class), logit);
   return logit;
 }
 

@@ -219,6 +219,19 @@ __device__ __forceinline__ T slope_at(const GroupShare<T>& share, T exponent, bo
   return (es > 0 ? es * fma(b - a, share.tilt, share.student) : es) + push;
 }
 
+// Adds the coefficients in a term's last group to those of its sweep.
+template <class T>
+__device__ __forceinline__ void add_rest(const Call& call, int t, const GroupShare<T>& share,
+                                         GroupShare<T> (&rest)[kMaxTerms]) {
+  if (t < call.sweeps) {
+    rest[t] = share;
+  } else {
+    rest[0].student += share.student;
+    rest[0].tilt += share.tilt;
+    rest[0].teacher += share.teacher;
+  }
+}
+
 // What the gradient sweep knows of its sample, in registers.
 template <class T>
 struct GradientNumbers {
@@ -230,16 +243,10 @@ struct GradientNumbers {
 #pragma unroll
     for (int t = 0; t < kMaxTerms; ++t) {
       if (t >= call.objective.terms) break;
-      const GroupShare<T>& share = sample.share[t][call.objective.term[t].groups() - 1];
-      if (t < call.sweeps) {
-        exponent[t] = static_cast<T>(call.sweep[t].exponent);
-        tilted[t] = call.sweep[t].tilted;
-        rest[t] = share;
-      } else {
-        rest[0].student += share.student;
-        rest[0].tilt += share.tilt;
-        rest[0].teacher += share.teacher;
-      }
+      add_rest(call, t, sample.share[t][call.objective.term[t].groups() - 1], rest);
+      if (t >= call.sweeps) continue;
+      exponent[t] = static_cast<T>(call.sweep[t].exponent);
+      tilted[t] = call.sweep[t].tilted;
     }
   }
 };
