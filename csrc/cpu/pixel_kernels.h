@@ -130,9 +130,30 @@ inline Vec<T> rank_value(Vec<T> teacher, bool largest) {
   return value == value ? value : broadcast(T(INFINITY));
 }
 
-// The groups of class j in a vector of pixels.
+// Which of a vector of pixels have a class in which group; none of `in` is the last one.
+template <class T, int Groups>
+struct PixelMembers {
+  typename VecOf<T>::bits in[Groups > 1 ? Groups - 1 : 1];
+
+  // Of the pixels that have it in group g, else another.
+  Vec<T> choose(int g, Vec<T> value, Vec<T> other) const {
+    if constexpr (Groups == 1) return value;
+    if (g < Groups - 1) return in[g] ? value : other;
+    for (int before = 0; before < Groups - 1; ++before) value = in[before] ? other : value;
+    return value;
+  }
+  // The group's own among the groups' values.
+  Vec<T> pick(const Vec<T>* values) const {
+    Vec<T> value = values[Groups - 1];
+    for (int g = 0; g < Groups - 1; ++g) value = in[g] ? values[g] : value;
+    return value;
+  }
+};
+
+// The groups of classes in a vector of pixels.
 template <class T, PartitionKind Kind>
 struct PixelGroups {
+  using Members = PixelMembers<T, groups_of(Kind)>;
   Vec<T> first, bound, last;
   bool largest;
 
@@ -142,21 +163,32 @@ struct PixelGroups {
         last(load(leaders.last + i)),
         largest(by_largest) {}
 
-  // Each pixel's group of class j, as a number of T.
-  Vec<T> of(T j, Vec<T> teacher) const {
-    const Vec<T> zero{}, one = zero + 1;
-    if constexpr (Kind == PartitionKind::whole) return zero;
-    if constexpr (Kind == PartitionKind::target) return first == j ? zero : one;
-    const Vec<T> value = rank_value<T>(teacher, largest);
-    const Vec<T> from = value > bound ? zero + T(INFINITY) : zero - 1, upto = value == bound ? last : from;
-    if constexpr (Kind == PartitionKind::topk) return upto >= j ? zero : one;
-    return first == j ? zero : upto >= j ? one : one + 1;
+  Members of(T j, Vec<T> teacher) const {
+    if constexpr (Kind == PartitionKind::whole) {
+      return {};
+    } else if constexpr (Kind == PartitionKind::target) {
+      return {{first == j}};
+    } else {
+      const Vec<T> value = rank_value<T>(teacher, largest);
+      const auto leads = (value > bound) | ((value == bound) & (last >= j));
+      if constexpr (Kind == PartitionKind::topk) return {{leads}};
+      if constexpr (Kind == PartitionKind::top1_topk) return {{first == j, leads & (first != j)}};
+    }
   }
-  // The group's own among the groups' values.
-  static Vec<T> pick(Vec<T> group, const Vec<T>* values) {
-    if constexpr (groups_of(Kind) == 1) return values[0];
-    if constexpr (groups_of(Kind) == 2) return group == 0 ? values[0] : values[1];
-    return group == 0 ? values[0] : group == 1 ? values[1] : values[2];
+};
+
+// Memory that the next tile will come from, plane by plane: fetched while the arithmetic on this one leaves the load
+// ports idle. Not into L1: planes that lie a power of two apart share their place there.
+struct TileAhead {
+  const char* student;
+  const char* teacher;
+  int64_t student_plane, teacher_plane;
+
+  void fetch() {
+    __builtin_prefetch(student, 0, 2);
+    __builtin_prefetch(teacher, 0, 2);
+    student += student_plane;
+    teacher += teacher_plane;
   }
 };
 
@@ -508,13 +540,13 @@ class PixelWorker {
       for (int g = 0; g < G; ++g) student_top[g] = teacher_top[g] = nothing;
       for (int j = 0; j < classes_; ++j) {
         const Vec<T> s = load(logits_[0] + j * pitch_ + i), u = load(logits_[1] + j * pitch_ + i);
-        const Vec<T> group = groups.of(static_cast<T>(begin_ + j), u);
+        const auto members = groups.of(static_cast<T>(begin_ + j), u);
         for (int g = 0; g < G; ++g) {
           const auto add = [&](Vec<T>& top, Vec<T> v) INLINED {
             if (single[g]) {
-              top = group == T(g) ? v : top;  // NaN too
+              top = members.choose(g, v, top);  // NaN too
             } else {
-              top = max(G == 1 || group == T(g) ? v : nothing, top);
+              top = max(members.choose(g, v, nothing), top);
             }
           };
           add(student_top[g], s);
@@ -559,23 +591,23 @@ class PixelWorker {
         teacher_start[g] = u == -infinite ? nothing : u;
       }
       WideSum<T> student_sum[G], teacher_sum[G], teacher_gap[G], student_gap[G];
+      TileAhead ahead{next_tile(0, i), next_tile(1, i), plane_bytes(p_.student), plane_bytes(p_.teacher)};
+      const bool fetches = i * sizeof(T) % 64 == 0;  // a line once
       for (int j = 0; j < classes_; ++j) {
         const int at = j * pitch_ + i;
-        const Vec<T> teacher = load(logits_[1] + at), group = groups.of(static_cast<T>(begin_ + j), teacher);
-        const Vec<T> xs = exponents(load(logits_[0] + at), groups.pick(group, student_start), k);
-        const Vec<T> xt = exponents(teacher, groups.pick(group, teacher_start), k);
+        const Vec<T> teacher = load(logits_[1] + at);
+        const auto members = groups.of(static_cast<T>(begin_ + j), teacher);
+        const Vec<T> xs = exponents(load(logits_[0] + at), members.pick(student_start), k);
+        const Vec<T> xt = exponents(teacher, members.pick(teacher_start), k);
         const Vec<T> es = exp2(xs), et = exp2(xt), gap = xt - xs;
         store(exps_[t][0] + at, es);
         store(exps_[t][1] + at, et);
         if constexpr (!Sums) continue;
-        fetch_ahead(0, j, i);
-        fetch_ahead(1, j, i);
+        if (fetches) ahead.fetch();
         // A class without probability adds nothing, however infinite its gap.
         const Vec<T> forward = et == 0 ? nothing : et * gap, reverse = es == 0 ? nothing : es * gap;
         for (int g = first_summed; g < G; ++g) {
-          const auto add = [&](WideSum<T>& sum, Vec<T> value) INLINED {
-            sum.add(G == 1 || group == T(g) ? value : nothing);
-          };
+          const auto add = [&](WideSum<T>& sum, Vec<T> value) INLINED { sum.add(members.choose(g, value, nothing)); };
           add(student_sum[g], es);
           add(teacher_sum[g], et);
           add(teacher_gap[g], forward);
@@ -592,12 +624,13 @@ class PixelWorker {
     }
   }
 
-  // Fetches a vector of the next tile, while the arithmetic on this one leaves the load ports idle. Not into L1: planes
-  // that lie a power of two apart share their place there.
-  void fetch_ahead(int side, int j, int i) const {
+  static int64_t plane_bytes(const Matrix& matrix) { return matrix.class_stride * dtype_size(matrix.dtype); }
+
+  // Where the next tile's pixels from the i-th on lie, in the chunk's first plane.
+  const char* next_tile(int side, int i) const {
     const Matrix& matrix = side ? p_.teacher : p_.student;
-    const int64_t at = (begin_ + j) * matrix.class_stride + tile_ + i;
-    __builtin_prefetch(static_cast<const char*>(side_[side]) + at * dtype_size(matrix.dtype), 0, 2);
+    return static_cast<const char*>(side_[side]) + begin_ * plane_bytes(matrix) +
+           (tile_ + i) * dtype_size(matrix.dtype);
   }
 
   // The student's softmax at T = 1 over the chunk at hand, and its logit of the target.
@@ -713,15 +746,16 @@ class PixelWorker {
       }
       for (int j = 0; j < classes_; ++j) {
         const int at = j * pitch_ + i;
-        const Vec<T> logit = load(logits_[1] + at), group = groups.of(static_cast<T>(begin_ + j), logit);
+        const Vec<T> logit = load(logits_[1] + at);
+        const auto members = groups.of(static_cast<T>(begin_ + j), logit);
         const Vec<T> es = load(exps_[t][0] + at), et = load(exps_[t][1] + at);
-        Vec<T> by = groups.pick(group, student);
+        Vec<T> by = members.pick(student);
         if constexpr (Tilt) {
-          const Vec<T> xs = exponents(load(logits_[0] + at), groups.pick(group, origin[0]), k);
-          const Vec<T> xt = exponents(logit, groups.pick(group, origin[1]), k);
-          by = es == 0 ? Vec<T>{} : by + groups.pick(group, tilt) * (xt - xs);
+          const Vec<T> xs = exponents(load(logits_[0] + at), members.pick(origin[0]), k);
+          const Vec<T> xt = exponents(logit, members.pick(origin[1]), k);
+          by = es == 0 ? Vec<T>{} : by + members.pick(tilt) * (xt - xs);
         }
-        const Vec<T> gradient = es * by - et * groups.pick(group, teacher);
+        const Vec<T> gradient = es * by - et * members.pick(teacher);
         store(gradient_ + at, t == 0 ? gradient : gradient + load(gradient_ + at));
       }
     }

@@ -282,7 +282,8 @@ class Worker {
     for (int i = 0; i < count; ++i) {
       T* out = stays ? static_cast<T*>(rows[i].gradient) + begin : scratch_.gradient;
       compute_lead_gradients(rows[i]);
-      logits[i] = term_gradient(rows[i], begin, end, out).student.logits;
+      const Ahead next = i + 1 < count ? with_gradient(ahead(rows[i + 1], begin), rows[i + 1], begin) : Ahead{};
+      logits[i] = term_gradient(rows[i], begin, end, out, next).student.logits;
       gradients[i] = out;
       if (!stays) sums.add(logits + i, gradients + i, 1, affine);
     }
@@ -403,7 +404,8 @@ class Worker {
       for (int t = 0; t < o_.terms; ++t) {
         if (!sweeps_.has(t)) continue;
         const Classes classes = rest_classes(row, t, tile);
-        const Ahead next = ahead(row, begin + tile.count);
+        Ahead next = ahead(row, begin + tile.count);
+        if (p_.classes <= kTile) next = with_gradient(next, row, 0);  // it follows before anything else
         const Exps<T> exps = kept(row, t, begin);
         SumsTo to{stats.rest[t]};
         if (sweeps_.squares()) to.squares = &stats.rest[sweeps_.follower];
@@ -548,7 +550,7 @@ class Worker {
     const T slope = o_.standardize == Standardize::by_sample ? row.unit_slope * product_sum(row) : 0;
     for (int64_t begin = first; begin < end; begin += kTile) {
       T* out = direct ? static_cast<T*>(row.gradient) + begin : scratch_.gradient;
-      const Tile<T> tile = term_gradient(row, begin, end, out);
+      const Tile<T> tile = term_gradient(row, begin, end, out, {});
       if (o_.standardize == Standardize::by_class)
         by_class_.apply_chain(&tile.student.logits, 1, begin, tile.count, &out);
       if (o_.standardize == Standardize::by_sample) apply_chain(row, slope, tile, out);
@@ -568,7 +570,7 @@ class Worker {
   }
 
   // The terms' gradient in the logits they see, for the tile from `begin` on. Follows compute_lead_gradients(row).
-  Tile<T> term_gradient(const Row<T>& row, int64_t begin, int64_t end, T* out) {
+  Tile<T> term_gradient(const Row<T>& row, int64_t begin, int64_t end, T* out, const Ahead& next) {
     const bool ce_reads = o_.has_ce() && !sweeps_.softmax();
     const bool reads_logits = !kept_row_ || ce_reads || o_.standardize != Standardize::none;
     Tile<T> tile{begin, static_cast<int>(std::min<int64_t>(end - begin, kTile)), {}, {}};
@@ -593,7 +595,7 @@ class Worker {
         rest_gradient_[t].exps(kept(row, t, begin), tile.count, by, out);
       } else {
         rest_gradient_[t].logits(tile.student, tile.teacher, rest_classes(row, t, tile), exponent_[t],
-                                 rest.student_origin, rest.teacher_origin, by, out);
+                                 rest.student_origin, rest.teacher_origin, by, out, next);
       }
     }
     for (const auto& [added, index] : scratch_.lead_gradients)
@@ -623,7 +625,7 @@ class Worker {
   T product_sum(const Row<T>& row) {
     double total = 0;
     for (int64_t begin = 0; begin < p_.classes; begin += kTile) {
-      const Tile<T> tile = term_gradient(row, begin, p_.classes, scratch_.gradient);
+      const Tile<T> tile = term_gradient(row, begin, p_.classes, scratch_.gradient, {});
       Vec<T> sum[2]{};
       each_vector<T>({tile.count}, [&](int i, auto lanes, int chain) INLINED {
         const Vec<T> h = tile.student.template at<false>(i, lanes);
@@ -751,21 +753,27 @@ class Worker {
     return {kept_[t].student + at, kept_[t].teacher + at, kept_[t].gap ? kept_[t].gap + at : nullptr};
   }
 
-  // The classes from `begin` on: of this row or, where rows follow one another in memory, of the next. And the gradient
-  // of rows so short that it follows before anything else.
+  // The logits of the classes from `begin` on: of this row or, where rows follow one another in memory, of the next.
   Ahead ahead(const Row<T>& row, int64_t begin) const {
-    const auto at = [begin](const Matrix& matrix, const void* logits) {
-      return static_cast<const char*>(logits) + begin * matrix.class_stride * dtype_size(matrix.dtype);
-    };
-    const auto step = [](const Matrix& matrix) {
-      return matrix.class_stride == 1 ? static_cast<int>(kLanes<T> * dtype_size(matrix.dtype)) : 0;
-    };
-    Ahead next{at(p_.student, row.student), at(p_.teacher, row.teacher), nullptr, step(p_.student), step(p_.teacher)};
-    if (row.gradient && p_.classes <= kTile) {
-      next.gradient = static_cast<const char*>(row.gradient);
-      next.gradient_step = step(p_.gradient);
-    }
+    Ahead next;
+    next.student = class_at(p_.student, row.student, begin);
+    next.teacher = class_at(p_.teacher, row.teacher, begin);
+    next.student_step = class_bytes(p_.student);
+    next.teacher_step = class_bytes(p_.teacher);
     return next;
+  }
+  // The same and the row's gradient, if there is one.
+  Ahead with_gradient(Ahead next, const Row<T>& row, int64_t begin) const {
+    if (!row.gradient) return next;
+    next.gradient = class_at(p_.gradient, row.gradient, begin);
+    next.gradient_step = class_bytes(p_.gradient);
+    return next;
+  }
+  static const char* class_at(const Matrix& matrix, const void* row, int64_t j) {
+    return static_cast<const char*>(row) + j * matrix.class_stride * dtype_size(matrix.dtype);
+  }
+  static int64_t class_bytes(const Matrix& matrix) {  // to fetch: of what is side by side only
+    return matrix.class_stride == 1 ? dtype_size(matrix.dtype) : 0;
   }
 
   // The logits of a leading group, in double precision: the roundings of few classes do not average out. After them
@@ -863,7 +871,7 @@ class Worker {
           lead_gradient_[t].exps(exps, count, by, out);
         } else {
           lead_gradient_[t].logits(leads.student, leads.teacher, {count}, exponent_[t], group.student_origin,
-                                   group.teacher_origin, by, out);
+                                   group.teacher_origin, by, out, {});
         }
         if (in_softmax)
           add_softmax_gradient<double>(leads.student.logits, count, row.ce_origin, softmax_factor(row, row.ce_origin),
@@ -1040,7 +1048,7 @@ void add_up_class_sums(const Problem& p, ClassStandardization<T>& classes, const
   const auto finish = [&](int64_t begin, int64_t end, int64_t first, int64_t last) {
     Worker<T>(saved, classes).chain_classes(first, last, begin, end);
   };
-  work.each(parallel, [&](int64_t begin, int64_t end, int64_t first, int64_t last, int64_t block) {
+  work.each(parallel, false, [&](int64_t begin, int64_t end, int64_t first, int64_t last, int64_t block) {
     auto& sums = GradientSums<T>::of_this_thread();
     sums.start(static_cast<int>(end - begin));
     Worker<T> worker(p, classes);

@@ -70,15 +70,31 @@ template <class T>
 inline Vec<T> load(const T* from, AllLanes) {
   return load(from);
 }
+#if defined(KDK_AVX2)
+// All bits of the lanes that are there.
+template <class T>
+inline __m256i mask_of(Lanes lanes) {
+  using Bits = typename VecOf<T>::bits;
+  Bits bit;
+  for (int i = 0; i < kLanes<T>; ++i) bit[i] = 1 << i;
+  return reinterpret_cast<__m256i>(((Bits{} + lanes) & bit) == bit);
+}
+#endif
 // Memory under lanes that are not there is not touched; they are -inf.
 template <class T>
 inline Vec<T> load(const T* from, Lanes lanes) {
-#if defined(KDK_AVX512)
   const Vec<T> nothing = broadcast(T(-INFINITY));
+#if defined(KDK_AVX512)
   if constexpr (sizeof(T) == 4) return _mm512_mask_loadu_ps(nothing, lanes, from);
   if constexpr (sizeof(T) == 8) return _mm512_mask_loadu_pd(nothing, lanes, from);
+#elif defined(KDK_AVX2)
+  const __m256i mask = mask_of<T>(lanes);
+  if constexpr (sizeof(T) == 4)
+    return _mm256_blendv_ps(nothing, _mm256_maskload_ps(from, mask), reinterpret_cast<Vec<float>>(mask));
+  if constexpr (sizeof(T) == 8)
+    return _mm256_blendv_pd(nothing, _mm256_maskload_pd(from, mask), reinterpret_cast<Vec<double>>(mask));
 #else
-  Vec<T> v = broadcast(T(-INFINITY));
+  Vec<T> v = nothing;
   for (int i = 0; i < kLanes<T>; ++i)
     if (lanes >> i & 1) v[i] = from[i];
   return v;
@@ -100,6 +116,10 @@ inline void store(T* to, Vec<T> v, int count) {
 #if defined(KDK_AVX512)
   if constexpr (sizeof(T) == 4) _mm512_mask_storeu_ps(to, (1u << count) - 1, v);
   if constexpr (sizeof(T) == 8) _mm512_mask_storeu_pd(to, (1u << count) - 1, v);
+#elif defined(KDK_AVX2)
+  const __m256i mask = mask_of<T>((1u << count) - 1);
+  if constexpr (sizeof(T) == 4) _mm256_maskstore_ps(to, mask, v);
+  if constexpr (sizeof(T) == 8) _mm256_maskstore_pd(to, mask, v);
 #else
   T lanes[kLanes<T>];
   store(lanes, v);
@@ -107,11 +127,30 @@ inline void store(T* to, Vec<T> v, int count) {
 #endif
 }
 
-// The larger of both; `b` where either is NaN.
+// The larger, or smaller, of both; `b` where either is NaN. Compilers make two instructions or more of a choice.
+#if defined(KDK_AVX512)
+inline Vec<float> max(Vec<float> a, Vec<float> b) { return _mm512_maskz_max_ps(0xffff, a, b); }
+inline Vec<double> max(Vec<double> a, Vec<double> b) { return _mm512_maskz_max_pd(0xff, a, b); }
+#elif defined(KDK_AVX2)
+inline Vec<float> max(Vec<float> a, Vec<float> b) { return _mm256_max_ps(a, b); }
+inline Vec<float> min(Vec<float> a, Vec<float> b) { return _mm256_min_ps(a, b); }
+inline Vec<double> max(Vec<double> a, Vec<double> b) { return _mm256_max_pd(a, b); }
+inline Vec<double> min(Vec<double> a, Vec<double> b) { return _mm256_min_pd(a, b); }
+#elif defined(__x86_64__)
+inline Vec<float> max(Vec<float> a, Vec<float> b) { return _mm_max_ps(a, b); }
+inline Vec<float> min(Vec<float> a, Vec<float> b) { return _mm_min_ps(a, b); }
+inline Vec<double> max(Vec<double> a, Vec<double> b) { return _mm_max_pd(a, b); }
+inline Vec<double> min(Vec<double> a, Vec<double> b) { return _mm_min_pd(a, b); }
+#else
 template <class V>
 inline V max(V a, V b) {
   return a > b ? a : b;
 }
+template <class V>
+inline V min(V a, V b) {
+  return a < b ? a : b;
+}
+#endif
 
 template <class T, int Lanes>
 struct VecOfLanes {
@@ -216,20 +255,20 @@ inline Vec<double> exp2(Vec<double> x, SeenLanes lanes) {
   return _mm512_maskz_scalef_pd(lanes.bits, exp2_fraction(x - whole), whole);
 }
 #else
+// From `lowest` down, where the exponent's bits are all 0, so is the fraction: 0. The least exponentials above are not
+// exact: less than the smallest normal number, and off by no more than that.
 template <class V, class Bits, class T>
 inline V exp2_by_bits(V x, T shifter, T lowest, T highest, int mantissa) {
-  const V low = x < lowest ? V{} + lowest : x;
-  const V clamped = low > highest ? V{} + highest : low;  // else the exponent's bits would wrap around
-  const V shifted = clamped + shifter;                    // rounds to an integer, which ends up in the lowest bits
+  const V clamped = min(V{} + highest, max(V{} + lowest, x));  // else the exponent's bits would wrap around
+  const V shifted = clamped + shifter;                         // rounds to an integer, which ends up in the lowest bits
   const V power = exp2_fraction(clamped - (shifted - shifter));
-  const V scaled = reinterpret_cast<V>(reinterpret_cast<Bits>(power) + (reinterpret_cast<Bits>(shifted) << mantissa));
-  return x < lowest ? V{} : scaled;
+  return reinterpret_cast<V>(reinterpret_cast<Bits>(power) + (reinterpret_cast<Bits>(shifted) << mantissa));
 }
 inline Vec<float> exp2(Vec<float> x) {
-  return exp2_by_bits<Vec<float>, VecOf<float>::bits>(x, 12582912.0f, -126.0f, 128.0f, 23);  // 1.5 * 2^23
+  return exp2_by_bits<Vec<float>, VecOf<float>::bits>(x, 12582912.0f, -127.0f, 128.0f, 23);  // 1.5 * 2^23
 }
 inline Vec<double> exp2(Vec<double> x) {
-  return exp2_by_bits<Vec<double>, VecOf<double>::bits>(x, 6755399441055744.0, -1022.0, 1024.0, 52);  // 1.5 * 2^52
+  return exp2_by_bits<Vec<double>, VecOf<double>::bits>(x, 6755399441055744.0, -1023.0, 1024.0, 52);  // 1.5 * 2^52
 }
 #endif
 

@@ -191,12 +191,14 @@ struct Blocks {
     while (2 * blocks * strips <= kMostBlocks && 2 * blocks * least <= samples * classes) blocks *= 2;
   }
 
-  // Runs body(strip_begin, strip_end, sample_begin, sample_end, block) for each.
+  // Runs body(strip_begin, strip_end, sample_begin, sample_end, block) for each. A thread may take its own backwards:
+  // then it leaves those in cache that what follows will start with.
   template <class Body>
-  void each(const Parallel& parallel, const Body& body) const {
+  void each(const Parallel& parallel, bool backwards, const Body& body) const {
     const int64_t size = ceil_div(samples, blocks);
     parallel.run(0, blocks * strips, 1, [&](int64_t first, int64_t last) {
-      for (int64_t i = first; i < last; ++i) {
+      for (int64_t n = first; n < last; ++n) {
+        const int64_t i = backwards ? first + last - 1 - n : n;
         const int64_t block = i / strips, begin = i % strips * strip;
         body(begin, std::min(begin + strip, classes), block * size, std::min((block + 1) * size, samples), block);
       }
@@ -225,6 +227,7 @@ struct Deviations {
       if (first) store(centre + i, centre_of(rows, samples, i, lanes));
       const Vec<T> c = load(centre + i);
       Vec<T> s{}, q{};
+#pragma GCC unroll 4
       for (int r = 0; r < samples; ++r) {
         const Vec<T> d = load(rows[r] + i, lanes) - c;
         s += d;
@@ -308,7 +311,7 @@ void row_moments(const Problem& p, const Parallel& parallel, double* moments) {
   const int64_t size = 6 * p.classes;
   std::vector<double> partial(work.blocks > 1 ? work.blocks * size : 0);
   double* first_block = work.blocks > 1 ? partial.data() : moments;
-  work.each(parallel, [&](int64_t begin, int64_t end, int64_t first, int64_t last, int64_t block) {
+  work.each(parallel, true, [&](int64_t begin, int64_t end, int64_t first, int64_t last, int64_t block) {
     for (int side = 0; side < 2; ++side) {
       double* out = first_block + block * size + side * 3 * p.classes + begin;
       class_moments_of<T>(p, side ? p.teacher : p.student, begin, static_cast<int>(end - begin), first, last, out,

@@ -212,15 +212,18 @@ struct Exps {
 // Memory that the next tile will come from, and that the gradient will soon go to: fetched while the arithmetic on this
 // tile leaves the load ports idle.
 struct Ahead {
-  const char* student = nullptr;
-  const char* teacher = nullptr;
-  const char* gradient = nullptr;
-  int student_step = 0, teacher_step = 0, gradient_step = 0;  // bytes a vector
+  static constexpr char nothing = 0;  // a null pointer would be looked up in vain each time
+  const char* student = &nothing;
+  const char* teacher = &nothing;
+  const char* gradient = &nothing;
+  int64_t student_step = 0, teacher_step = 0, gradient_step = 0;  // bytes a class
 
-  void fetch(int vector) const {
-    __builtin_prefetch(student + vector * student_step);
-    __builtin_prefetch(teacher + vector * teacher_step);
-    __builtin_prefetch(gradient + vector * gradient_step, 1);
+  // What the vector from class i on is to the next tile, of every other vector where two are a line.
+  void fetch(int64_t i, int chain) const {
+    if (KDK_VECTOR_BYTES < 64 && chain > 0) return;
+    __builtin_prefetch(student + i * student_step);
+    __builtin_prefetch(teacher + i * teacher_step);
+    __builtin_prefetch(gradient + i * gradient_step, 1);
   }
 };
 
@@ -322,8 +325,8 @@ void add_sums(const Source<T>& student, const Source<T>& teacher, const Classes&
   ChainedSum<T> softmax;
   each_vector<T>(
       classes,
-      [&, student, teacher, times = to.squarings](int i, auto lanes, int chain) INLINED {
-        ahead.fetch(i / kLanes<T>);
+      [&, student, teacher, ahead, exps, times = to.squarings](int i, auto lanes, int chain) INLINED {
+        ahead.fetch(i, chain);
         const Vec<T> xs = exponents(student.template seen_at<ByClass>(i, lanes), student_start, k);
         const Vec<T> xt = exponents(teacher.template seen_at<ByClass>(i, lanes), teacher_start, k);
         const Vec<T> es = exp2(xs, lanes), et = exp2(xt, lanes), gap = xt - xs;
@@ -552,11 +555,11 @@ inline void write_vector(T* out, Vec<T> v, Which, int there) {
   }
 }
 
-// Writes or adds value(i, lanes) for each vector of classes to out; hidden ones get what value makes of them.
+// Writes or adds value(i, lanes, chain) for each vector of classes to out; hidden ones get what value makes of them.
 template <class T, bool Add, class Value>
 inline __attribute__((always_inline)) void write_vectors(const Classes& classes, T* out, const Value& value) {
-  each_vector<T>(classes, [&](int i, auto lanes, int) INLINED {
-    write_vector<T, Add>(out + i, value(i, lanes), lanes, classes.count - i);
+  each_vector<T>(classes, [&](int i, auto lanes, int chain) INLINED {
+    write_vector<T, Add>(out + i, value(i, lanes, chain), lanes, classes.count - i);
   });
 }
 
@@ -584,7 +587,7 @@ inline Vec<T> gradient_at(Vec<T> es, Vec<T> et, Vec<T> gap, const GradientBy<T>&
 // Writes (or adds) a tile's gradient from its kept exponentials.
 template <class T, bool Add, bool Tilt, Also Serves>
 void gradient_of_exps(const Exps<T>& exps, int count, const GradientBy<T>& by, T* out) {
-  write_vectors<T, Add>({count}, out, [=](int i, auto) INLINED {
+  write_vectors<T, Add>({count}, out, [=](int i, auto, int) INLINED {
     const Vec<T> gap = Tilt ? load(exps.gap + i) : Vec<T>{};
     return gradient_at<T, Tilt, Serves>(load(exps.student + i), load(exps.teacher + i), gap, by);
   });
@@ -593,9 +596,10 @@ void gradient_of_exps(const Exps<T>& exps, int count, const GradientBy<T>& by, T
 // The same from the logits, whose exponents count from the given origins.
 template <class T, bool ByClass, bool Add, bool Tilt, Also Serves>
 void gradient_of_logits(const Source<T>& student, const Source<T>& teacher, const Classes& classes, T k,
-                        T student_origin, T teacher_origin, const GradientBy<T>& by, T* out) {
+                        T student_origin, T teacher_origin, const GradientBy<T>& by, T* out, const Ahead& ahead) {
   const Vec<T> student_start = broadcast(start(student_origin)), teacher_start = broadcast(start(teacher_origin));
-  write_vectors<T, Add>(classes, out, [&, student, teacher, by](int i, auto lanes) INLINED {
+  write_vectors<T, Add>(classes, out, [&, student, teacher, by, ahead](int i, auto lanes, int chain) INLINED {
+    ahead.fetch(i, chain);
     const Vec<T> xs = exponents(student.template seen_at<ByClass>(i, lanes), student_start, k);
     const Vec<T> xt = exponents(teacher.template seen_at<ByClass>(i, lanes), teacher_start, k);
     return gradient_at<T, Tilt, Serves>(exp2(xs, lanes), exp2(xt, lanes), xt - xs, by);
@@ -623,8 +627,8 @@ inline auto with_constants(const WantedGradient& wanted, const Use& use) {
 template <class T>
 using GradientOfExps = void (*)(const Exps<T>&, int, const GradientBy<T>&, T*);
 template <class T>
-using GradientOfLogits = void (*)(const Source<T>&, const Source<T>&, const Classes&, T, T, T, const GradientBy<T>&,
-                                  T*);
+using GradientOfLogits = void (*)(const Source<T>&, const Source<T>&, const Classes&, T, T, T, const GradientBy<T>&, T*,
+                                  const Ahead&);
 
 template <class T>
 GradientOfExps<T> choose_gradient_of_exps(const WantedGradient& wanted) {
@@ -643,7 +647,7 @@ GradientOfLogits<T> choose_gradient_of_logits(const WantedGradient& wanted) {
 template <class T>
 void add_softmax_gradient(const T* student, int count, T origin, T factor, T* out) {
   const Vec<T> from = broadcast(start(origin));
-  write_vectors<T, true>({count}, out, [&](int i, auto lanes) INLINED {
+  write_vectors<T, true>({count}, out, [&](int i, auto lanes, int) INLINED {
     return exp2((load(student + i, lanes) - from) * T(kLog2E)) * factor;
   });
 }
