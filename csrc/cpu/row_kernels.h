@@ -640,7 +640,7 @@ class Worker {
   // the mean of their gradient is 0.
   void apply_chain(const Row<T>& row, T slope, const Tile<T>& tile, T* gradient) const {
     const Vec<T> slopes = broadcast(slope), factors = broadcast(row.affine[0].factor);
-    write_vectors<T, false>({tile.count}, gradient, [&](int i, auto lanes) INLINED {
+    write_vectors<T, false>({tile.count}, gradient, [&](int i, auto lanes, int) INLINED {
       return chain<T>(load(gradient + i, lanes), tile.student.template at<false>(i, lanes), Vec<T>{}, slopes, factors);
     });
   }
