@@ -130,12 +130,12 @@ inline Vec<T> rank_value(Vec<T> teacher, bool largest) {
   return value == value ? value : broadcast(T(INFINITY));
 }
 
-// Which of a vector of pixels have a class in which group; none of `in` is the last one.
+// In which group each of a vector of pixels has a class: masks of all groups but the last, whose pixels are in no mask.
 template <class T, int Groups>
 struct PixelMembers {
   typename VecOf<T>::bits in[Groups > 1 ? Groups - 1 : 1];
 
-  // Of the pixels that have it in group g, else another.
+  // `value` in pixels that have it in group g, `other` elsewhere.
   Vec<T> choose(int g, Vec<T> value, Vec<T> other) const {
     if constexpr (Groups == 1) return value;
     if (g < Groups - 1) return in[g] ? value : other;
@@ -150,7 +150,7 @@ struct PixelMembers {
   }
 };
 
-// The groups of classes in a vector of pixels.
+// What tells the groups of any class in a vector of pixels.
 template <class T, PartitionKind Kind>
 struct PixelGroups {
   using Members = PixelMembers<T, groups_of(Kind)>;

@@ -218,7 +218,7 @@ struct Ahead {
   const char* gradient = &nothing;
   int64_t student_step = 0, teacher_step = 0, gradient_step = 0;  // bytes a class
 
-  // What the vector from class i on is to the next tile, of every other vector where two are a line.
+  // What lies ahead of the vector from class i on. Where two vectors are a line, the first chain's fetch both.
   void fetch(int64_t i, int chain) const {
     if (KDK_VECTOR_BYTES < 64 && chain > 0) return;
     __builtin_prefetch(student + i * student_step);
