@@ -87,6 +87,10 @@ inline Tensor new_like(const Tensor& like) {
                               : torch::stable::empty_like(like);
 }
 
+// What forward returns: the loss and, where they were asked for, its parts, the gradient, saved numbers and members.
+using Forward =
+    std::tuple<Tensor, std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>>;
+
 // The schemas that all backends' ops have.
 inline void define_ops(torch::stable::detail::StableLibrary& m) {
   m.def(
@@ -96,7 +100,7 @@ inline void define_ops(torch::stable::detail::StableLibrary& m) {
       "forward(Tensor student, Tensor teacher, Tensor? target, Tensor? sample_weight, Tensor? denominator, "
       "Tensor? moments, float[] objective, float scale, int reduction, int class_dim, SymInt num_classes, "
       "int ignore_index, bool gradient, bool save, bool parts) -> "
-      "(Tensor loss, Tensor parts, Tensor gradient, Tensor saved, Tensor members)");
+      "(Tensor loss, Tensor? parts, Tensor? gradient, Tensor? saved, Tensor? members)");
   m.def(
       "class_sums(Tensor grad_loss, Tensor student, Tensor teacher, Tensor? target, Tensor saved, Tensor members, "
       "Tensor moments, float[] objective, int class_dim, SymInt num_classes) -> Tensor");

@@ -19,8 +19,9 @@ namespace {
 class OnDevice {
  public:
   explicit OnDevice(const Tensor& tensor) {
+    STD_TORCH_CHECK(tensor.is_cuda() != simulated(),
+                    "ValueError: the CUDA kernels take CUDA tensors, a simulator CPU's");
     if (simulated()) return;
-    STD_TORCH_CHECK(tensor.is_cuda(), "ValueError: the CUDA kernels take CUDA tensors");
     guard_ = std::make_unique<torch::stable::accelerator::DeviceGuard>(tensor.get_device_index());
     try {
       use_device(tensor.get_device_index());
@@ -361,17 +362,17 @@ Tensor class_sums(const Tensor& grad_loss, const Tensor& student, const Tensor& 
   return sums_of_classes(step);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
-    const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& target,
-    const std::optional<Tensor>& sample_weight, const std::optional<Tensor>& denominator,
-    const std::optional<Tensor>& moments, const std::vector<double>& objective, double scale, int64_t reduction_index,
-    int64_t class_dim, int64_t num_classes, int64_t ignore_index, bool gradient, bool save, bool parts) {
+Forward forward(const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& target,
+                const std::optional<Tensor>& sample_weight, const std::optional<Tensor>& denominator,
+                const std::optional<Tensor>& moments, const std::vector<double>& objective, double scale,
+                int64_t reduction_index, int64_t class_dim, int64_t num_classes, int64_t ignore_index, bool gradient,
+                bool save, bool parts) {
   const auto reduction = static_cast<Reduction>(reduction_index);
   const bool by_class = moments.has_value(), each = reduction == Reduction::none;
   STD_TORCH_CHECK(save || !by_class || !gradient, "ValueError: save must go with gradient where there are moments");
-  Tensor grad =
-      gradient && !by_class ? torch::stable::empty_like(student) : new_tensor(student, {0}, student.scalar_type());
-  Step step(student, teacher, num_classes, class_dim, gradient && !by_class ? &grad : nullptr);
+  std::optional<Tensor> grad;
+  if (gradient && !by_class) grad = torch::stable::empty_like(student);
+  Step step(student, teacher, num_classes, class_dim, grad ? &*grad : nullptr);
   Call& call = step.call();
   call.set(decoded(objective));
   call.ignore_index = ignore_index;
@@ -385,15 +386,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
   std::vector<int64_t> part_shape = shape;
   part_shape.push_back(columns);
   Tensor loss = new_tensor(student, shape, step.dtype);
-  Tensor part_values = new_tensor(student, parts ? part_shape : std::vector<int64_t>{0}, step.dtype);
-  const auto rows_of = [&](int64_t width) {
-    return save ? std::vector<int64_t>{samples, width} : std::vector<int64_t>{0};
-  };
-  Tensor saved = new_tensor(student, rows_of(saved_size(call.objective)), step.dtype);
-  Tensor members = new_tensor(student, rows_of(members_size(call.objective)), ScalarType::Long);
+  std::optional<Tensor> part_values, saved, members;
+  if (parts) part_values = new_tensor(student, part_shape, step.dtype);
+  if (save) {
+    saved = new_tensor(student, {samples, saved_size(call.objective)}, step.dtype);
+    members = new_tensor(student, {samples, members_size(call.objective)}, ScalarType::Long);
+  }
   if (samples == 0) {
     torch::stable::zero_(loss);
-    if (parts) torch::stable::zero_(part_values);
+    if (parts) torch::stable::zero_(*part_values);
     if (gradient && by_class) grad = zeros(student, {2, num_classes});
   } else {
     const auto of_target = step.read("target", call.target, target, ScalarType::Long);
@@ -410,8 +411,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
     }
     const std::optional<Tensor> affines = step.affines(moments, std::nullopt);
     if (save) {
-      step.parameters.point("saved", call.saved, saved, true);
-      if (members.numel() > 0) step.parameters.point("members", call.members, members, true);
+      step.parameters.point("saved", call.saved, *saved, true);
+      if (members->numel() > 0) step.parameters.point("members", call.members, *members, true);
     }
     const char* kernel = "forward";
     std::optional<Tiling> tiling = statistics_tiling(call);
@@ -428,21 +429,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
     }
     call.tiling = tiling ? *tiling : piece_tiling(call, device_limits());
     const int64_t blocks = tiling ? sample_blocks(call) : samples;
-    Tensor block_losses = loss, block_parts = part_values;
+    Tensor block_losses = loss;
+    std::optional<Tensor> block_parts = part_values;
     if (!each) {
       block_losses = new_tensor(student, {blocks, 1}, ScalarType::Double);
       if (parts) block_parts = new_tensor(student, {blocks, columns}, ScalarType::Double);
     }
     step.parameters.point("losses", call.losses, block_losses, true);
-    if (parts) step.parameters.point("parts", call.part_values, block_parts, true);
+    if (parts) step.parameters.point("parts", call.part_values, *block_parts, true);
     if (tiling) step.launch(kernel, true);
     else step.split();
     if (!each) {
       step.sum_rows(block_losses, loss);
-      if (parts) step.sum_rows(block_parts, part_values);
+      if (parts) step.sum_rows(*block_parts, *part_values);
     }
     if (gradient && by_class) {
-      BackwardStep sums(std::nullopt, student, teacher, target, saved, members, objective, class_dim, num_classes,
+      BackwardStep sums(std::nullopt, student, teacher, target, *saved, *members, objective, class_dim, num_classes,
                         nullptr);
       sums.parameters.point("affines", sums.call().affines, *affines);
       grad = sums_of_classes(sums);

@@ -121,11 +121,11 @@ Tensor class_moments_cpu(const Tensor& student, const Tensor& teacher, const std
   return moments;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_cpu(
-    const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& target,
-    const std::optional<Tensor>& sample_weight, const std::optional<Tensor>& denominator,
-    const std::optional<Tensor>& moments, const std::vector<double>& objective, double scale, int64_t reduction_index,
-    int64_t class_dim, int64_t num_classes, int64_t ignore_index, bool gradient, bool save, bool parts) {
+Forward forward_cpu(const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& target,
+                    const std::optional<Tensor>& sample_weight, const std::optional<Tensor>& denominator,
+                    const std::optional<Tensor>& moments, const std::vector<double>& objective, double scale,
+                    int64_t reduction_index, int64_t class_dim, int64_t num_classes, int64_t ignore_index,
+                    bool gradient, bool save, bool parts) {
   const auto reduction = static_cast<Reduction>(reduction_index);
   Problem problem = compared(student, teacher, num_classes, class_dim);
   problem.objective = decoded(objective);
@@ -134,12 +134,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_cpu(
   const bool own_moments = problem.objective.standardize == Standardize::by_class && !moments;
   STD_TORCH_CHECK(save || !moments || !gradient, "ValueError: save must go with gradient where there are moments");
   STD_TORCH_CHECK(!save || !own_moments, "ValueError: moments must be given with save");
-  Tensor grad = !gradient ? new_tensor(student, {0}, student.scalar_type())
-                : moments ? new_tensor(student, {2, num_classes}, ScalarType::Double)
-                          : new_gradient(student);
-  if (gradient && moments) problem.sums_out = static_cast<double*>(grad.data_ptr());
+  std::optional<Tensor> grad;
   std::vector<std::pair<Matrix*, const Tensor*>> sides{{&problem.student, &student}, {&problem.teacher, &teacher}};
-  if (gradient && !moments) sides.emplace_back(&problem.gradient, &grad);
+  if (gradient && moments) {
+    grad = new_tensor(student, {2, num_classes}, ScalarType::Double);
+    problem.sums_out = static_cast<double*>(grad->data_ptr());
+  } else if (gradient) {
+    grad = new_gradient(student);
+    sides.emplace_back(&problem.gradient, &*grad);
+  }
   set_layout(problem, sides, class_dim);
   const int64_t samples = problem.samples;
 
@@ -149,7 +152,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_cpu(
   const ValidSamples valid = set_weights(problem, arguments.array<double>(sample_weight), ignore_index);
   problem.weight.factor =
       reduction_factor(reduction, arguments.array<double>(denominator), scale, student.size(0), valid.weight);
-  if (problem.gradient.data) skip_zeros(problem, grad, valid.count);
+  if (problem.gradient.data) skip_zeros(problem, *grad, valid.count);
   std::vector<double> computed_moments(own_moments ? 6 * num_classes : 0);
   if (own_moments) {
     class_moments(problem, parallel(), computed_moments.data());
@@ -160,14 +163,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_cpu(
   const int64_t columns = value_count(problem), slots = reduction == Reduction::none ? samples : 1;
   std::vector<double> values(slots * columns);
   (reduction == Reduction::none ? problem.values : problem.totals) = values.data();
-  const auto rows_of = [samples](bool wanted, int64_t width) {
-    return wanted ? std::vector<int64_t>{samples, width} : std::vector<int64_t>{0};
-  };
-  Tensor saved = new_tensor(student, rows_of(save, saved_size(problem.objective)), dtype);
-  Tensor members = new_tensor(student, rows_of(save, members_size(problem.objective)), ScalarType::Long);
+  std::optional<Tensor> saved, members;
   if (save) {
-    problem.saved = saved.data_ptr();
-    problem.members = static_cast<int64_t*>(members.data_ptr());
+    saved = new_tensor(student, {samples, saved_size(problem.objective)}, dtype);
+    members = new_tensor(student, {samples, members_size(problem.objective)}, ScalarType::Long);
+    problem.saved = saved->data_ptr();
+    problem.members = static_cast<int64_t*>(members->data_ptr());
   }
   forward(problem, parallel());
 
@@ -176,14 +177,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_cpu(
     for (int64_t d = 0; d < student.dim(); ++d)
       if (d != class_dim) shape.push_back(student.size(d));
   Tensor loss = new_tensor(student, shape, dtype);
-  shape = parts ? shape : std::vector<int64_t>{};
   shape.push_back(columns - 1);
-  Tensor part_values = new_tensor(student, shape, dtype);
+  std::optional<Tensor> part_values;
+  if (parts) part_values = new_tensor(student, shape, dtype);
   for (int64_t n = 0; n < slots; ++n) {
     const double weight = problem.totals ? 1 : problem.weight(n);
     for (int64_t v = 0; v < columns; ++v) {
       const double value = weight == 0 ? 0 : weight * values[n * columns + v];
-      store(v == 0 ? loss : part_values, v == 0 ? n : n * (columns - 1) + v - 1, value);
+      store(v == 0 ? loss : *part_values, v == 0 ? n : n * (columns - 1) + v - 1, value);
     }
   }
   return {loss, part_values, grad, saved, members};

@@ -23,7 +23,7 @@ def fused_loss(call: Call, ops: Ops, *, recompute: bool, parts: bool) -> tuple[T
     if not (call.student.requires_grad and torch.is_grad_enabled()):
         moments = None if _finds_moments(call, ops) else _class_moments(call, ops)
         loss, values, *_ = ops.forward(call, moments, gradient=False, save=False, parts=parts)
-        return loss, values if parts else None
+        return loss, values
     result = DistillationFunction.apply(call.student, call, ops, recompute, parts)
     return result if parts else (result, None)
 
@@ -53,9 +53,7 @@ class DistillationFunction(torch.autograd.Function):
         ctx.ops = ops
         ctx.recompute = recompute
         if recompute:
-            ctx.save_for_backward(
-                student, call.teacher, call.target, saved, members, moments, gradient if now else None
-            )
+            ctx.save_for_backward(student, call.teacher, call.target, saved, members, moments, gradient)
             ctx.call = call._replace(student=None, teacher=None, target=None, sample_weight=None, denominator=None)
         else:
             ctx.save_for_backward(gradient)

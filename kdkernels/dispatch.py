@@ -8,7 +8,7 @@ import os
 import torch
 
 from kdkernels import ops
-from kdkernels.objective import check_choice
+from kdkernels.objective import Objective, check_choice
 from kdkernels.validation import Call
 
 logger = logging.getLogger("kdkernels")
@@ -20,22 +20,28 @@ ENVIRONMENT = "KDKERNELS_BACKEND"
 TRITON_CPU = "KDKERNELS_TRITON_CPU"
 #: Set to 1, targets and weights are checked on a GPU too, which waits for it.
 DEBUG = "KDKERNELS_DEBUG"
+
+# Read at import, not at every call: to find that a variable is not set takes longer than all other checks of a call.
+default_backend = os.environ.get(ENVIRONMENT, "auto")
+debug = os.environ.get(DEBUG) == "1"
+
 _logged: set[str] = set()
 
-
+#: Backends of a device, fastest first; of others it is the last alone.
+_PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 #: Dimensions of logits that the kernels' layouts hold.
 _MAX_DIMS = 9
 #: Leading classes that the CUDA kernels have room for.
 _MOST_LEADS = 1024
 
 
-def why_not(backend: str, device_type: str, dims: int = 2) -> str | None:
-    """Why ``backend`` cannot serve logits of ``dims`` dimensions on ``device_type``; None if it can."""
-    if backend == "reference":
-        return None
-    if backend == "triton":
-        return _why_not_triton(device_type)
-    return _why_not_cuda(device_type, dims) if backend == "cuda" else _why_not_cpu(device_type, dims)
+def why_not(backend: str, device_type: str, dims: int = 2, objective: Objective | None = None) -> str | None:
+    """Why ``backend`` cannot serve an objective or logits of ``dims`` dimensions on ``device_type``; None if it can."""
+    if backend == "cpu":
+        return _why_not_cpu(device_type, dims)
+    if backend == "cuda":
+        return _why_not_cuda(device_type, dims, objective)
+    return _why_not_triton(device_type) if backend == "triton" else None
 
 
 def _why_not_cpu(device_type: str, dims: int) -> str | None:
@@ -56,37 +62,29 @@ def _why_not_triton(device_type: str) -> str | None:
     return ops.triton_unavailable
 
 
-def _why_not_cuda(device_type: str, dims: int) -> str | None:
+def _why_not_cuda(device_type: str, dims: int, objective: Objective | None) -> str | None:
     if ops.cuda_unavailable is not None:
         return ops.cuda_unavailable
     if dims > _MAX_DIMS:
         return f"it serves logits of up to {_MAX_DIMS} dimensions, and these have {dims}"
-    if ops.cuda_simulated():
-        return None if device_type == "cpu" else "its launches go to a simulator, which takes CPU tensors"
-    if device_type != "cuda":
-        return f"it serves CUDA tensors, and the logits are on {device_type}"
-    return ops.why_not_this_gpu()
-
-
-def _why_not_call(backend: str, call: Call) -> str | None:
-    """Why ``backend`` cannot serve this call's objective, or None."""
-    if backend != "cuda":
+    leads = 0 if objective is None else sum(term.partition.k for term in objective.terms)
+    if leads > _MOST_LEADS:
+        return f"it ranks up to {_MOST_LEADS} leading classes, and these are {leads}"
+    if device_type == "cuda":
+        return ops.why_not_this_gpu()
+    if device_type == "cpu" and ops.cuda_simulated():
         return None
-    leads = sum(term.partition.k for term in call.objective.terms)
-    return None if leads <= _MOST_LEADS else f"it ranks up to {_MOST_LEADS} leading classes, and these are {leads}"
+    return f"it serves CUDA tensors, and the logits are on {device_type}"
 
 
 def preference(device_type: str) -> tuple[str, ...]:
     """Backends for a device, fastest first."""
-    gpu = ("cuda", "triton", "reference")
-    return {"cpu": ("cpu", "reference"), "cuda": gpu}.get(device_type, ("reference",))
+    return _PREFERENCE.get(device_type, ("reference",))
 
 
 def checks_samples(backend: str, call: Call) -> bool:
     """Whether to check targets and weights before the call: the backend does not, and it costs little."""
-    if backend == "cpu":
-        return False
-    return (backend == "reference" and call.student.is_cpu) or os.environ.get(DEBUG) == "1"
+    return backend != "cpu" and (debug or (backend == "reference" and call.student.is_cpu))
 
 
 def choose(call: Call, requested: str = "auto") -> str:
@@ -96,19 +94,17 @@ def choose(call: Call, requested: str = "auto") -> str:
     over a faster one. A backend asked for by name serves the call or raises RuntimeError with the reason.
     """
     check_choice("backend", requested, BACKENDS)
-    if requested == "auto":
-        requested = os.environ.get(ENVIRONMENT, "auto")
+    if requested == "auto" and default_backend != "auto":
+        requested = default_backend
         check_choice(f"the environment variable {ENVIRONMENT}", requested, BACKENDS)
-    device_type, dims = call.student.device.type, call.student.dim()
-    if requested != "auto":
-        reason = why_not(requested, device_type, dims) or _why_not_call(requested, call)
-        if reason is not None:
-            raise RuntimeError(f"backend {requested!r} cannot serve this call: {reason}")
-        return requested
-    for backend in preference(device_type):
-        reason = why_not(backend, device_type, dims) or _why_not_call(backend, call)
+    student = call.student
+    device_type = student.device.type
+    for backend in preference(device_type) if requested == "auto" else (requested,):
+        reason = why_not(backend, device_type, student.dim(), call.objective)
         if reason is None:
             return backend
+        if requested != "auto":
+            raise RuntimeError(f"backend {requested!r} cannot serve this call: {reason}")
         _log_once(f"backend {backend!r} is passed over: {reason}")
     raise AssertionError("the reference backend serves every call")
 

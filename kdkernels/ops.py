@@ -98,8 +98,8 @@ class Ops:
 
     def forward(
         self, call: Call, moments: Tensor | None = None, *, gradient: bool, save: bool, parts: bool
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """``(loss, parts, gradient, saved, members)``; what was not asked for is empty.
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """``(loss, parts, gradient, saved, members)``; what was not asked for is None.
 
         ``moments`` are those of :meth:`class_moments` where logits are standardised by class, or None if the op
         :attr:`finds_moments`; else None. ``gradient`` is that of the reduced loss in the student's logits; ``saved``
@@ -242,7 +242,9 @@ def cuda_targets() -> list[int]:
 
 
 @functools.cache
-def _why_not_capability(capability: int) -> str | None:
+def _why_not_gpu(index: int) -> str | None:
+    major, minor = torch.cuda.get_device_capability(index)
+    capability = 10 * major + minor
     if torch.ops.kdkernels_cuda.serves.default(capability):
         return None
     return f"its kernels were compiled for compute capabilities {cuda_targets()}, and this GPU's is {capability}"
@@ -251,10 +253,9 @@ def _why_not_capability(capability: int) -> str | None:
 @_constant_while_traced
 def why_not_this_gpu() -> str | None:
     """Why the current GPU cannot run the CUDA kernels, or None."""
-    if torch.version.cuda is None or not torch.cuda.is_available():
+    if torch.version.cuda is None or not (torch.cuda.is_initialized() or torch.cuda.is_available()):
         return "torch has no CUDA device"
-    major, minor = torch.cuda.get_device_capability()
-    return _why_not_capability(10 * major + minor)
+    return _why_not_gpu(torch.cuda.current_device())
 
 
 _TRITON_SCHEMAS = (
@@ -263,7 +264,7 @@ _TRITON_SCHEMAS = (
     "forward(Tensor student, Tensor teacher, Tensor? target, Tensor? sample_weight, Tensor? denominator, "
     "Tensor? moments, float[] objective, float scale, int reduction, int class_dim, SymInt num_classes, "
     "int ignore_index, bool gradient, bool save, bool parts) -> "
-    "(Tensor loss, Tensor parts, Tensor gradient, Tensor saved, Tensor members)",
+    "(Tensor loss, Tensor? parts, Tensor? gradient, Tensor? saved, Tensor? members)",
     "class_sums(Tensor grad_loss, Tensor student, Tensor teacher, Tensor? target, Tensor saved, Tensor members, "
     "Tensor moments, float[] objective, int class_dim, SymInt num_classes) -> Tensor",
     "backward(Tensor grad_loss, Tensor student, Tensor teacher, Tensor? target, Tensor saved, Tensor members, "
@@ -328,10 +329,10 @@ def _register_fakes(namespace: str, sizes_of: Callable[[Sequence[float]], Sequen
         empty = student.new_empty
         return (
             empty(reduced, dtype=dtype),
-            empty((*reduced, sizes[0]) if parts else (0,), dtype=dtype),
-            fake_gradient(student, moments, num_classes) if gradient else empty((0,)),
-            empty((count, sizes[1]) if save else (0,), dtype=dtype),
-            empty((count, sizes[2]) if save else (0,), dtype=torch.int64),
+            empty((*reduced, sizes[0]), dtype=dtype) if parts else None,
+            fake_gradient(student, moments, num_classes) if gradient else None,
+            empty((count, sizes[1]), dtype=dtype) if save else None,
+            empty((count, sizes[2]), dtype=torch.int64) if save else None,
         )
 
     @torch.library.register_fake(f"{namespace}::class_sums")

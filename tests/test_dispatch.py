@@ -37,7 +37,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     spy(reference, "distillation_loss", "reference")
     spy(autograd, "fused_loss", "native")
-    monkeypatch.delenv(dispatch.ENVIRONMENT, raising=False)
+    monkeypatch.setattr(dispatch, "default_backend", "auto")
     monkeypatch.setattr(dispatch, "_logged", set())
     return calls
 
@@ -110,7 +110,7 @@ def test_other_devices_go_to_the_reference(served: list[str]) -> None:
 
 @pytest.mark.parametrize("value", ["reference", "auto"])
 def test_the_environment_chooses(value: str, served: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("KDKERNELS_BACKEND", value)
+    monkeypatch.setattr(dispatch, "default_backend", value)
     kdkernels.kd_loss(STUDENT, TEACHER)
     native = value == "auto" and dispatch.why_not("cpu", "cpu") is None
     assert served == ["native" if native else "reference"]
@@ -119,21 +119,21 @@ def test_the_environment_chooses(value: str, served: list[str], monkeypatch: pyt
 def test_a_named_backend_overrules_the_environment(
     backend: str, served: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("KDKERNELS_BACKEND", "reference" if backend != "reference" else "cpu")
+    monkeypatch.setattr(dispatch, "default_backend", "reference" if backend != "reference" else "cpu")
     kdkernels.kd_loss(STUDENT, TEACHER, backend=backend)
     assert served == ["reference" if backend == "reference" else "native"]
 
 
 @pytest.mark.usefixtures("no_extension")
 def test_the_environments_choice_raises_too(served: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("KDKERNELS_BACKEND", "cpu")
+    monkeypatch.setattr(dispatch, "default_backend", "cpu")
     with pytest.raises(RuntimeError, match=rf"backend 'cpu' cannot serve this call: {MISSING}"):
         kdkernels.kd_loss(STUDENT, TEACHER)
     assert served == []
 
 
 def test_nonsense_in_the_environment(served: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("KDKERNELS_BACKEND", "fastest")
+    monkeypatch.setattr(dispatch, "default_backend", "fastest")
     with pytest.raises(ValueError, match=r"KDKERNELS_BACKEND must be one of .*got 'fastest'"):
         kdkernels.kd_loss(STUDENT, TEACHER)
     assert served == []

@@ -166,7 +166,9 @@ def test_fake_kernels_tell_the_truth(layout: str, flags: dict[str, Any]) -> None
         convert = mode.from_tensor
         fake = torch.ops.kdkernels.forward(*(convert(a) if isinstance(a, Tensor) else a for a in arguments))
     for got, want in zip(fake, real, strict=True):
-        assert (got.shape, got.dtype, got.stride()) == (want.shape, want.dtype, want.stride())
+        assert (got is None) == (want is None)
+        if want is not None:
+            assert (got.shape, got.dtype, got.stride()) == (want.shape, want.dtype, want.stride())
 
 
 # Poison -------------------------------------------------------------------------------------------------------------
@@ -193,7 +195,7 @@ def test_no_output_keeps_the_poison(case: Case, flags: dict[str, Any]) -> None:
     target %= 20
     target[1] = -100
     outputs = torch.ops.kdkernels.forward(*forward_arguments(case, student, teacher, target, **flags))
-    for output in outputs:
+    for output in (output for output in outputs if output is not None):
         assert not output.isnan().any()
         if not output.is_floating_point():
             assert not output.eq(torch.iinfo(output.dtype).max).any()

@@ -215,7 +215,7 @@ def test_targets_of_any_integer_dtype(dtype: torch.dtype, path: Path) -> None:
 @pytest.mark.parametrize("value", [-1, 23, 2**40])
 @pytest.mark.parametrize("name", ["dkd", "kd_ce"])
 def test_target_out_of_range(name: str, value: int, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(dispatch.DEBUG, "1")
+    monkeypatch.setattr(dispatch, "debug", True)
     student, teacher, target = make_inputs((4, 23))
     target[2] = value
     with pytest.raises(IndexError, match=rf"target must be in \[0, 23\).*got {value} for sample 2"):
@@ -224,7 +224,7 @@ def test_target_out_of_range(name: str, value: int, path: Path, monkeypatch: pyt
 
 def test_target_beyond_num_classes(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Classes that are not compared are no targets."""
-    monkeypatch.setenv(dispatch.DEBUG, "1")
+    monkeypatch.setattr(dispatch, "debug", True)
     student, teacher, target = make_inputs((4, 23))
     target[:] = 3
     target[1] = 20
@@ -239,7 +239,7 @@ def test_target_out_of_range_unchecked(
     name: str, value: int, native_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a GPU nobody waits for a check: the sample's loss and gradient are NaN, and nothing else is touched."""
-    monkeypatch.delenv(dispatch.DEBUG, raising=False)
+    monkeypatch.setattr(dispatch, "debug", False)
     student, teacher, target = make_inputs((4, 23))
     options = {"reduction": "none", **native_path.options}
     clean = measured(LOSSES[name].call, student, teacher, target=target, **options)
@@ -255,7 +255,7 @@ def test_target_out_of_range_unchecked(
 
 @pytest.mark.parametrize("value", [-0.5, torch.nan], ids=str)
 def test_negative_weight(value: float, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(dispatch.DEBUG, "1")
+    monkeypatch.setattr(dispatch, "debug", True)
     student, teacher, _ = make_inputs((4, 23))
     weight = torch.tensor([1.0, 1.0, value, 1.0])
     with pytest.raises(ValueError, match=rf"sample_weight must be >= 0, got {value} for sample 2"):

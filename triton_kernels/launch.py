@@ -179,7 +179,7 @@ def forward(
     gradient: bool,
     save: bool,
     parts: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """See :meth:`kdkernels.ops.Ops.forward`."""
     by_class = moments is not None
     grad = torch.empty_like(student) if gradient and not by_class else None
@@ -199,7 +199,7 @@ def forward(
     affines = None
     if samples == 0:
         loss = m.new(*shape).zero_()
-        values = m.new(*shape, columns).zero_() if parts else m.new(0)
+        values = m.new(*shape, columns).zero_() if parts else None
     else:
         with _on_device(student):
             target, weight = _flat(target, torch.int64), _flat(sample_weight, m.dtype)
@@ -217,15 +217,13 @@ def forward(
             run = _fused if tile is not None else _split
             rows, part_rows = run(m, problem, marks, affines, kept, shape, each, parts)
             loss = rows if each else _sum_rows(rows, m.dtype).reshape(())
-            values = m.new(0) if part_rows is None else part_rows if each else _sum_rows(part_rows, m.dtype)
+            values = part_rows if each or part_rows is None else _sum_rows(part_rows, m.dtype)
     if gradient and by_class:
         with _on_device(student):
             one = torch.ones((), dtype=m.dtype, device=student.device)
             without_parts = unpack(tuple(objective), False, m.dtype == torch.float64)
             grad = _class_sums(m, without_parts, one, target, affines, Kept(saved, members))
-    if not save:
-        saved, members = m.new(0), m.new(0, dtype=torch.int64)
-    return loss, values, student.new_empty(0) if grad is None else grad, saved, members
+    return loss, values, grad, saved if save else None, members if save else None
 
 
 def _results(

@@ -1,0 +1,34 @@
+// The kernels of csrc/cpu/kernels_avx512.cpp, for CPUs without AVX-512; they also stand for those of the other sets.
+#include "kernel_includes.h"
+
+#pragma GCC target("avx2,fma,f16c,bmi,bmi2")
+#include "intrinsics.h"
+#define KDK_AVX512
+#define KDK_VECTOR_BYTES 64
+
+namespace kdk::avx512 {
+namespace {
+// The order matters: each needs the one before.
+// clang-format off
+#include "simd.h"
+#include "../evaluate.h"
+#include "tile_kernels.h"
+#include "standardize.h"
+#include "row_kernels.h"
+#include "pixel_kernels.h"
+#include "kernels_of_isa.h"
+// clang-format on
+}  // namespace
+extern const Kernels kernels;
+const Kernels kernels = kKernels;
+}  // namespace kdk::avx512
+
+namespace kdk::avx2 {
+extern const Kernels kernels;
+const Kernels kernels = avx512::kKernels;
+}  // namespace kdk::avx2
+
+namespace kdk::baseline {
+extern const Kernels kernels;
+const Kernels kernels = avx512::kKernels;
+}  // namespace kdk::baseline
