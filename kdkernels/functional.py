@@ -89,7 +89,7 @@ def distillation_loss(
             sums over the batch. A fused bfloat16 gradient is rounded when written and again by an upstream factor that
             is no power of two.
         backend: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"reference"``. ``auto`` follows the environment
-            variable ``KDKERNELS_BACKEND`` if set, else picks the fastest that can serve the call.
+            variable ``KDKERNELS_BACKEND`` if it was set at import, else picks the fastest that can serve the call.
         return_parts: also return the unweighted parts of the loss.
 
     Returns:
