@@ -1,8 +1,8 @@
 // How long the kernels' exp2 takes where nothing else does: built and called by roofline.py, with the flags and macros
 // of one instruction set.
-#include "../csrc/cpu/kernel_includes.h"
-
 #include <chrono>
+
+#include "../csrc/cpu/kernel_includes.h"
 
 namespace kdk {
 namespace {

@@ -1,6 +1,16 @@
 // The kernels of one instruction set (see simd.h): by pixels where samples are side by side in memory, else by
 // rows.
 
+// The order matters: each needs the one before.
+// clang-format off
+#include "simd.h"
+#include "../evaluate.h"
+#include "tile_kernels.h"
+#include "standardize.h"
+#include "row_kernels.h"
+#include "pixel_kernels.h"
+// clang-format on
+
 // Block by block of samples, so that the sum does not depend on the number of threads.
 inline ValidSamples valid_samples(const Problem& p, const Parallel& parallel) {
   constexpr int64_t kBlock = 1 << 14;
