@@ -27,7 +27,7 @@ debug = os.environ.get(DEBUG) == "1"
 
 _logged: set[str] = set()
 
-#: Backends of a device, fastest first; of others it is the last alone.
+#: Backends of a device, fastest first; those of any other are the reference alone.
 _PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 #: Dimensions of logits that the kernels' layouts hold.
 _MAX_DIMS = 9
