@@ -14,7 +14,6 @@ otherwise.
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import sys
 import time
@@ -262,7 +261,7 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(1)  # such small models only lose by more, and one thread makes their sums reproducible
     start = time.perf_counter()
     reason = dispatch.why_not("cpu", "cpu")
-    if reason is None and os.environ.get(dispatch.ENVIRONMENT) == "reference":
+    if reason is None and dispatch.default_backend == "reference":
         reason = f"{dispatch.ENVIRONMENT}=reference is set"
     if reason is not None:
         print(f"NO FUSED KERNELS HERE: {reason}.\nBoth columns below are the reference backend; compare nothing.\n")

@@ -126,7 +126,7 @@ def report() -> str:
     targets = ", ".join(f"sm_{target}" for target in ops.cuda_targets())
     lines.append(f"CUDA         {ops.cuda_unavailable or f'kernels for {targets} and, from PTX, newer GPUs'}")
     lines.append(f"triton       {ops.triton_unavailable or 'installed'}")
-    lines.append(f"environment  {ENVIRONMENT}={os.environ.get(ENVIRONMENT, '(not set)')}")
+    lines.append(f"environment  {ENVIRONMENT}={default_backend}, {DEBUG}={debug:d}")
     for device_type in ("cpu", "cuda"):
         for backend in preference(device_type):
             reason = why_not(backend, device_type)

@@ -183,17 +183,24 @@ def run(*arguments: str, directory: Path, **environment: str) -> subprocess.Comp
 
 def test_the_report() -> None:
     require("cpu")
-    done = run("-m", "kdkernels", directory=PACKAGE.parent, KDKERNELS_BACKEND="reference", KDKERNELS_CPU_ISA="baseline")
+    asked = {"KDKERNELS_BACKEND": "reference", "KDKERNELS_DEBUG": "1", "KDKERNELS_CPU_ISA": "baseline"}
+    done = run("-m", "kdkernels", directory=PACKAGE.parent, **asked)
     assert done.returncode == 0, done.stderr
     for piece in (
         f"kdkernels    {kdkernels.__version__}",
         torch.__version__,
         f"CPU kernels for {', '.join(instruction_sets())}; in use: baseline",
-        "KDKERNELS_BACKEND=reference",
+        "KDKERNELS_BACKEND=reference, KDKERNELS_DEBUG=1",
         "cpu  tensors -> cpu",
         f"cuda tensors -> {next(name for name in dispatch.preference('cuda') if not dispatch.why_not(name, 'cuda'))}",
     ):
         assert piece in done.stdout
+
+
+def test_the_report_without_an_environment() -> None:
+    done = run("-m", "kdkernels", directory=PACKAGE.parent)
+    assert done.returncode == 0, done.stderr
+    assert "KDKERNELS_BACKEND=auto, KDKERNELS_DEBUG=0" in done.stdout
 
 
 def test_an_instruction_set_that_there_is_not() -> None:
