@@ -114,38 +114,52 @@ KDK_HOST_DEVICE int64_t members_size(const Objective& objective) {
   return size;
 }
 
-// Numbers before the terms: the weight of the cross entropy, the standardisation, its correction and eps.
-constexpr int kEncodedHeader = 4;
-// Numbers of one encoded term: kind, k, largest, temperature, scale, mass, groups, mass part, group parts.
-constexpr int kEncodedTerm = 5 + 2 + 2 * kMaxGroups + 2 + 2 * kMaxGroups;
+// An objective's structure: standardisation and correction, then of each term kind, k, largest and whether it has the
+// first term's temperature.
+constexpr int kStructureHeader = 2, kStructureTerm = 4;
+// An objective's numbers: weight of the cross entropy and eps, then of each term temperature, scale and the weights of
+// mass, groups, mass part and group parts.
+constexpr int kNumbersHeader = 2;
+KDK_HOST_DEVICE int64_t numbers_of(const Term& term) { return 2 + 4 * (1 + term.groups()); }
 
-// Reads what Objective.encode() of kdkernels/objective.py wrote; false if the length does not fit.
-inline bool decode(const double* numbers, int64_t count, Objective& objective) {
-  objective.terms = static_cast<int>((count - kEncodedHeader) / kEncodedTerm);
-  if (count < kEncodedHeader || objective.terms < 1 || objective.terms > kMaxTerms) return false;
-  if (count != kEncodedHeader + static_cast<int64_t>(objective.terms) * kEncodedTerm) return false;
-  const double* next = numbers;
+// Reads the structure that Objective.encode() of kdkernels/objective.py gives; false if it is none.
+inline bool decode_structure(const int64_t* structure, int64_t count, Objective& objective) {
+  objective.terms = static_cast<int>((count - kStructureHeader) / kStructureTerm);
+  if (objective.terms < 1 || objective.terms > kMaxTerms) return false;
+  if (count != kStructureHeader + static_cast<int64_t>(objective.terms) * kStructureTerm) return false;
+  objective.standardize = static_cast<Standardize>(structure[0]);
+  objective.correction = static_cast<double>(structure[1]);
+  for (int t = 0; t < objective.terms; ++t) {
+    const int64_t* next = structure + kStructureHeader + static_cast<int64_t>(t) * kStructureTerm;
+    Term& term = objective.term[t];
+    term.kind = static_cast<PartitionKind>(next[0]);
+    term.k = static_cast<int>(next[1]);
+    term.largest = next[2] != 0;
+  }
+  return true;
+}
+
+// Reads the numbers that go with a structure; false if their count does not fit it.
+inline bool decode_numbers(const double* next, int64_t count, Objective& objective) {
+  int64_t expected = kNumbersHeader;
+  for (int t = 0; t < objective.terms; ++t) expected += numbers_of(objective.term[t]);
+  if (count != expected) return false;
   const auto weights = [&next] {
     const KlWeights pair{next[0], next[1]};
     next += 2;
     return pair;
   };
   objective.ce_weight = *next++;
-  objective.standardize = static_cast<Standardize>(static_cast<int>(*next++));
-  objective.correction = *next++;
   objective.eps = *next++;
   for (int t = 0; t < objective.terms; ++t) {
     Term& term = objective.term[t];
-    term.kind = static_cast<PartitionKind>(static_cast<int>(*next++));
-    term.k = static_cast<int>(*next++);
-    term.largest = *next++ != 0;
     term.temperature = *next++;
     term.scale = *next++;
     term.slope = term.scale / term.temperature;
     term.mass = weights();
-    for (KlWeights& pair : term.group) pair = weights();
+    for (int g = 0; g < term.groups(); ++g) term.group[g] = weights();
     term.mass_part = weights();
-    for (KlWeights& pair : term.group_part) pair = weights();
+    for (int g = 0; g < term.groups(); ++g) term.group_part[g] = weights();
   }
   return true;
 }

@@ -39,10 +39,20 @@ inline DType dtype_of(const Tensor& tensor) {
   return DType::f32;
 }
 
-inline Objective decoded(const std::vector<double>& numbers) {
-  Objective objective;
-  STD_TORCH_CHECK(decode(numbers.data(), static_cast<int64_t>(numbers.size()), objective),
-                  "ValueError: objective must be what Objective.encode() returns, got ", numbers.size(), " numbers");
+inline Objective decoded(const std::vector<int64_t>& structure) {
+  Objective objective{};
+  STD_TORCH_CHECK(decode_structure(structure.data(), static_cast<int64_t>(structure.size()), objective),
+                  "ValueError: structure must be what Objective.encode() returns, got ", structure.size(), " integers");
+  return objective;
+}
+
+// An objective from what Objective.encode() returns; its numbers are on the CPU, whatever device the logits are on.
+inline Objective decoded(const std::vector<int64_t>& structure, const Tensor& numbers) {
+  Objective objective = decoded(structure);
+  STD_TORCH_CHECK(numbers.scalar_type() == ScalarType::Double && numbers.is_cpu() && numbers.is_contiguous() &&
+                      decode_numbers(static_cast<const double*>(numbers.data_ptr()), numbers.numel(), objective),
+                  "ValueError: numbers must be the float64 CPU tensor that Objective.encode() returns, got ",
+                  numbers.numel(), " numbers");
   return objective;
 }
 
@@ -98,23 +108,24 @@ inline void define_ops(torch::stable::detail::StableLibrary& m) {
       "SymInt num_classes, int ignore_index) -> Tensor");
   m.def(
       "forward(Tensor student, Tensor teacher, Tensor? target, Tensor? sample_weight, Tensor? denominator, "
-      "Tensor? moments, float[] objective, float scale, int reduction, int class_dim, SymInt num_classes, "
-      "int ignore_index, bool gradient, bool save, bool parts) -> "
+      "Tensor? moments, int[] structure, Tensor numbers, float scale, int reduction, int class_dim, SymInt "
+      "num_classes, "
+      "int ignore_index, bool gradient, bool save, bool parts, str? process_group=None) -> "
       "(Tensor loss, Tensor? parts, Tensor? gradient, Tensor? saved, Tensor? members)");
   m.def(
       "class_sums(Tensor grad_loss, Tensor student, Tensor teacher, Tensor? target, Tensor saved, Tensor members, "
-      "Tensor moments, float[] objective, int class_dim, SymInt num_classes) -> Tensor");
+      "Tensor moments, int[] structure, Tensor numbers, int class_dim, SymInt num_classes) -> Tensor");
   m.def(
       "backward(Tensor grad_loss, Tensor student, Tensor teacher, Tensor? target, Tensor saved, Tensor members, "
-      "Tensor? moments, Tensor? sums, float[] objective, int class_dim, SymInt num_classes) -> Tensor");
+      "Tensor? moments, Tensor? sums, int[] structure, Tensor numbers, int class_dim, SymInt num_classes) -> Tensor");
   m.def("scale_(Tensor(a!) gradient, Tensor factor, int class_dim) -> ()");
   // Numbers a sample of the loss parts, of what forward saves, and of the leading classes.
-  m.def("sizes(float[] objective) -> int[]");
+  m.def("sizes(int[] structure) -> int[]");
 }
 
-inline std::vector<int64_t> sizes(const std::vector<double>& objective) {
-  const Objective decoded_objective = decoded(objective);
-  return {decoded_objective.parts(), saved_size(decoded_objective), members_size(decoded_objective)};
+inline std::vector<int64_t> sizes(const std::vector<int64_t>& structure) {
+  const Objective objective = decoded(structure);
+  return {objective.parts(), saved_size(objective), members_size(objective)};
 }
 
 }  // namespace kdk

@@ -271,9 +271,10 @@ void Step::split() {
 struct BackwardStep : Step {
   BackwardStep(const std::optional<Tensor>& grad_loss, const Tensor& student, const Tensor& teacher,
                const std::optional<Tensor>& target, const Tensor& saved, const Tensor& members,
-               const std::vector<double>& objective, int64_t class_dim, int64_t num_classes, const Tensor* gradient)
+               const std::vector<int64_t>& structure, const Tensor& numbers, int64_t class_dim, int64_t num_classes,
+               const Tensor* gradient)
       : Step(student, teacher, num_classes, class_dim, gradient) {
-    call().set(decoded(objective));
+    call().set(decoded(structure, numbers));
     read("target", call().target, target, ScalarType::Long);
     read("grad_loss", call().upstream, grad_loss, ScalarType::Double);
     call().upstream_each = grad_loss && grad_loss->dim() > 0;
@@ -285,10 +286,11 @@ struct BackwardStep : Step {
 Tensor backward(const Tensor& grad_loss, const Tensor& student, const Tensor& teacher,
                 const std::optional<Tensor>& target, const Tensor& saved, const Tensor& members,
                 const std::optional<Tensor>& moments, const std::optional<Tensor>& sums,
-                const std::vector<double>& objective, int64_t class_dim, int64_t num_classes) {
+                const std::vector<int64_t>& structure, const Tensor& numbers, int64_t class_dim, int64_t num_classes) {
   STD_TORCH_CHECK(moments.has_value() == sums.has_value(), "ValueError: sums must be given with moments");
   Tensor gradient = torch::stable::empty_like(student);
-  BackwardStep step(grad_loss, student, teacher, target, saved, members, objective, class_dim, num_classes, &gradient);
+  BackwardStep step(grad_loss, student, teacher, target, saved, members, structure, numbers, class_dim, num_classes,
+                    &gradient);
   if (step.call().samples == 0) return gradient;
   if (!step.affines(moments, sums)) {
     step.call().tiling = piece_tiling(step.call(), device_limits());
@@ -355,8 +357,10 @@ Tensor sums_of_classes(BackwardStep& step) {
 
 Tensor class_sums(const Tensor& grad_loss, const Tensor& student, const Tensor& teacher,
                   const std::optional<Tensor>& target, const Tensor& saved, const Tensor& members,
-                  const Tensor& moments, const std::vector<double>& objective, int64_t class_dim, int64_t num_classes) {
-  BackwardStep step(grad_loss, student, teacher, target, saved, members, objective, class_dim, num_classes, nullptr);
+                  const Tensor& moments, const std::vector<int64_t>& structure, const Tensor& numbers,
+                  int64_t class_dim, int64_t num_classes) {
+  BackwardStep step(grad_loss, student, teacher, target, saved, members, structure, numbers, class_dim, num_classes,
+                    nullptr);
   if (step.call().samples == 0) return zeros(student, {2, num_classes});
   step.affines(moments, std::nullopt);
   return sums_of_classes(step);
@@ -364,9 +368,9 @@ Tensor class_sums(const Tensor& grad_loss, const Tensor& student, const Tensor& 
 
 Forward forward(const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& target,
                 const std::optional<Tensor>& sample_weight, const std::optional<Tensor>& denominator,
-                const std::optional<Tensor>& moments, const std::vector<double>& objective, double scale,
-                int64_t reduction_index, int64_t class_dim, int64_t num_classes, int64_t ignore_index, bool gradient,
-                bool save, bool parts) {
+                const std::optional<Tensor>& moments, const std::vector<int64_t>& structure, const Tensor& numbers,
+                double scale, int64_t reduction_index, int64_t class_dim, int64_t num_classes, int64_t ignore_index,
+                bool gradient, bool save, bool parts, const std::optional<std::string>&) {
   const auto reduction = static_cast<Reduction>(reduction_index);
   const bool by_class = moments.has_value(), each = reduction == Reduction::none;
   STD_TORCH_CHECK(save || !by_class || !gradient, "ValueError: save must go with gradient where there are moments");
@@ -374,7 +378,7 @@ Forward forward(const Tensor& student, const Tensor& teacher, const std::optiona
   if (gradient && !by_class) grad = torch::stable::empty_like(student);
   Step step(student, teacher, num_classes, class_dim, grad ? &*grad : nullptr);
   Call& call = step.call();
-  call.set(decoded(objective));
+  call.set(decoded(structure, numbers));
   call.ignore_index = ignore_index;
   call.scale = scale;
   call.each = each;
@@ -444,8 +448,8 @@ Forward forward(const Tensor& student, const Tensor& teacher, const std::optiona
       if (parts) step.sum_rows(*block_parts, *part_values);
     }
     if (gradient && by_class) {
-      BackwardStep sums(std::nullopt, student, teacher, target, *saved, *members, objective, class_dim, num_classes,
-                        nullptr);
+      BackwardStep sums(std::nullopt, student, teacher, target, *saved, *members, structure, numbers, class_dim,
+                        num_classes, nullptr);
       sums.parameters.point("affines", sums.call().affines, *affines);
       grad = sums_of_classes(sums);
     }

@@ -123,12 +123,12 @@ Tensor class_moments_cpu(const Tensor& student, const Tensor& teacher, const std
 
 Forward forward_cpu(const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& target,
                     const std::optional<Tensor>& sample_weight, const std::optional<Tensor>& denominator,
-                    const std::optional<Tensor>& moments, const std::vector<double>& objective, double scale,
-                    int64_t reduction_index, int64_t class_dim, int64_t num_classes, int64_t ignore_index,
-                    bool gradient, bool save, bool parts) {
+                    const std::optional<Tensor>& moments, const std::vector<int64_t>& structure, const Tensor& numbers,
+                    double scale, int64_t reduction_index, int64_t class_dim, int64_t num_classes, int64_t ignore_index,
+                    bool gradient, bool save, bool parts, const std::optional<std::string>&) {
   const auto reduction = static_cast<Reduction>(reduction_index);
   Problem problem = compared(student, teacher, num_classes, class_dim);
-  problem.objective = decoded(objective);
+  problem.objective = decoded(structure, numbers);
   const ScalarType dtype = problem.double_arithmetic ? ScalarType::Double : ScalarType::Float;
 
   const bool own_moments = problem.objective.standardize == Standardize::by_class && !moments;
@@ -196,10 +196,10 @@ struct Backward {
   Arguments arguments;
 
   Backward(const Tensor& grad_loss, const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& target,
-           const Tensor& saved, const Tensor& members, const std::vector<double>& objective, int64_t class_dim,
-           int64_t num_classes, Tensor* gradient)
+           const Tensor& saved, const Tensor& members, const std::vector<int64_t>& structure, const Tensor& numbers,
+           int64_t class_dim, int64_t num_classes, Tensor* gradient)
       : problem(compared(student, teacher, num_classes, class_dim)) {
-    problem.objective = decoded(objective);
+    problem.objective = decoded(structure, numbers);
     std::vector<std::pair<Matrix*, const Tensor*>> sides{{&problem.student, &student}, {&problem.teacher, &teacher}};
     if (gradient) sides.emplace_back(&problem.gradient, gradient);
     set_layout(problem, sides, class_dim);
@@ -227,9 +227,11 @@ struct Backward {
 Tensor backward_cpu(const Tensor& grad_loss, const Tensor& student, const Tensor& teacher,
                     const std::optional<Tensor>& target, const Tensor& saved, const Tensor& members,
                     const std::optional<Tensor>& moments, const std::optional<Tensor>& sums,
-                    const std::vector<double>& objective, int64_t class_dim, int64_t num_classes) {
+                    const std::vector<int64_t>& structure, const Tensor& numbers, int64_t class_dim,
+                    int64_t num_classes) {
   Tensor gradient = new_gradient(student);
-  Backward step(grad_loss, student, teacher, target, saved, members, objective, class_dim, num_classes, &gradient);
+  Backward step(grad_loss, student, teacher, target, saved, members, structure, numbers, class_dim, num_classes,
+                &gradient);
   set_class_statistics(step.problem, step.arguments, moments, sums);
   STD_TORCH_CHECK(moments.has_value() == (step.problem.objective.standardize == Standardize::by_class),
                   "ValueError: moments must be given where, and only where, logits are standardised by class");
@@ -242,9 +244,10 @@ Tensor backward_cpu(const Tensor& grad_loss, const Tensor& student, const Tensor
 // For each class, the sums over samples that its gradient needs.
 Tensor class_sums_cpu(const Tensor& grad_loss, const Tensor& student, const Tensor& teacher,
                       const std::optional<Tensor>& target, const Tensor& saved, const Tensor& members,
-                      const Tensor& moments, const std::vector<double>& objective, int64_t class_dim,
-                      int64_t num_classes) {
-  Backward step(grad_loss, student, teacher, target, saved, members, objective, class_dim, num_classes, nullptr);
+                      const Tensor& moments, const std::vector<int64_t>& structure, const Tensor& numbers,
+                      int64_t class_dim, int64_t num_classes) {
+  Backward step(grad_loss, student, teacher, target, saved, members, structure, numbers, class_dim, num_classes,
+                nullptr);
   set_class_statistics(step.problem, step.arguments, moments, std::nullopt);
   Tensor sums = new_tensor(student, {2, num_classes}, ScalarType::Double);
   class_sums(step.problem, parallel(), static_cast<double*>(sums.data_ptr()));

@@ -1,4 +1,12 @@
-"""The autograd functions that all backends share. All are once differentiable: second derivatives raise."""
+"""How a loss takes part in autograd, on every backend with kernels: differentiable once.
+
+All ways lead to the op ``forward`` and share what is kept for backward and what backward computes:
+
+- eager code and the transforms of ``torch.func`` go through :class:`LossFunction`;
+- ``torch.compile`` and ``torch.export`` see the op itself, which has the same derivative.
+
+A second derivative raises, and so does whatever would need one; none is a constant in silence.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +15,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd import forward_ad
 
 from kdkernels import distributed
-from kdkernels.ops import Ops
-from kdkernels.validation import Call
+from kdkernels.ops import OPS, Arguments, Ops, Outputs, translated
+from kdkernels.validation import REDUCTIONS, Call
+
+_ONCE = (
+    "kdkernels losses are differentiable once: a second derivative (create_graph=True, hessian, hvp, forward-mode over "
+    "reverse-mode) is not supported. backend='reference' differentiates twice"
+)
 
 
 def fused_loss(call: Call, ops: Ops, *, recompute: bool, parts: bool) -> tuple[Tensor, Tensor | None]:
@@ -21,99 +34,55 @@ def fused_loss(call: Call, ops: Ops, *, recompute: bool, parts: bool) -> tuple[T
     unless asked for.
     """
     student = call.student
-    if not (student.requires_grad and torch.is_grad_enabled()):
-        moments = None if _finds_moments(call, ops) else _class_moments(call, ops)
-        loss, values, *_ = ops.forward(call, moments, gradient=False, save=False, parts=parts)
-        return loss, values
-    if recompute or _must_recompute(call, ops):
-        result = RecomputedGradient.apply(student, call, ops, parts, recompute)
+    forward_mode = forward_ad._current_level >= 0
+    if not (forward_mode or (student.requires_grad and torch.is_grad_enabled())):
+        outputs = _run(ops.forward, _arguments(call, ops, parts, gradient=False, save=False))
+        return outputs[0], outputs[1]
+    if forward_mode and student.dtype in (torch.float16, torch.bfloat16):
+        call = call._replace(student=student.float())  # the tangent is a sum over gradients, which they would round
+    # Under a transform the gradient is an op of its own, whose derivative raises.
+    save = recompute or _transformed() or _must_recompute(call, ops)
+    # By class the gradient needs sums over all samples, which forward adds up if one upstream factor applies to all.
+    sums_now = call.objective.standardize == "class" and call.reduction != "none" and not recompute and save
+    arguments = _arguments(call, ops, parts, gradient=sums_now or not save, save=save)
+    if torch.compiler.is_compiling():
+        outputs = ops.forward(*arguments)
     else:
-        result = KeptGradient.apply(student, call, ops, parts)
-    return result if parts else (result, None)
+        function = LossFunction.apply if _transformed() else _apply_untransformed
+        try:
+            outputs = function(ops, *arguments)
+        except RuntimeError as error:
+            raise translated(error) from None
+    return outputs[0], outputs[1]
 
 
-class KeptGradient(torch.autograd.Function):
-    """Loss and gradient forward; backward scales the gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, student: Tensor, call: Call, ops: Ops, parts: bool) -> Any:
-        loss, values, gradient, _, _ = ops.forward(_traced(call, student), None, gradient=True, save=False, parts=parts)
-        ctx.save_for_backward(gradient)
-        ctx.ops, ctx.class_dim = ops, call.class_dim
-        return _outputs(ctx, loss, values)
-
-    @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        if grad_loss is None:
-            return None, None, None, None
-        # Grad mode is on only where a graph of the backward is asked for; the guard's own cost is not small.
-        gradient = _scaled_guarded if torch.is_grad_enabled() else _scaled
-        return gradient(ctx, grad_loss), None, None, None
-
-
-class RecomputedGradient(torch.autograd.Function):
-    """Loss forward; backward computes the gradient from what forward saved.
-
-    Where logits are standardised by class, that needs sums over all samples. Forward adds them up already if one
-    upstream factor can be applied to them later, unless recomputing was ``asked`` for.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, student: Tensor, call: Call, ops: Ops, parts: bool, asked: bool) -> Any:
-        call = _traced(call, student)
-        moments = _class_moments(call, ops)
-        now = moments is not None and call.reduction != "none" and not asked
-        loss, values, sums, saved, members = ops.forward(call, moments, gradient=now, save=True, parts=parts)
-        ctx.save_for_backward(student, call.teacher, call.target, saved, members, moments, sums)
-        ctx.ops = ops
-        ctx.call = call._replace(student=None, teacher=None, target=None, sample_weight=None, denominator=None)
-        return _outputs(ctx, loss, values)
-
-    @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        if grad_loss is None:
-            return None, None, None, None, None
-        gradient = _recomputed_guarded if torch.is_grad_enabled() else _recomputed
-        return gradient(ctx, grad_loss), None, None, None, None
-
-
-def _traced(call: Call, student: Tensor) -> Call:
-    """The call with the student that a function was given: tracing knows its tensors by its arguments only."""
-    return call._replace(student=student) if torch.compiler.is_compiling() else call
-
-
-def _outputs(ctx: Any, loss: Tensor, values: Tensor | None) -> Any:
-    ctx.set_materialize_grads(False)
-    if values is None:
-        return loss
-    ctx.mark_non_differentiable(values)
-    return loss, values
-
-
-def _scaled(ctx: Any, grad_loss: Tensor) -> Tensor:
-    (gradient,) = ctx.saved_tensors
-    if torch.compiler.is_compiling() or _graph_is_kept():
-        # The buffer must survive for the next backward over this graph.
-        factor = grad_loss.unsqueeze(ctx.class_dim) if grad_loss.dim() else grad_loss
-        return (gradient * factor).to(gradient.dtype)
-    # The graph is freed after this backward, so the buffer is ours to scale: no second N x C tensor.
-    if not (grad_loss.dim() == 0 and grad_loss.is_cpu and grad_loss.item() == 1):  # asks no device
-        ctx.ops.scale_(gradient, grad_loss, ctx.class_dim)
-    return gradient
-
-
-def _recomputed(ctx: Any, grad_loss: Tensor) -> Tensor:
-    ops = ctx.ops
-    student, teacher, target, saved, members, moments, sums = ctx.saved_tensors
-    call = ctx.call._replace(student=student, teacher=teacher, target=target)
-    if moments is not None:
-        sums = ops.class_sums(call, grad_loss, saved, members, moments) if sums is None else sums * grad_loss
-        sums = distributed.summed(sums, call.process_group)
-    return ops.backward(call, grad_loss, saved, members, moments, sums)
-
-
-_scaled_guarded = once_differentiable(_scaled)
-_recomputed_guarded = once_differentiable(_recomputed)
+def _arguments(call: Call, ops: Ops, parts: bool, *, gradient: bool, save: bool) -> Arguments:
+    """The op's arguments; where logits are standardised by class, the moments are found here unless forward can."""
+    moments = None
+    if call.objective.standardize == "class" and (save or not _finds_moments(call, ops)):
+        samples = (call.student.detach(), call.teacher, call.target, call.sample_weight)
+        moments = _run(ops.class_moments, (*samples, call.class_dim, call.num_classes, call.ignore_index))
+        moments = distributed.merged_moments(moments, call.process_group)
+    structure, numbers = call.objective.encode()
+    return Arguments(
+        call.student,
+        call.teacher,
+        call.target,
+        call.sample_weight,
+        call.denominator,
+        moments,
+        structure,
+        numbers,
+        call.scale,
+        REDUCTIONS.index(call.reduction),
+        call.class_dim,
+        call.num_classes,
+        call.ignore_index,
+        gradient,
+        save,
+        parts,
+        distributed.name_of(call.process_group),
+    )
 
 
 def _must_recompute(call: Call, ops: Ops) -> bool:
@@ -135,25 +104,208 @@ def _finds_moments(call: Call, ops: Ops) -> bool:
     return ops.finds_moments and call.process_group is None
 
 
-def _class_moments(call: Call, ops: Ops) -> Tensor | None:
-    """The moments of the classes where they standardise the logits, over the batches of all processes."""
-    if call.objective.standardize != "class":
-        return None
-    return distributed.merged_moments(ops.class_moments(call), call.process_group)
-
+#: Whether a transform of torch.func is running.
+_transformed: Callable[[], bool] = torch._C._are_functorch_transforms_active
 
 #: Whether the running backward was asked to keep its graph; True, the safe answer, where torch cannot tell.
 _graph_is_kept: Callable[[], bool] = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
 
-class OnceDifferentiable(torch.autograd.Function):
-    """Identity that gives the reference backend the derivative rules of the others."""
+def _run(op: Any, arguments: tuple[Any, ...]) -> Any:
+    """The result of an op that autograd does not record, with the kernels' errors as what they are."""
+    try:
+        if _transformed() or torch.compiler.is_compiling():
+            return op(*arguments)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*arguments)
+    except RuntimeError as error:
+        raise translated(error) from None
+
+
+class LossFunction(torch.autograd.Function):
+    """``(ops, *Arguments) -> Outputs``, differentiable in the student's logits."""
+
+    generate_vmap_rule = True
 
     @staticmethod
-    def forward(ctx: Any, loss: Tensor) -> Tensor:
-        return loss.clone()
+    def forward(ops: Ops, *arguments: Any) -> tuple[Tensor | None, ...]:
+        return _run(ops.forward, arguments)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor) -> Tensor:
-        return grad_loss.clone()
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
+        keep(ctx, inputs[0], Arguments(*inputs[1:]), Outputs(*output))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return None, gradient_of(ctx, grads[0]), *_NO_OTHERS
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
+        """<gradient, tangent of the student>."""
+        tangent = tangents[1]
+        if tangent is None or any(isinstance(other, Tensor) for other in tangents[2:]):
+            raise RuntimeError(
+                "kdkernels losses have a forward-mode derivative in student_logits only; detach the rest"
+            )
+        if ctx.each and ctx.by_class:
+            raise RuntimeError(
+                "kdkernels has no forward-mode derivative of standardize='class' with reduction='none', where each "
+                "loss depends on all samples; backend='reference' has one"
+            )
+        samples = [size for dim, size in enumerate(tangent.shape) if dim != ctx.class_dim] if ctx.each else ()
+        gradient = _gradient(ctx, torch.ones(samples, dtype=ctx.loss_dtype, device=tangent.device))
+        product = gradient.to(ctx.loss_dtype) * tangent
+        return (product.sum(ctx.class_dim) if ctx.each else product.sum()), None, None, None, None
+
+
+#: Without the check of the signature and the unwrapping that transforms need, which take longer than the kernel may.
+_apply_untransformed: Callable[..., Any] = super(torch.autograd.Function, LossFunction).apply
+_NO_OTHERS = (None,) * (len(Arguments._fields) - 1)
+
+
+def keep(ctx: Any, ops: Ops, call: Arguments, outputs: Outputs) -> None:
+    """Keeps what backward needs: the gradient or, where it is recomputed, what the op ``backward`` takes."""
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*(tensor for tensor in outputs[1:] if tensor is not None))
+    ctx.ops, ctx.class_dim, ctx.each = ops, call.class_dim, REDUCTIONS[call.reduction] == "none"
+    ctx.by_class, ctx.loss_dtype = call.structure[0] == 1, outputs.loss.dtype
+    ctx.recomputes = outputs.saved is not None
+    if not ctx.recomputes:
+        ctx.ours = _hooks() is None
+        _save(ctx, outputs.gradient)
+        return
+    ctx.objective, ctx.num_classes, ctx.process_group = (
+        (call.structure, call.numbers),
+        call.num_classes,
+        call.process_group,
+    )
+    sums = outputs.gradient
+    _save(ctx, call.student, call.teacher, call.target, outputs.saved, outputs.members, call.moments, sums)
+
+
+def _hooks() -> object:
+    """What packs the saved tensors, if anything: then what was saved is not ours to change."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)
+
+
+def _save(ctx: Any, *tensors: Tensor | None) -> None:
+    """Saves tensors for backward; those made in inference mode, which autograd does not take, beside the others."""
+    ctx.inference = {i: tensor for i, tensor in enumerate(tensors) if tensor is not None and tensor.is_inference()}
+    tensors = tuple(None if i in ctx.inference else tensor for i, tensor in enumerate(tensors))
+    ctx.save_for_backward(*tensors)
+    if forward_ad._current_level >= 0:
+        ctx.save_for_forward(*tensors)
+
+
+def _saved(ctx: Any) -> list[Any]:
+    return [ctx.inference.get(i, tensor) for i, tensor in enumerate(ctx.saved_tensors)]
+
+
+def gradient_of(ctx: Any, grad_loss: Tensor | None) -> Tensor | None:
+    """The gradient in the student's logits for an upstream gradient of the loss; RuntimeError if it is differentiated.
+
+    Grad mode is on in a backward whose graph is asked for. Transforms always ask for it, and find out by themselves.
+    """
+    if not (_transformed() or torch.compiler.is_compiling()):
+        if torch.is_grad_enabled() or forward_ad._current_level >= 0:
+            raise RuntimeError(_ONCE)
+    return None if grad_loss is None else _gradient(ctx, grad_loss)
+
+
+def _gradient(ctx: Any, grad_loss: Tensor) -> Tensor:
+    return _recomputed(ctx, grad_loss) if ctx.recomputes else _scaled(ctx, grad_loss)
+
+
+def _scaled(ctx: Any, grad_loss: Tensor) -> Tensor:
+    (gradient,) = _saved(ctx)
+    if not _is_plain(gradient, grad_loss):
+        factor = grad_loss.unsqueeze(ctx.class_dim) if ctx.each else grad_loss
+        # As in the kernels an ignored sample's gradient stays 0, whatever comes from above.
+        return torch.where(gradient == 0, gradient, (gradient * factor).to(gradient.dtype))
+    if grad_loss.dim() == 0 and grad_loss.is_cpu and grad_loss.item() == 1 and not _graph_is_kept():
+        return gradient
+    if _graph_is_kept() or not ctx.ours:
+        gradient = gradient.clone()  # the saved one is for the next backward over this graph
+    _run(ctx.ops.scale_, (gradient, grad_loss, ctx.class_dim))
+    return gradient
+
+
+def _is_plain(*tensors: Tensor) -> bool:
+    """Whether these hold numbers that may be looked at and changed in place: nothing traces or batches them."""
+    if torch.compiler.is_compiling() or _transformed() or torch._C._len_torch_dispatch_stack():
+        return False
+    return all(type(t) is Tensor and not torch._C._functorch.is_legacy_batchedtensor(t) for t in tensors)
+
+
+def _recomputed(ctx: Any, grad_loss: Tensor) -> Tensor:
+    student, teacher, target, saved, members, moments, sums = _saved(ctx)
+    shape = (*ctx.objective, ctx.class_dim, ctx.num_classes)
+    if moments is not None:
+        if sums is None:
+            sums = _once(ctx.ops.class_sums, grad_loss, student, teacher, target, saved, members, moments, *shape)
+        else:
+            sums = sums * grad_loss
+        sums = distributed.summed(sums, ctx.process_group)
+    return _once(ctx.ops.backward, grad_loss, student, teacher, target, saved, members, moments, sums, *shape)
+
+
+def _once(op: Any, *arguments: Any) -> Tensor:
+    """The result of an op of backward, which under a transform might be differentiated again."""
+    return OnceFunction.apply(op, *arguments) if _transformed() else _run(op, arguments)
+
+
+class OnceFunction(torch.autograd.Function):
+    """``(op, *arguments) -> its result``, whose derivative raises."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(op: Any, *arguments: Any) -> Tensor:
+        return _run(op, arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError(_ONCE)
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError(_ONCE)
+
+
+def _each_in_turn(op: Any) -> Callable[..., Any]:
+    """A batching rule for torch.func.vmap: the op for each entry, one after the other."""
+
+    def rule(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
+        results = [
+            op(*(a.select(dim, i) if isinstance(dim, int) else a for a, dim in zip(arguments, in_dims, strict=True)))
+            for i in range(info.batch_size)
+        ]
+        if isinstance(results[0], Tensor):
+            return torch.stack(results), 0
+        columns = list(zip(*results, strict=True))
+        stacked = tuple(None if column[0] is None else torch.stack(column) for column in columns)
+        return stacked, tuple(None if column is None else 0 for column in stacked)
+
+    return rule
+
+
+def _register(ops: Ops) -> None:
+    """Gives the ops of a namespace the derivative of eager losses, and batching rules."""
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
+        keep(ctx, ops, Arguments(*inputs), Outputs(*output))
+
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return gradient_of(ctx, grads[0]), *_NO_OTHERS
+
+    torch.library.register_autograd(f"{ops.namespace}::forward", backward, setup_context=setup_context)
+    for op in (ops.forward, ops.class_moments, ops.class_sums, ops.backward):
+        torch.library.register_vmap(op, _each_in_turn(op))
+
+
+for _ops in OPS.values():
+    _register(_ops)

@@ -20,6 +20,11 @@ def is_process_group(value: object) -> bool:
     return dist.is_available() and isinstance(value, dist.ProcessGroup)
 
 
+def name_of(group: ProcessGroup | None) -> str | None:
+    """The name by which ops know a group."""
+    return None if group is None else group.group_name
+
+
 def merged_moments(moments: Tensor, group: ProcessGroup | None) -> Tensor:
     """The moments over all processes of ``group`` from each one's, ``(sides, 3, classes)``: count, mean and M2.
 
@@ -27,29 +32,31 @@ def merged_moments(moments: Tensor, group: ProcessGroup | None) -> Tensor:
     """
     if group is None:
         return moments
-    parts = [torch.empty_like(moments) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(parts, moments, group=group)
-    counts, means, m2s = torch.stack(parts).unbind(2)
+    world = dist.get_world_size(group)
+    ops = torch.ops._c10d_functional
+    parts = ops.wait_tensor(ops.all_gather_into_tensor(moments, world, group.group_name))
+    counts, means, m2s = parts.view(world, *moments.shape).unbind(2)
     count = counts.sum(0)
     mean = (counts * means).sum(0) / count.clamp(min=1)
     return torch.stack([count, mean, (m2s + counts * (means - mean).square()).sum(0)], 1)
 
 
-def summed(values: Tensor, group: ProcessGroup | None) -> Tensor:
-    """``values``, summed in place over all processes of ``group``; None for the group: as they are."""
-    if group is not None:
-        dist.all_reduce(values, group=group)
-    return values
+def summed(values: Tensor, group: str | None) -> Tensor:
+    """``values`` summed over all processes of the group of this name; None: as they are."""
+    if group is None:
+        return values
+    ops = torch.ops._c10d_functional
+    return ops.wait_tensor(ops.all_reduce(values, "sum", group))
 
 
 class Sum(torch.autograd.Function):
-    """:func:`summed` out of place, differentiable: the gradient of a sum over processes is a sum over processes."""
+    """:func:`summed`, differentiable: the gradient of a sum over processes is a sum over processes."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, group: ProcessGroup | None) -> Tensor:
+    def forward(ctx: Any, values: Tensor, group: str | None) -> Tensor:
         ctx.group = group
-        return summed(values.clone(), group)
+        return values.clone() if group is None else summed(values, group)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return summed(gradient.clone(), ctx.group), None
+        return Sum.apply(gradient, ctx.group), None

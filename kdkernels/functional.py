@@ -127,8 +127,6 @@ def distillation_loss(
         check_sample_values(call)
     if backend == "reference":
         loss, parts = reference.distillation_loss(call)
-        if loss.requires_grad:
-            loss = autograd.OnceDifferentiable.apply(loss)
         return (loss, parts) if return_parts else loss
     loss, values = autograd.fused_loss(call, OPS[backend], recompute=mode == "recompute", parts=return_parts)
     return loss if values is None else (loss, _named_parts(call.objective, values))

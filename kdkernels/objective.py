@@ -16,11 +16,12 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
 
 import torch
+from torch import Tensor
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -33,7 +34,6 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "top1_topk": ("top1", "top", "rest"),
 }
 _KINDS = tuple(GROUPS)
-_MAX_GROUPS = 3
 _STANDARDIZE = (None, "class", "sample")
 _STANDARDIZE_DEFAULTS = {None: (0, 0.0), "class": (0, 1e-5), "sample": (1, 1e-7)}
 KL_TYPES = {"forward": (1.0, 0.0), "reverse": (0.0, 1.0), "both": (0.5, 0.5)}
@@ -199,11 +199,6 @@ class Objective:
     correction: int | None = None
     eps: float | None = None
     ce_weight: float = 0.0
-    #: Whether the loss cannot be computed without a target.
-    needs_target: bool = field(init=False, repr=False, compare=False, default=False)
-    #: The least number of classes for which every partition of this objective exists.
-    smallest_class_count: int = field(init=False, repr=False, compare=False, default=1)
-    _encoded: tuple[float, ...] = field(init=False, repr=False, compare=False, default=())
 
     def __post_init__(self) -> None:
         if not isinstance(self.terms, tuple) or not all(isinstance(term, Term) for term in self.terms):
@@ -219,10 +214,19 @@ class Objective:
         check_integer("correction", self.correction, at_least=0)
         check_number("eps", self.eps, at_least=0.0)
         check_number("ce_weight", self.ce_weight, at_least=0.0)
-        partitions = [term.partition for term in self.terms]
-        object.__setattr__(self, "needs_target", self.ce_weight != 0 or any(p.kind == "target" for p in partitions))
-        object.__setattr__(self, "smallest_class_count", max(p.k for p in partitions) + 1)
-        object.__setattr__(self, "_encoded", _encode(self))
+
+    def __getstate__(self) -> dict[str, object]:
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}  # without what encode() keeps
+
+    @property
+    def needs_target(self) -> bool:
+        """Whether the loss cannot be computed without a target."""
+        return self.ce_weight != 0 or any(term.partition.kind == "target" for term in self.terms)
+
+    @property
+    def smallest_class_count(self) -> int:
+        """The least number of classes for which every partition of this objective exists."""
+        return max(term.partition.k for term in self.terms) + 1
 
     def part_names(self) -> tuple[tuple[str, ...], ...]:
         """Names of the loss parts, one tuple a term (mass first); ``""`` for the mass of a single group."""
@@ -238,24 +242,47 @@ class Objective:
             names.append((mass, *(f"{group}{suffix}" for group in groups)))
         return tuple(names)
 
-    def encode(self) -> list[float]:
-        """The numbers as the kernels read them (``csrc/objective.h`` decodes the same order)."""
-        return list(self._encoded)
+    def encode(self) -> tuple[Sequence[int], Tensor]:
+        """The objective as the ops take it, which ``csrc/objective.h`` decodes.
+
+        Integers that decide its structure, and its numbers, a float64 tensor on the CPU: as an operand they may change
+        under ``torch.compile`` without another compilation.
+        """
+        if torch.compiler.is_compiling():
+            # A factor of a tensor stays symbolic where an element of torch.tensor() would become a constant.
+            one = torch.ones(1, dtype=torch.float64)
+            return _structure(self), torch.cat([one * number for number in _numbers(self)])
+        encoded = self.__dict__.get("_encoded")
+        if (
+            encoded is None or torch._C._len_torch_dispatch_stack()
+        ):  # a mode, such as that of fake tensors, makes its own
+            encoded = _Structure(_structure(self)), torch.tensor(_numbers(self), dtype=torch.float64)
+            if not torch._C._len_torch_dispatch_stack():
+                object.__setattr__(self, "_encoded", encoded)
+        return encoded
 
 
-def _encode(objective: Objective) -> tuple[float, ...]:
+class _Structure(tuple):
+    """A tuple of integers that torch's pytrees take for one leaf, as the transforms of torch.func need it."""
+
+
+def _structure(objective: Objective) -> list[int]:
     assert objective.correction is not None
-    assert objective.eps is not None
-    numbers: list[float] = [objective.ce_weight, _STANDARDIZE.index(objective.standardize)]
-    numbers += [objective.correction, objective.eps]
+    structure = [_STANDARDIZE.index(objective.standardize), objective.correction]
     for term in objective.terms:
-        padding = (0.0, 0.0) * (_MAX_GROUPS - len(term.groups))
-        mixes = term.part_mixes()
-        numbers += [_KINDS.index(term.partition.kind), term.partition.k, term.partition.largest]
-        numbers += [term.temperature, term.scale, *term.mass]
-        numbers += [weight for pair in term.groups for weight in pair] + [*padding]
-        numbers += [share for pair in mixes for share in pair] + [*padding]
-    return tuple(float(number) for number in numbers)
+        partition, same = term.partition, term.temperature == objective.terms[0].temperature
+        structure += [_KINDS.index(partition.kind), partition.k, int(partition.largest), int(same)]
+    return structure
+
+
+def _numbers(objective: Objective) -> list[float]:
+    assert objective.eps is not None
+    numbers = [objective.ce_weight, objective.eps]
+    for term in objective.terms:
+        numbers += [term.temperature, term.scale]
+        for forward, reverse in (term.mass, *term.groups, *term.part_mixes()):
+            numbers += [forward, reverse]
+    return numbers
 
 
 def _memoized(build: Callable[_P, _R]) -> Callable[_P, _R]:

@@ -15,12 +15,12 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from kdkernels.validation import REDUCTIONS, Call
+from kdkernels.validation import REDUCTIONS
 
 _PACKAGE = Path(__file__).parent
 
@@ -60,130 +60,74 @@ _ERROR = re.compile(r"(IndexError|ValueError): ([^\n]*)")
 _ERROR_TYPES = {"IndexError": IndexError, "ValueError": ValueError}
 
 
-def _translated(error: RuntimeError) -> Exception:
+def translated(error: RuntimeError) -> Exception:
     """The stable ABI knows one exception type; the kernels name the right one in the message."""
     match = _ERROR.search(str(error))
     return _ERROR_TYPES[match[1]](match[2]) if match else error
 
 
+class Arguments(NamedTuple):
+    """Arguments of the op ``forward``."""
+
+    student: Tensor
+    teacher: Tensor
+    target: Tensor | None
+    sample_weight: Tensor | None
+    denominator: Tensor | None
+    #: Those of ``class_moments`` where they are needed and forward does not find them itself.
+    moments: Tensor | None
+    structure: Sequence[int]
+    numbers: Tensor
+    scale: float
+    reduction: int
+    class_dim: int
+    num_classes: int
+    ignore_index: int
+    #: What is wanted beside the loss.
+    gradient: bool
+    save: bool
+    parts: bool
+    #: Name of the group that shares the statistics of standardize="class"; the op's derivative needs it.
+    process_group: str | None = None
+
+
+class Outputs(NamedTuple):
+    """What the op ``forward`` returns; what was not asked for is None."""
+
+    #: float32 (float64 if either side is), a scalar or in the sample dimensions' shape.
+    loss: Tensor
+    #: Unweighted, in the last dimension: CE, then each term's mass and groups.
+    parts: Tensor | None
+    #: Of the reduced loss in the student's logits; with moments the sums of ``class_sums`` for an upstream of 1.
+    gradient: Tensor | None
+    #: What the op ``backward`` needs beside the logits.
+    saved: Tensor | None
+    members: Tensor | None
+
+
 class Ops:
-    """The five ops of a backend, called with a checked call.
+    """The ops of a backend; all leave their arguments alone but ``scale_``.
 
     ``finds_moments``: whether forward, where logits are standardised by class and no moments are given, finds those of
     the batch itself, and then also writes the student's gradient.
     """
 
     def __init__(self, namespace: str, *, finds_moments: bool = False) -> None:
-        self._ops = getattr(torch.ops, namespace)
+        ops = getattr(torch.ops, namespace)
+        self.namespace = namespace
         self.finds_moments = finds_moments
-
-    def class_moments(self, call: Call) -> Tensor:
-        """Count, mean and sum of squared deviations of each class over the valid samples.
-
-        ``(2, 3, num_classes)`` float64: the student's, then the teacher's. Logits of -inf (masked classes) are not
-        counted.
-        """
-        try:
-            return self._ops.class_moments.default(
-                call.student,
-                call.teacher,
-                call.target,
-                call.sample_weight,
-                call.class_dim,
-                call.num_classes,
-                call.ignore_index,
-            )
-        except RuntimeError as error:
-            raise _translated(error) from None
-
-    def forward(
-        self, call: Call, moments: Tensor | None = None, *, gradient: bool, save: bool, parts: bool
-    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-        """``(loss, parts, gradient, saved, members)``; what was not asked for is None.
-
-        ``moments`` are those of :meth:`class_moments` where logits are standardised by class, or None if the op
-        :attr:`finds_moments`; else None. ``gradient`` is that of the reduced loss in the student's logits; ``saved``
-        and ``members`` are what :meth:`backward` needs to compute it later, as it must where moments are given: then
-        ``gradient`` is the :meth:`class_sums` it needs too.
-        """
-        try:
-            return self._ops.forward.default(
-                call.student,
-                call.teacher,
-                call.target,
-                call.sample_weight,
-                call.denominator,
-                moments,
-                call.objective.encode(),
-                call.scale,
-                REDUCTIONS.index(call.reduction),
-                call.class_dim,
-                call.num_classes,
-                call.ignore_index,
-                gradient,
-                save,
-                parts,
-            )
-        except RuntimeError as error:
-            raise _translated(error) from None
-
-    def class_sums(self, call: Call, grad_loss: Tensor, saved: Tensor, members: Tensor, moments: Tensor) -> Tensor:
-        """Sums over the samples of the gradient in each class's standardised logits and of its product with them.
-
-        ``(2, num_classes)`` float64; ``grad_loss`` is a scalar or has one value a sample.
-        """
-        return self._ops.class_sums.default(
-            grad_loss,
-            call.student,
-            call.teacher,
-            call.target,
-            saved,
-            members,
-            moments,
-            call.objective.encode(),
-            call.class_dim,
-            call.num_classes,
-        )
-
-    def backward(
-        self,
-        call: Call,
-        grad_loss: Tensor,
-        saved: Tensor,
-        members: Tensor,
-        moments: Tensor | None = None,
-        sums: Tensor | None = None,
-    ) -> Tensor:
-        """The gradient in the student's logits from what :meth:`forward` saved.
-
-        ``grad_loss`` is a scalar or has one value a sample; ``sums`` are those of :meth:`class_sums` where there are
-        ``moments``.
-        """
-        return self._ops.backward.default(
-            grad_loss,
-            call.student,
-            call.teacher,
-            call.target,
-            saved,
-            members,
-            moments,
-            sums,
-            call.objective.encode(),
-            call.class_dim,
-            call.num_classes,
-        )
-
-    def scale_(self, gradient: Tensor, factor: Tensor, class_dim: int) -> None:
-        """Multiplies a gradient in place by a scalar or by one factor a sample; a scalar 1 touches no memory."""
-        self._ops.scale_.default(gradient, factor, class_dim)
-
-
-#: The ops of each backend that has kernels.
-OPS = {
-    "cpu": Ops("kdkernels", finds_moments=True),
-    "cuda": Ops("kdkernels_cuda"),
-    "triton": Ops("kdkernels_triton"),
-}
+        #: ``Arguments -> Outputs``.
+        self.forward = ops.forward.default
+        #: Count, mean and sum of squared deviations of each class over the valid samples: ``(2, 3, num_classes)``
+        #: float64, the student's, then the teacher's. Logits of -inf (masked classes) are not counted.
+        self.class_moments = ops.class_moments.default
+        #: Sums over the samples of the gradient in each class's standardised logits and of its product with them,
+        #: ``(2, num_classes)`` float64, from an upstream gradient (a scalar or one value a sample) and what was saved.
+        self.class_sums = ops.class_sums.default
+        #: The gradient in the student's logits, from the same and, with moments, these sums.
+        self.backward = ops.backward.default
+        #: Multiplies a gradient in place by a scalar or by one factor a sample; a scalar 1 touches no memory.
+        self.scale_ = ops.scale_.default
 
 
 INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
@@ -262,13 +206,13 @@ _TRITON_SCHEMAS = (
     "class_moments(Tensor student, Tensor teacher, Tensor? target, Tensor? sample_weight, int class_dim, "
     "SymInt num_classes, int ignore_index) -> Tensor",
     "forward(Tensor student, Tensor teacher, Tensor? target, Tensor? sample_weight, Tensor? denominator, "
-    "Tensor? moments, float[] objective, float scale, int reduction, int class_dim, SymInt num_classes, "
-    "int ignore_index, bool gradient, bool save, bool parts) -> "
+    "Tensor? moments, int[] structure, Tensor numbers, float scale, int reduction, int class_dim, SymInt num_classes, "
+    "int ignore_index, bool gradient, bool save, bool parts, str? process_group=None) -> "
     "(Tensor loss, Tensor? parts, Tensor? gradient, Tensor? saved, Tensor? members)",
     "class_sums(Tensor grad_loss, Tensor student, Tensor teacher, Tensor? target, Tensor saved, Tensor members, "
-    "Tensor moments, float[] objective, int class_dim, SymInt num_classes) -> Tensor",
+    "Tensor moments, int[] structure, Tensor numbers, int class_dim, SymInt num_classes) -> Tensor",
     "backward(Tensor grad_loss, Tensor student, Tensor teacher, Tensor? target, Tensor saved, Tensor members, "
-    "Tensor? moments, Tensor? sums, float[] objective, int class_dim, SymInt num_classes) -> Tensor",
+    "Tensor? moments, Tensor? sums, int[] structure, Tensor numbers, int class_dim, SymInt num_classes) -> Tensor",
     "scale_(Tensor(a!) gradient, Tensor factor, int class_dim) -> ()",
 )
 
@@ -290,57 +234,40 @@ def _lazily(name: str) -> Callable[..., Any]:
     return launch
 
 
-def _register_fakes(namespace: str, sizes_of: Callable[[Sequence[float]], Sequence[int]]) -> None:
-    """Fake kernels; ``sizes_of`` an objective: numbers a sample of loss parts, saved numbers and members."""
-
-    def fake_gradient(student, moments, num_classes):
-        if moments is None:
-            return torch.empty_like(student)
-        return student.new_empty((2, num_classes), dtype=torch.float64)
+def _register_fakes(namespace: str, sizes_of: Callable[[Sequence[int]], Sequence[int]]) -> None:
+    """Fake kernels; ``sizes_of`` a structure: numbers a sample of loss parts, saved numbers and members."""
 
     @torch.library.register_fake(f"{namespace}::class_moments")
     def _(student, teacher, target, sample_weight, class_dim, num_classes, ignore_index):
         return student.new_empty((2, 3, num_classes), dtype=torch.float64)
 
     @torch.library.register_fake(f"{namespace}::forward")
-    def _(
-        student,
-        teacher,
-        target,
-        sample_weight,
-        denominator,
-        moments,
-        objective,
-        scale,
-        reduction,
-        class_dim,
-        num_classes,
-        ignore_index,
-        gradient,
-        save,
-        parts,
-    ):
-        double = torch.float64 in (student.dtype, teacher.dtype)
+    def _(*arguments):
+        call = Arguments(*arguments)
+        student = call.student
+        double = torch.float64 in (student.dtype, call.teacher.dtype)
         dtype = torch.float64 if double else torch.float32
-        samples = student.shape[:class_dim] + student.shape[class_dim + 1 :]
-        reduced = samples if REDUCTIONS[reduction] == "none" else ()
-        count = student.numel() // student.shape[class_dim] if student.dim() else 1
-        sizes = sizes_of(objective)
+        samples = student.shape[: call.class_dim] + student.shape[call.class_dim + 1 :]
+        reduced = samples if REDUCTIONS[call.reduction] == "none" else ()
+        count = student.numel() // student.shape[call.class_dim] if student.dim() else 1
+        sizes = sizes_of(call.structure)
         empty = student.new_empty
+        by_class = call.moments is not None
+        gradient = empty((2, call.num_classes), dtype=torch.float64) if by_class else torch.empty_like(student)
         return (
             empty(reduced, dtype=dtype),
-            empty((*reduced, sizes[0]), dtype=dtype) if parts else None,
-            fake_gradient(student, moments, num_classes) if gradient else None,
-            empty((count, sizes[1]), dtype=dtype) if save else None,
-            empty((count, sizes[2]), dtype=torch.int64) if save else None,
+            empty((*reduced, sizes[0]), dtype=dtype) if call.parts else None,
+            gradient if call.gradient else None,
+            empty((count, sizes[1]), dtype=dtype) if call.save else None,
+            empty((count, sizes[2]), dtype=torch.int64) if call.save else None,
         )
 
     @torch.library.register_fake(f"{namespace}::class_sums")
-    def _(grad_loss, student, teacher, target, saved, members, moments, objective, class_dim, num_classes):
+    def _(grad_loss, student, teacher, target, saved, members, moments, structure, numbers, class_dim, num_classes):
         return student.new_empty((2, num_classes), dtype=torch.float64)
 
     @torch.library.register_fake(f"{namespace}::backward")
-    def _(grad_loss, student, teacher, target, saved, members, moments, sums, objective, class_dim, num_classes):
+    def _(grad_loss, student, *_):
         return torch.empty_like(student)
 
     @torch.library.register_fake(f"{namespace}::scale_")
@@ -348,13 +275,18 @@ def _register_fakes(namespace: str, sizes_of: Callable[[Sequence[float]], Sequen
         return None
 
 
+#: The ops of each backend that has kernels here.
+OPS: dict[str, Ops] = {}
 if unavailable is None:
     _register_fakes("kdkernels", torch.ops.kdkernels.sizes.default)
+    OPS["cpu"] = Ops("kdkernels", finds_moments=True)
 if cuda_unavailable is None:
     _register_fakes("kdkernels_cuda", torch.ops.kdkernels_cuda.sizes.default)
+    OPS["cuda"] = Ops("kdkernels_cuda")
 if triton_unavailable is None:
     _library = _register_triton()
     _register_fakes(
         "kdkernels_triton",
-        lambda objective: importlib.import_module("kdkernels.triton_kernels.objective").sizes(tuple(objective)),
+        lambda structure: importlib.import_module("kdkernels.triton_kernels.objective").sizes(tuple(structure)),
     )
+    OPS["triton"] = Ops("kdkernels_triton")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kdkernels.distributed import ProcessGroup, Sum
+from kdkernels.distributed import ProcessGroup, Sum, name_of
 from kdkernels.objective import Objective, Partition
 from kdkernels.validation import Call
 
@@ -77,7 +77,9 @@ def standardize(
     there = valid[:, None] & (logits != -torch.inf)
 
     def total(values: Tensor) -> Tensor:
-        return Sum.apply(values.sum(0), process_group) if by_class else values.sum(1, keepdim=True)
+        if not by_class:
+            return values.sum(1, keepdim=True)
+        return values.sum(0) if process_group is None else Sum.apply(values.sum(0), name_of(process_group))
 
     assert objective.eps is not None
     count = total(there.to(logits.dtype))

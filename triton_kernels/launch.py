@@ -153,13 +153,22 @@ def _weight_sum(target: Tensor | None, weight: Tensor | None, samples: int, igno
     return sums if programs == 1 else _sum_rows(sums, torch.float64)
 
 
-def _affines(matrices: Matrices, moments: Tensor, sums: Tensor | None, objective: list[float]) -> Tensor:
-    """The table of what standardises each class, ``(ROWS, classes)``."""
+def _unpacked(structure: list[int], numbers: Tensor, parts: bool, double: bool) -> Problem:
+    return unpack(tuple(structure), tuple(numbers.tolist()), parts, double)
+
+
+def _standardisation(structure: list[int], numbers: Tensor) -> tuple[float, float]:
+    """Bessel's correction and eps of an encoded objective."""
+    return float(structure[1]), numbers[1].item()
+
+
+def _affines(matrices: Matrices, moments: Tensor, sums: Tensor | None, standardisation: tuple[float, float]) -> Tensor:
+    """The table of what standardises each class, ``(ROWS, classes)``, by Bessel's correction and eps."""
     classes = matrices.layout.classes
     table = matrices.new(ROWS.value, classes)
     block = heuristics.CLASS_BLOCK
     grid = (cdiv(classes, block),)
-    affines_kernel[grid](moments, sums, table, classes, *objective[2:4], BLOCK=block, **_options(4))
+    affines_kernel[grid](moments, sums, table, classes, *standardisation, BLOCK=block, **_options(4))
     return table
 
 
@@ -170,7 +179,8 @@ def forward(
     sample_weight: Tensor | None,
     denominator: Tensor | None,
     moments: Tensor | None,
-    objective: list[float],
+    structure: list[int],
+    numbers: Tensor,
     scale: float,
     reduction: int,
     class_dim: int,
@@ -179,13 +189,14 @@ def forward(
     gradient: bool,
     save: bool,
     parts: bool,
+    process_group: str | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """See :meth:`kdkernels.ops.Ops.forward`."""
     by_class = moments is not None
     grad = torch.empty_like(student) if gradient and not by_class else None
     m = _matrices(student, teacher, class_dim, num_classes, grad)
     samples = m.layout.samples
-    problem = unpack(tuple(objective), parts, m.dtype == torch.float64)
+    problem = _unpacked(structure, numbers, parts, m.dtype == torch.float64)
     _check_moments(problem, moments)
     if gradient and by_class and not save:
         raise ValueError("save must go with gradient where there are moments")
@@ -211,7 +222,7 @@ def forward(
                     divisor = _weight_sum(target, weight, samples, ignore_index, student.device)
             elif REDUCTIONS[reduction] == "batchmean":
                 scale /= student.shape[0]
-            affines = None if moments is None else _affines(m, moments, None, objective)
+            affines = None if moments is None else _affines(m, moments, None, _standardisation(structure, numbers))
             marks = Samples(target, weight, divisor, ignore_index, scale)
             kept = Kept(saved, members)
             run = _fused if tile is not None else _split
@@ -221,7 +232,7 @@ def forward(
     if gradient and by_class:
         with _on_device(student):
             one = torch.ones((), dtype=m.dtype, device=student.device)
-            without_parts = unpack(tuple(objective), False, m.dtype == torch.float64)
+            without_parts = _unpacked(structure, numbers, False, m.dtype == torch.float64)
             grad = _class_sums(m, without_parts, one, target, affines, Kept(saved, members))
     return loss, values, grad, saved if save else None, members if save else None
 
@@ -485,20 +496,21 @@ def backward(
     members: Tensor,
     moments: Tensor | None,
     sums: Tensor | None,
-    objective: list[float],
+    structure: list[int],
+    numbers: Tensor,
     class_dim: int,
     num_classes: int,
 ) -> Tensor:
     """See :meth:`kdkernels.ops.Ops.backward`."""
     m = _matrices(student, teacher, class_dim, num_classes, torch.empty_like(student))
     assert m.gradient is not None
-    problem = unpack(tuple(objective), False, m.dtype == torch.float64)
+    problem = _unpacked(structure, numbers, False, m.dtype == torch.float64)
     _check_moments(problem, moments)
     if (moments is None) != (sums is None):
         raise ValueError("sums must be given with moments")
     if m.layout.samples:
         with _on_device(student):
-            affines = None if moments is None else _affines(m, moments, sums, objective)
+            affines = None if moments is None else _affines(m, moments, sums, _standardisation(structure, numbers))
             _sweep(m, problem, grad_loss.contiguous(), _flat(target, torch.int64), affines, Kept(saved, members))
     return m.gradient
 
@@ -558,15 +570,16 @@ def class_sums(
     saved: Tensor,
     members: Tensor,
     moments: Tensor,
-    objective: list[float],
+    structure: list[int],
+    numbers: Tensor,
     class_dim: int,
     num_classes: int,
 ) -> Tensor:
     """See :meth:`kdkernels.ops.Ops.class_sums`."""
     m = _matrices(student, teacher, class_dim, num_classes)
-    problem = unpack(tuple(objective), False, m.dtype == torch.float64)
+    problem = _unpacked(structure, numbers, False, m.dtype == torch.float64)
     with _on_device(student):
-        affines = _affines(m, moments, None, objective) if m.layout.samples else None
+        affines = _affines(m, moments, None, _standardisation(structure, numbers)) if m.layout.samples else None
         target = _flat(target, torch.int64)
         return _class_sums(m, problem, grad_loss.contiguous(), target, affines, Kept(saved, members))
 

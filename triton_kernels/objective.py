@@ -12,8 +12,8 @@ WHOLE, TARGET, TOPK, TOP1_TOPK = (tl.constexpr(kind) for kind in range(4))
 #: Standardisation of the logits.
 BY_CLASS, BY_SAMPLE = tl.constexpr(1), tl.constexpr(2)
 _GROUPS = (1, 2, 2, 3)
-_MAX_GROUPS = 3
-_ENCODED_HEADER, _ENCODED_TERM = 4, 5 + 4 * (1 + _MAX_GROUPS)
+# Integers and numbers before those of the terms, and integers of a term.
+_STRUCTURE_HEADER, _STRUCTURE_TERM, _NUMBERS_HEADER = 2, 4, 2
 
 # Where numbers are: those before the terms, and those of a term from its first one on.
 CE_WEIGHT, CORRECTION, EPS, NOTHING = (tl.constexpr(i) for i in range(4))
@@ -64,48 +64,67 @@ class Problem(NamedTuple):
 
 
 @functools.lru_cache(maxsize=256)
-def unpack(encoded: tuple[float, ...], parts: bool, double: bool) -> Problem:
+def unpack(structure: tuple[int, ...], values: tuple[float, ...], parts: bool, double: bool) -> Problem:
     """The problem of what ``Objective.encode()`` returned; ``parts``: with the numbers that the loss parts need."""
-    count, rest = divmod(len(encoded) - _ENCODED_HEADER, _ENCODED_TERM)
+    count, rest = divmod(len(structure) - _STRUCTURE_HEADER, _STRUCTURE_TERM)
     if count not in (1, 2) or rest:
-        raise ValueError(f"objective must be what Objective.encode() returns, got {len(encoded)} numbers")
-    ce_weight, standardize, correction, eps = encoded[:_ENCODED_HEADER]
-    numbers = [ce_weight, correction, eps, 0.0]
+        raise ValueError(f"structure must be what Objective.encode() returns, got {len(structure)} integers")
+    standardize, correction = structure[:_STRUCTURE_HEADER]
+    ce_weight, eps = values[:_NUMBERS_HEADER]
+    numbers = [ce_weight, float(correction), eps, 0.0]
     terms, ks = [], []
     part_count, members = 1, 0
     saved = SAVED_HEADER.value + (SAVED_SAMPLE.value if standardize == BY_SAMPLE.value else 0)
-    for folded in _fold([encoded[_ENCODED_HEADER + t * _ENCODED_TERM :][:_ENCODED_TERM] for t in range(count)]):
-        kind, k, largest, temperature = folded[0][:4]
-        groups = _GROUPS[int(kind)]
+    for folded in _fold(_terms(structure, values)):
+        kind, k, largest, _, temperature = folded[0][:5]
+        groups = _GROUPS[kind]
         weights, mixes = [0.0] * 2 * (1 + groups), []
         for term in folded:
-            scale, *numbers_of = term[4:]
+            scale, *numbers_of = term[5:]
             weights = [sum_ + scale * weight for sum_, weight in zip(weights, numbers_of, strict=False)]
-            mixes += [scale * mix for mix in numbers_of[2 * (1 + _MAX_GROUPS) :][: 2 * (1 + groups)]] if parts else []
+            mixes += [scale * mix for mix in numbers_of[2 * (1 + groups) :]] if parts else []
         inside = weights[2:] + [mix for i, mix in enumerate(mixes) if i % (2 * (1 + groups)) > 1]
         forward, reverse, tilt = any(inside[::2]), any(inside[1::2]), any(weights[3::2])
         flags = forward, reverse, tilt
-        terms.append(Term(int(kind), bool(largest), *flags, len(numbers), saved, members, len(folded)))
+        terms.append(Term(kind, bool(largest), *flags, len(numbers), saved, members, len(folded)))
         numbers += [math.log2(math.e) / temperature, *weights, *mixes]
-        ks.append(int(k))
+        ks.append(k)
         part_count += len(folded) * (1 + groups)
         saved += SAVED_GROUP.value * groups
         members += MEMBERS.value if kind >= TOPK.value else 0
     high = tuple(_float32(number) for number in numbers)
     low = tuple(_float32(number - part) for number, part in zip(numbers, high, strict=True)) if double else ()
     columns = Columns(part_count, saved, members)
-    return Problem(tuple(terms), ce_weight != 0, int(standardize), high, low, tuple(ks), columns)
+    return Problem(tuple(terms), ce_weight != 0, standardize, high, low, tuple(ks), columns)
+
+
+def _terms(structure: tuple[int, ...], values: tuple[float, ...]) -> list[tuple[float, ...]]:
+    """Of each term its integers, temperature, scale and the weights of mass, groups and their parts."""
+    terms, at = [], _NUMBERS_HEADER
+    for begin in range(_STRUCTURE_HEADER, len(structure), _STRUCTURE_TERM):
+        integers = structure[begin : begin + _STRUCTURE_TERM]
+        count = _term_numbers(integers[0])
+        terms.append((*integers, *values[at : at + count]))
+        at += count
+    return terms
+
+
+def _term_numbers(kind: int) -> int:
+    return 2 + 4 * (1 + _GROUPS[kind])
 
 
 def _fold(terms: list[tuple[float, ...]]) -> list[list[tuple[float, ...]]]:
     """Encoded terms, those together that have one partition and one temperature."""
-    same = len(terms) == 2 and terms[0][:4] == terms[1][:4]
+    same = len(terms) == 2 and terms[0][:3] == terms[1][:3] and bool(terms[1][3])
     return [terms] if same else [[term] for term in terms]
 
 
-def sizes(encoded: tuple[float, ...]) -> Columns:
+@functools.lru_cache(maxsize=256)
+def sizes(structure: tuple[int, ...]) -> Columns:
     """How many numbers of each kind the ops have a sample."""
-    return unpack(encoded, False, False).columns
+    kinds = structure[_STRUCTURE_HEADER::_STRUCTURE_TERM]
+    numbers = (0.0,) * _NUMBERS_HEADER + sum(((1.0,) * _term_numbers(kind) for kind in kinds), ())
+    return unpack(structure, numbers, False, False).columns
 
 
 def _float32(number: float) -> float:
