@@ -2,7 +2,8 @@
 
 All ways lead to the op ``forward`` and share what is kept for backward and what backward computes:
 
-- eager code and the transforms of ``torch.func`` go through :class:`LossFunction`;
+- eager code goes through :class:`LossFunction`, the transforms of ``torch.func`` through
+  :class:`TransformableLossFunction`, whose form costs more in every call;
 - ``torch.compile`` and ``torch.export`` see the op itself, which has the same derivative.
 
 A second derivative raises, and so does whatever would need one; none is a constant in silence.
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from kdkernels import distributed
-from kdkernels.ops import OPS, Arguments, Ops, Outputs, translated
+from kdkernels.ops import OPS, Arguments, Ops, translated
 from kdkernels.validation import REDUCTIONS, Call
 
 _ONCE = (
@@ -45,14 +46,16 @@ def fused_loss(call: Call, ops: Ops, *, recompute: bool, parts: bool) -> tuple[T
     # By class the gradient needs sums over all samples, which forward adds up if one upstream factor applies to all.
     sums_now = call.objective.standardize == "class" and call.reduction != "none" and not recompute and save
     arguments = _arguments(call, ops, parts, gradient=sums_now or not save, save=save)
-    if torch.compiler.is_compiling():
-        outputs = ops.forward(*arguments)
-    else:
-        function = LossFunction.apply if _transformed() else _apply_untransformed
-        try:
-            outputs = function(ops, *arguments)
-        except RuntimeError as error:
-            raise translated(error) from None
+    try:
+        if torch.compiler.is_compiling():
+            outputs = ops.forward(*arguments)
+        elif _transformed():
+            outputs = TransformableLossFunction.apply(ops, *arguments)
+        else:
+            result = LossFunction.apply(student, ops, arguments)
+            return result if parts else (result, None)
+    except RuntimeError as error:
+        raise translated(error) from None
     return outputs[0], outputs[1]
 
 
@@ -107,8 +110,16 @@ def _finds_moments(call: Call, ops: Ops) -> bool:
 #: Whether a transform of torch.func is running.
 _transformed: Callable[[], bool] = torch._C._are_functorch_transforms_active
 
+#: The hooks that pack saved tensors, or None.
+_saved_tensors_hooks: Callable[[bool], Any] = torch._C._autograd._top_saved_tensors_default_hooks
+
 #: Whether the running backward was asked to keep its graph; True, the safe answer, where torch cannot tell.
 _graph_is_kept: Callable[[], bool] = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+
+
+def _below_autograd(op: Any, arguments: tuple[Any, ...]) -> Any:
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*arguments)
 
 
 def _run(op: Any, arguments: tuple[Any, ...]) -> Any:
@@ -116,14 +127,35 @@ def _run(op: Any, arguments: tuple[Any, ...]) -> Any:
     try:
         if _transformed() or torch.compiler.is_compiling():
             return op(*arguments)
-        with torch._C._AutoDispatchBelowAutograd():
-            return op(*arguments)
+        return _below_autograd(op, arguments)
     except RuntimeError as error:
         raise translated(error) from None
 
 
 class LossFunction(torch.autograd.Function):
-    """``(ops, *Arguments) -> Outputs``, differentiable in the student's logits."""
+    """``(student, ops, arguments) -> loss`` or, where parts are wanted, ``(loss, parts)``."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, ops: Ops, arguments: Arguments) -> Any:
+        outputs = _below_autograd(ops.forward, arguments)
+        keep(ctx, ops, arguments, outputs)
+        if not arguments.parts:
+            return outputs[0]
+        ctx.mark_non_differentiable(outputs[1])
+        return outputs[:2]
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, None, None]:
+        return gradient_of(ctx, grad_loss), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor | None, *_: Any) -> Any:
+        slope = _tangent_of_loss(ctx, tangent)
+        return (slope, None) if ctx.parts else slope
+
+
+class TransformableLossFunction(torch.autograd.Function):
+    """``(ops, *Arguments) -> Outputs``, the same in the form that the transforms of ``torch.func`` need."""
 
     generate_vmap_rule = True
 
@@ -133,72 +165,66 @@ class LossFunction(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
-        keep(ctx, inputs[0], Arguments(*inputs[1:]), Outputs(*output))
+        keep(ctx, inputs[0], Arguments(*inputs[1:]), output)
+        _mark_constants(ctx, output)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         return None, gradient_of(ctx, grads[0]), *_NO_OTHERS
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
-        """<gradient, tangent of the student>."""
-        tangent = tangents[1]
-        if tangent is None or any(isinstance(other, Tensor) for other in tangents[2:]):
-            raise RuntimeError(
-                "kdkernels losses have a forward-mode derivative in student_logits only; detach the rest"
-            )
-        if ctx.each and ctx.by_class:
-            raise RuntimeError(
-                "kdkernels has no forward-mode derivative of standardize='class' with reduction='none', where each "
-                "loss depends on all samples; backend='reference' has one"
-            )
-        samples = [size for dim, size in enumerate(tangent.shape) if dim != ctx.class_dim] if ctx.each else ()
-        gradient = _gradient(ctx, torch.ones(samples, dtype=ctx.loss_dtype, device=tangent.device))
-        product = gradient.to(ctx.loss_dtype) * tangent
-        return (product.sum(ctx.class_dim) if ctx.each else product.sum()), None, None, None, None
+    def jvp(ctx: Any, _ops: None, tangent: Tensor | None, *others: Any) -> tuple[Tensor | None, ...]:
+        return _tangent_of_loss(ctx, tangent, others), *_NO_TANGENTS
 
 
-#: Without the check of the signature and the unwrapping that transforms need, which take longer than the kernel may.
-_apply_untransformed: Callable[..., Any] = super(torch.autograd.Function, LossFunction).apply
+#: Of the outputs but the loss, and of the arguments but the student.
+_NO_TANGENTS = (None,) * 4
 _NO_OTHERS = (None,) * (len(Arguments._fields) - 1)
 
 
-def keep(ctx: Any, ops: Ops, call: Arguments, outputs: Outputs) -> None:
-    """Keeps what backward needs: the gradient or, where it is recomputed, what the op ``backward`` takes."""
-    ctx.set_materialize_grads(False)
+def _mark_constants(ctx: Any, outputs: tuple[Tensor | None, ...]) -> None:
+    """Of the outputs only the loss is differentiable."""
     ctx.mark_non_differentiable(*(tensor for tensor in outputs[1:] if tensor is not None))
-    ctx.ops, ctx.class_dim, ctx.each = ops, call.class_dim, REDUCTIONS[call.reduction] == "none"
-    ctx.by_class, ctx.loss_dtype = call.structure[0] == 1, outputs.loss.dtype
-    ctx.recomputes = outputs.saved is not None
-    if not ctx.recomputes:
-        ctx.ours = _hooks() is None
-        _save(ctx, outputs.gradient)
+
+
+def _tangent_of_loss(ctx: Any, tangent: Tensor | None, others: tuple[Any, ...] = ()) -> Tensor:
+    """<gradient, tangent of the student>: the derivative of the loss in that direction."""
+    if tangent is None or any(isinstance(other, Tensor) for other in others):
+        raise RuntimeError("kdkernels losses have a forward-mode derivative in student_logits only: detach the rest")
+    ones = ctx.ones
+    if ones.dim() and ctx.by_class:
+        raise RuntimeError(
+            "kdkernels has no forward-mode derivative of standardize='class' with reduction='none', where each "
+            "loss depends on all samples; backend='reference' has one"
+        )
+    product = _gradient(ctx, ones).to(ones.dtype) * tangent
+    return product.sum(ctx.class_dim) if ones.dim() else product.sum()
+
+
+def keep(ctx: Any, ops: Ops, call: Arguments, outputs: tuple[Tensor | None, ...]) -> None:
+    """Keeps what backward needs: the gradient or, where it is recomputed, what the op ``backward`` takes."""
+    loss, _, gradient, saved, members = outputs
+    ctx.set_materialize_grads(False)
+    ctx.ops, ctx.class_dim, ctx.recomputes = ops, call.class_dim, call.save
+    if forward_ad._current_level >= 0:
+        ctx.by_class, ctx.parts, ctx.ones = call.moments is not None, call.parts, torch.ones_like(loss)
+    if not call.save:
+        # What packs saved tensors may keep them: then the gradient is not ours to change.
+        ctx.ours = _saved_tensors_hooks(True) is None
+        _save(ctx, gradient)
         return
-    ctx.objective, ctx.num_classes, ctx.process_group = (
-        (call.structure, call.numbers),
-        call.num_classes,
-        call.process_group,
-    )
-    sums = outputs.gradient
-    _save(ctx, call.student, call.teacher, call.target, outputs.saved, outputs.members, call.moments, sums)
-
-
-def _hooks() -> object:
-    """What packs the saved tensors, if anything: then what was saved is not ours to change."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(True)
+    ctx.process_group = call.process_group
+    ctx.shape = call.structure, call.numbers, call.class_dim, call.num_classes
+    tensors = call.student, call.teacher, call.target, saved, members, call.moments, gradient
+    # Autograd does not take tensors made in inference mode; these stay beside the others.
+    ctx.inference = {i: tensor for i, tensor in enumerate(tensors) if tensor is not None and tensor.is_inference()}
+    _save(ctx, *(None if i in ctx.inference else tensor for i, tensor in enumerate(tensors)))
 
 
 def _save(ctx: Any, *tensors: Tensor | None) -> None:
-    """Saves tensors for backward; those made in inference mode, which autograd does not take, beside the others."""
-    ctx.inference = {i: tensor for i, tensor in enumerate(tensors) if tensor is not None and tensor.is_inference()}
-    tensors = tuple(None if i in ctx.inference else tensor for i, tensor in enumerate(tensors))
     ctx.save_for_backward(*tensors)
     if forward_ad._current_level >= 0:
         ctx.save_for_forward(*tensors)
-
-
-def _saved(ctx: Any) -> list[Any]:
-    return [ctx.inference.get(i, tensor) for i, tensor in enumerate(ctx.saved_tensors)]
 
 
 def gradient_of(ctx: Any, grad_loss: Tensor | None) -> Tensor | None:
@@ -206,9 +232,9 @@ def gradient_of(ctx: Any, grad_loss: Tensor | None) -> Tensor | None:
 
     Grad mode is on in a backward whose graph is asked for. Transforms always ask for it, and find out by themselves.
     """
-    if not (_transformed() or torch.compiler.is_compiling()):
-        if torch.is_grad_enabled() or forward_ad._current_level >= 0:
-            raise RuntimeError(_ONCE)
+    asked = torch.is_grad_enabled() or forward_ad._current_level >= 0
+    if asked and not (_transformed() or torch.compiler.is_compiling()):
+        raise RuntimeError(_ONCE)
     return None if grad_loss is None else _gradient(ctx, grad_loss)
 
 
@@ -217,36 +243,41 @@ def _gradient(ctx: Any, grad_loss: Tensor) -> Tensor:
 
 
 def _scaled(ctx: Any, grad_loss: Tensor) -> Tensor:
-    (gradient,) = _saved(ctx)
-    if not _is_plain(gradient, grad_loss):
-        factor = grad_loss.unsqueeze(ctx.class_dim) if ctx.each else grad_loss
+    (gradient,) = ctx.saved_tensors
+    if not (_is_plain(grad_loss) and type(gradient) is Tensor):
+        factor = grad_loss.unsqueeze(ctx.class_dim) if grad_loss.dim() else grad_loss
         # As in the kernels an ignored sample's gradient stays 0, whatever comes from above.
         return torch.where(gradient == 0, gradient, (gradient * factor).to(gradient.dtype))
-    if grad_loss.dim() == 0 and grad_loss.is_cpu and grad_loss.item() == 1 and not _graph_is_kept():
+    kept = _graph_is_kept()
+    if not kept and grad_loss.dim() == 0 and grad_loss.is_cpu and grad_loss.item() == 1:  # asks no device
         return gradient
-    if _graph_is_kept() or not ctx.ours:
+    if kept or not ctx.ours:
         gradient = gradient.clone()  # the saved one is for the next backward over this graph
     _run(ctx.ops.scale_, (gradient, grad_loss, ctx.class_dim))
     return gradient
 
 
-def _is_plain(*tensors: Tensor) -> bool:
-    """Whether these hold numbers that may be looked at and changed in place: nothing traces or batches them."""
-    if torch.compiler.is_compiling() or _transformed() or torch._C._len_torch_dispatch_stack():
-        return False
-    return all(type(t) is Tensor and not torch._C._functorch.is_legacy_batchedtensor(t) for t in tensors)
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor holds numbers that may be looked at: nothing traces or batches it."""
+    return (
+        type(tensor) is Tensor
+        and not torch.compiler.is_compiling()
+        and not _transformed()
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._functorch.is_legacy_batchedtensor(tensor)
+    )
 
 
 def _recomputed(ctx: Any, grad_loss: Tensor) -> Tensor:
-    student, teacher, target, saved, members, moments, sums = _saved(ctx)
-    shape = (*ctx.objective, ctx.class_dim, ctx.num_classes)
+    tensors = [ctx.inference.get(i, tensor) for i, tensor in enumerate(ctx.saved_tensors)]
+    student, teacher, target, saved, members, moments, sums = tensors
     if moments is not None:
         if sums is None:
-            sums = _once(ctx.ops.class_sums, grad_loss, student, teacher, target, saved, members, moments, *shape)
+            sums = _once(ctx.ops.class_sums, grad_loss, student, teacher, target, saved, members, moments, *ctx.shape)
         else:
             sums = sums * grad_loss
         sums = distributed.summed(sums, ctx.process_group)
-    return _once(ctx.ops.backward, grad_loss, student, teacher, target, saved, members, moments, sums, *shape)
+    return _once(ctx.ops.backward, grad_loss, student, teacher, target, saved, members, moments, sums, *ctx.shape)
 
 
 def _once(op: Any, *arguments: Any) -> Tensor:
@@ -297,7 +328,8 @@ def _register(ops: Ops) -> None:
     """Gives the ops of a namespace the derivative of eager losses, and batching rules."""
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
-        keep(ctx, ops, Arguments(*inputs), Outputs(*output))
+        keep(ctx, ops, Arguments(*inputs), output)
+        _mark_constants(ctx, output)
 
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         return gradient_of(ctx, grads[0]), *_NO_OTHERS

@@ -18,7 +18,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ParamSpec, TypeVar
+from typing import ClassVar, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -200,6 +200,11 @@ class Objective:
     eps: float | None = None
     ce_weight: float = 0.0
 
+    #: Whether the loss cannot be computed without a target.
+    needs_target: ClassVar[bool]
+    #: The least number of classes for which every partition of this objective exists.
+    smallest_class_count: ClassVar[int]
+
     def __post_init__(self) -> None:
         if not isinstance(self.terms, tuple) or not all(isinstance(term, Term) for term in self.terms):
             raise TypeError(f"Objective.terms must be a tuple of Terms, got {self.terms!r}")
@@ -214,19 +219,14 @@ class Objective:
         check_integer("correction", self.correction, at_least=0)
         check_number("eps", self.eps, at_least=0.0)
         check_number("ce_weight", self.ce_weight, at_least=0.0)
+        # Beside the fields, which torch.compile rebuilds an objective from.
+        partitions = [term.partition for term in self.terms]
+        needs_target = self.ce_weight != 0 or any(partition.kind == "target" for partition in partitions)
+        object.__setattr__(self, "needs_target", needs_target)
+        object.__setattr__(self, "smallest_class_count", max(partition.k for partition in partitions) + 1)
 
-    def __getstate__(self) -> dict[str, object]:
-        return {name: getattr(self, name) for name in self.__dataclass_fields__}  # without what encode() keeps
-
-    @property
-    def needs_target(self) -> bool:
-        """Whether the loss cannot be computed without a target."""
-        return self.ce_weight != 0 or any(term.partition.kind == "target" for term in self.terms)
-
-    @property
-    def smallest_class_count(self) -> int:
-        """The least number of classes for which every partition of this objective exists."""
-        return max(term.partition.k for term in self.terms) + 1
+    def __reduce__(self) -> tuple[object, ...]:
+        return Objective, tuple(getattr(self, name) for name in self.__dataclass_fields__)
 
     def part_names(self) -> tuple[tuple[str, ...], ...]:
         """Names of the loss parts, one tuple a term (mass first); ``""`` for the mass of a single group."""
@@ -253,11 +253,10 @@ class Objective:
             one = torch.ones(1, dtype=torch.float64)
             return _structure(self), torch.cat([one * number for number in _numbers(self)])
         encoded = self.__dict__.get("_encoded")
-        if (
-            encoded is None or torch._C._len_torch_dispatch_stack()
-        ):  # a mode, such as that of fake tensors, makes its own
+        traced = torch._C._len_torch_dispatch_stack() > 0  # by a mode such as that of fake tensors, which makes its own
+        if encoded is None or traced:
             encoded = _Structure(_structure(self)), torch.tensor(_numbers(self), dtype=torch.float64)
-            if not torch._C._len_torch_dispatch_stack():
+            if not traced:
                 object.__setattr__(self, "_encoded", encoded)
         return encoded
 
