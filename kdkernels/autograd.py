@@ -67,16 +67,21 @@ def _arguments(call: Call, ops: Ops, parts: bool, *, gradient: bool, save: bool)
         moments = _run(ops.class_moments, (*samples, call.class_dim, call.num_classes, call.ignore_index))
         moments = distributed.merged_moments(moments, call.process_group)
     structure, numbers = call.objective.encode()
+    scale, denominator = call.scale, call.denominator
+    if scale != 1 and torch.compiler.is_compiling():
+        # A number that changes from step to step would be a constant of the graph; a tensor is an operand.
+        one = torch.ones((), dtype=torch.float64, device=call.student.device)
+        scale, denominator = 1.0, one / scale
     return Arguments(
         call.student,
         call.teacher,
         call.target,
         call.sample_weight,
-        call.denominator,
+        denominator,
         moments,
         structure,
         numbers,
-        call.scale,
+        scale,
         REDUCTIONS.index(call.reduction),
         call.class_dim,
         call.num_classes,
@@ -170,7 +175,9 @@ class TransformableLossFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return None, gradient_of(ctx, grads[0]), *_NO_OTHERS
+        # Transforms always ask for the graph of the backward; the gradient's ops raise where it is differentiated.
+        gradient = None if grads[0] is None else _gradient(ctx, grads[0])
+        return None, gradient, *_NO_OTHERS
 
     @staticmethod
     def jvp(ctx: Any, _ops: None, tangent: Tensor | None, *others: Any) -> tuple[Tensor | None, ...]:
@@ -215,7 +222,8 @@ def keep(ctx: Any, ops: Ops, call: Arguments, outputs: tuple[Tensor | None, ...]
         return
     ctx.process_group = call.process_group
     ctx.shape = call.structure, call.numbers, call.class_dim, call.num_classes
-    tensors = call.student, call.teacher, call.target, saved, members, call.moments, gradient
+    sums = None if call.moments is None else gradient
+    tensors = call.student, call.teacher, call.target, saved, members, call.moments, sums
     # Autograd does not take tensors made in inference mode; these stay beside the others.
     ctx.inference = {i: tensor for i, tensor in enumerate(tensors) if tensor is not None and tensor.is_inference()}
     _save(ctx, *(None if i in ctx.inference else tensor for i, tensor in enumerate(tensors)))
@@ -230,10 +238,9 @@ def _save(ctx: Any, *tensors: Tensor | None) -> None:
 def gradient_of(ctx: Any, grad_loss: Tensor | None) -> Tensor | None:
     """The gradient in the student's logits for an upstream gradient of the loss; RuntimeError if it is differentiated.
 
-    Grad mode is on in a backward whose graph is asked for. Transforms always ask for it, and find out by themselves.
+    Grad mode is on in a backward whose graph is asked for.
     """
-    asked = torch.is_grad_enabled() or forward_ad._current_level >= 0
-    if asked and not (_transformed() or torch.compiler.is_compiling()):
+    if (torch.is_grad_enabled() or forward_ad._current_level >= 0) and not torch.compiler.is_compiling():
         raise RuntimeError(_ONCE)
     return None if grad_loss is None else _gradient(ctx, grad_loss)
 
@@ -281,8 +288,9 @@ def _recomputed(ctx: Any, grad_loss: Tensor) -> Tensor:
 
 
 def _once(op: Any, *arguments: Any) -> Tensor:
-    """The result of an op of backward, which under a transform might be differentiated again."""
-    return OnceFunction.apply(op, *arguments) if _transformed() else _run(op, arguments)
+    """The result of an op of backward; where its graph is kept, as transforms have it, its derivative raises."""
+    watched = _transformed() or (torch.is_grad_enabled() and forward_ad._current_level < 0)
+    return OnceFunction.apply(op, *arguments) if watched else _run(op, arguments)
 
 
 class OnceFunction(torch.autograd.Function):

@@ -17,7 +17,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar, ParamSpec, TypeVar
 
 import torch
@@ -226,7 +226,7 @@ class Objective:
         object.__setattr__(self, "smallest_class_count", max(partition.k for partition in partitions) + 1)
 
     def __reduce__(self) -> tuple[object, ...]:
-        return Objective, tuple(getattr(self, name) for name in self.__dataclass_fields__)
+        return Objective, tuple(getattr(self, field.name) for field in fields(self))
 
     def part_names(self) -> tuple[tuple[str, ...], ...]:
         """Names of the loss parts, one tuple a term (mass first); ``""`` for the mass of a single group."""

@@ -52,7 +52,7 @@ def forward_arguments(
     with torch.no_grad():
         moments = OPS.class_moments(student, teacher, target, None, 1, student.shape[1], -100)
     moments = moments if case.objective.standardize == "class" else None
-    numbers = (case.objective.encode(), 1.0, number, 1, student.shape[1], -100)
+    numbers = (*case.objective.encode(), 1.0, number, 1, student.shape[1], -100)
     return (student, teacher, target, None, None, moments, *numbers, *flags.values())
 
 
@@ -90,10 +90,10 @@ def test_backward_ops(name: str, reduction: str, requires_grad: bool) -> None:
     student, teacher, target = (moved(tensor, DEVICE) for tensor in make_inputs((3, 23)))
     arguments = forward_arguments(ALL[name], student, teacher, target, reduction)
     _, _, sums, saved, members = OPS.forward(*arguments)
-    moments, numbers = arguments[5], arguments[6]
+    moments, *objective = arguments[5:8]
     factor = torch.tensor(0.5) if reduction == "mean" else torch.tensor([0.5]).expand(3)
     logits = factor.to(DEVICE), student.requires_grad_(requires_grad), teacher, target, saved, members
-    shape = numbers, 1, 23
+    shape = *objective, 1, 23
     if moments is not None:
         opcheck(OPS.class_sums.default, (*logits, moments, *shape), requires_grad)
     opcheck(OPS.backward.default, (*logits, moments, None if moments is None else sums, *shape), requires_grad)

@@ -55,19 +55,28 @@ def forward_arguments(
     parts: bool = True,
 ) -> tuple[Any, ...]:
     """Arguments of ``torch.ops.kdkernels.forward``."""
-    numbers = case.objective.encode()
     classes = num_classes or student.shape[class_dim]
     tensors = (student, teacher, target, sample_weight, denominator)
     flags = (gradient, save, parts)
-    return (*tensors, None, numbers, scale, REDUCTIONS.index(reduction), class_dim, classes, -100, *flags)
+    return (
+        *tensors,
+        None,
+        *case.objective.encode(),
+        scale,
+        REDUCTIONS.index(reduction),
+        class_dim,
+        classes,
+        -100,
+        *flags,
+    )
 
 
 def backward_arguments(arguments: tuple[Any, ...], grad_loss: Tensor) -> tuple[Any, ...]:
     """Arguments of ``torch.ops.kdkernels.backward`` after a forward that saved."""
-    student, teacher, target, _, _, _, numbers, _, _, class_dim, classes, *_ = arguments
+    student, teacher, target, _, _, _, *objective, _, _, class_dim, classes, _, _, _, _ = arguments
     with torch.no_grad():
         *_, saved, members = torch.ops.kdkernels.forward(*arguments)
-    return grad_loss, student, teacher, target, saved, members, None, None, numbers, class_dim, classes
+    return grad_loss, student, teacher, target, saved, members, None, None, *objective, class_dim, classes
 
 
 FLAGS = OUTPUTS | {
