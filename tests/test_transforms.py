@@ -31,7 +31,8 @@ VECTOR = make_inputs((5, 9), seed=1).student
 
 
 def loss_by(path: Path, way: str) -> Callable[[Tensor], Tensor]:
-    return lambda student: kdkernels.dkd_loss(student, TEACHER, TARGET, **WAYS[way], **path.options)
+    options = WAYS[way] | path.options
+    return lambda student: kdkernels.dkd_loss(student, TEACHER, TARGET, **options)
 
 
 def literal(way: str) -> Callable[[Tensor], Tensor]:
@@ -233,10 +234,10 @@ def changing(value: float) -> dict[str, Callable[..., Tensor]]:
 def test_numbers_that_change_do_not_recompile(name: str, native_path: Path) -> None:
     """Two graphs: one for the first number, one for any other."""
     torch.compiler.reset()
-    counter = CompileCounterWithBackend("aot_eager")
+    counter, options = CompileCounterWithBackend("aot_eager"), native_path.options
 
     def step(z: Tensor, value: float) -> Tensor:
-        return changing(value)[name](z, TEACHER, **native_path.options)
+        return changing(value)[name](z, TEACHER, **options)
 
     compiled = torch.compile(step, fullgraph=True, backend=counter)
     for value in (1.0, 1.5, 2.0, 3.5, 4.0):
