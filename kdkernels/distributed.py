@@ -41,7 +41,7 @@ class GroupReference:
 
 
 #: In the place of a process group in what was unpickled.
-NOT_PICKLED = "a process group that was not pickled: set process_group again"
+NOT_PICKLED = "not pickled: set process_group again"
 
 
 def merged_moments(moments: Tensor, group: ProcessGroup | None) -> Tensor:

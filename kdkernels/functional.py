@@ -105,8 +105,8 @@ def distillation_loss(
 
     Returns:
         The loss, float32 (float64 if either side is); with ``return_parts`` a pair ``(loss, parts)``, parts a dict of
-        detached tensors under the same reduction, each with its T^2 (if any): ``"ce"``, ``"mass"`` and the groups' names, in
-        objectives of two terms with the suffix ``_forward`` / ``_reverse``.
+        detached tensors under the same reduction, each with its T^2 (if any): ``"ce"``, ``"mass"`` and the groups'
+        names, in objectives of two terms with the suffix ``_forward`` / ``_reverse``.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type or value, DTensors included; nothing was computed.
@@ -211,7 +211,7 @@ def dkd_loss(
 
     Args:
         target: integer classes in the sample dimensions' shape.
-        alpha, beta: weights from 0 to 1e24 of TCKD and NCKD (paper: 1 and 8 on CIFAR-100; 1 and 0.5 with T = 1 on ImageNet).
+        alpha, beta: weights >= 0 of TCKD and NCKD (paper: 1 and 8 on CIFAR-100; 1 and 0.5 with T = 1 on ImageNet).
         temperature: T, from 1e-6 to 1e6.
         kl_type: direction of NCKD, ``"forward"``, ``"reverse"`` or ``"both"`` (half of each); TCKD stays forward.
         options: as in :func:`distillation_loss`.
@@ -239,7 +239,7 @@ def gdkd_loss(
 
     Args:
         k: 1 <= k < C classes lead; ties go to the lowest index.
-        w0, w1, w2: weights from 0 to 1e24 of mass, top and rest.
+        w0, w1, w2: weights >= 0 of mass, top and rest.
         temperature: T, from 1e-6 to 1e6.
         strategy: ``"best"`` takes the k largest teacher logits, ``"worst"`` the k smallest.
         kl_type: direction inside the groups, ``"forward"``, ``"reverse"`` or ``"both"``; the mass stays forward.

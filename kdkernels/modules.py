@@ -194,11 +194,15 @@ class _NamedLoss(DistillationLoss):
 
     #: The preset, whose parameters are the module's.
     preset: ClassVar[Callable[..., Objective]]
+    #: Parameters that are kept as floats: of an integer attribute torch.compile makes a new graph for each value.
+    _floats: ClassVar[frozenset[str]]
 
     def __init_subclass__(cls, **arguments: Any) -> None:
         super().__init_subclass__(**arguments)
         if "preset" in cls.__dict__:
-            cls.parameter_names = tuple(inspect.signature(cls.preset).parameters)
+            parameters = inspect.signature(cls.preset).parameters
+            cls.parameter_names = tuple(parameters)
+            cls._floats = frozenset(name for name, each in parameters.items() if isinstance(each.default, float))
 
     def __init__(self, parameters: dict[str, Any], options: Mapping[str, Any]) -> None:
         nn.Module.__init__(self)
@@ -207,12 +211,13 @@ class _NamedLoss(DistillationLoss):
     @classmethod
     def _checked(cls, parameters: dict[str, Any]) -> dict[str, Any]:
         cls.preset(**parameters)
-        return {name: objective.plain(name, value) for name, value in parameters.items()}
+        plain = {name: objective.plain(name, value) for name, value in parameters.items()}
+        return {name: float(value) if name in cls._floats else value for name, value in plain.items()}
 
     @property
     def objective(self) -> Objective:  # type: ignore[override]
         """What the module computes, before its options."""
-        return self.preset(**{name: getattr(self, name) for name in self.parameter_names})
+        return self.preset(*[getattr(self, name) for name in self.parameter_names])
 
 
 class KDLoss(_NamedLoss):

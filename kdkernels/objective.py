@@ -74,7 +74,7 @@ def plain(name: str, value: object) -> object:
 
 
 def check_number(name: str, value: object, *, at_least: float | None = None, at_most: float | None = None) -> float:
-    """``value``, a number, NumPy scalar or 0-d CPU tensor, as a float within the bounds; else TypeError / ValueError."""
+    """``value``, a number, NumPy scalar or 0-d CPU tensor, as a float in the bounds; else TypeError / ValueError."""
     number = value if isinstance(value, (int, float)) else plain(name, value)
     if isinstance(number, bool) or not isinstance(number, (int, float)):
         raise TypeError(f"{name} must be a number, got {describe(value)}")
@@ -285,7 +285,7 @@ class Objective:
         _store_plain(self, "eps", check_number("eps", self.eps, at_least=0.0, at_most=MAX_WEIGHT))
         _store_plain(self, "ce_weight", check_weight("ce_weight", self.ce_weight))
         _store_plain(self, "weight", check_weight("weight", self.weight))
-        if self.weight > 1:
+        if self.weight != 1:
             for weight in (weight for term in self.terms for pair in (term.mass, *term.groups) for weight in pair):
                 check_weight("weight times a term's weight", self.weight * weight)
         partitions = [term.partition for term in self.terms]
@@ -345,13 +345,11 @@ def _memoized(build: Callable[_P, _R]) -> Callable[_P, _R]:
 
     @functools.wraps(build)
     def preset(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        if (
-            not torch.compiler.is_compiling()
-            and _IMMUTABLE.issuperset(map(type, args))
-            and _IMMUTABLE.issuperset(map(type, kwargs.values()))
-        ):
-            return remembered(*args, **kwargs)  # type: ignore[arg-type]
-        return build(*args, **kwargs)
+        if torch.compiler.is_compiling() or not _IMMUTABLE.issuperset(map(type, args)):
+            return build(*args, **kwargs)
+        if kwargs and not _IMMUTABLE.issuperset(map(type, kwargs.values())):
+            return build(*args, **kwargs)
+        return remembered(*args, **kwargs)  # type: ignore[arg-type]
 
     return preset
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kdkernels._describe import describe, short
+from kdkernels._describe import describe
 from kdkernels.distributed import ProcessGroup, is_process_group
 from kdkernels.objective import Objective, check_choice, check_integer, check_number
 
@@ -141,15 +141,14 @@ def _refuse_dtensor(name: str, tensor: Tensor) -> None:
         )
 
 
-_warned_of_class_dim = False
+_warned: set[str] = set()
 
 
 def _warn_of_class_dim() -> None:
     """Warns once that the class dimension of logits of tokens may be meant to be another one."""
-    global _warned_of_class_dim
-    if _warned_of_class_dim:
+    if "class_dim" in _warned:
         return
-    _warned_of_class_dim = True
+    _warned.add("class_dim")
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(("kdkernels", "torch")):
         frame, level = frame.f_back, level + 1
