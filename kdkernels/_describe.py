@@ -24,6 +24,11 @@ class _Short(reprlib.Repr):
             return f"a {dtype} array of shape {shape}"
         return super().repr1(x, level)
 
+    def repr_int(self, x: int, level: int) -> str:
+        if x.bit_length() > 1000:  # Python refuses to write out the largest
+            return f"an integer of {x.bit_length()} bits"
+        return super().repr_int(x, level)
+
 
 _shortener = _Short()
 

@@ -368,6 +368,7 @@ def adjust(
 
     ``weight`` multiplies that of the terms; ``square_temperature=False`` drops T^2 from all of them.
     """
+    check_choice("standardize", standardize, STANDARDIZE)
     if standardize is None and (correction is not None or eps is not None) and objective.standardize is None:
         name, value = ("correction", correction) if correction is not None else ("eps", eps)
         raise ValueError(f"{name} is used only with standardize='class' or 'sample', got {name}={short(value)}")

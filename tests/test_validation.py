@@ -164,7 +164,7 @@ CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     ),
     "reduction_none": ({"reduction": None}, ValueError, r"reduction must be one of .*got None"),
     "denominator_negative": ({"denominator": -2.5}, ValueError, r"denominator must be >= 0, got -2.5"),
-    "denominator_huge": ({"denominator": 10**400}, ValueError, r"denominator must be finite, got 1000"),
+    "denominator_huge": ({"denominator": 10**400}, ValueError, r"denominator must be finite, got an integer of 1329 b"),
     "denominator_nan": ({"denominator": float("nan")}, ValueError, r"denominator must be finite, got nan"),
     "denominator_inf": ({"denominator": float("inf")}, ValueError, r"denominator must be finite, got inf"),
     "denominator_str": ({"denominator": "3"}, TypeError, r"denominator must be a number, got '3'"),
@@ -203,7 +203,7 @@ CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "correction_huge": (
         {"standardize": "class", "correction": 10**400},
         ValueError,
-        r"correction must be <= .*got 1000",
+        r"correction must be <= .*got an integer",
     ),
     "eps_huge": ({"standardize": "class", "eps": 1e300}, ValueError, r"eps must be <= 1e\+24, got 1e\+300"),
     "class_dim_high": ({"class_dim": 2}, ValueError, r"class_dim must be a dimension .*\(3, 7\), got 2"),
@@ -307,7 +307,7 @@ def test_numbers_that_are_none(loss: str, name: str, value: object, build: dict[
 @BOTH
 @pytest.mark.parametrize(
     "value",
-    [0, -1.5, float("nan"), float("inf"), -float("inf"), 1e-30, 2.0**70, 1e100, 1e200, np.float32(1e20), 10**400],
+    [0, -1.5, float("nan"), float("inf"), -float("inf"), 1e-30, 2.0**70, 1e100, 1e200, 10**400],
     ids=short,
 )
 @pytest.mark.parametrize(("loss", "name"), TEMPERATURES)
@@ -317,7 +317,7 @@ def test_temperatures(loss: str, name: str, value: float, build: dict[str, Calla
 
 
 @BOTH
-@pytest.mark.parametrize("value", [-1e-9, -3, float("nan"), float("inf")], ids=repr)
+@pytest.mark.parametrize("value", [-1e-9, -3, float("nan"), float("inf"), 1e25, 10**400], ids=short)
 @pytest.mark.parametrize(("loss", "name"), WEIGHTS)
 def test_weights(loss: str, name: str, value: float, build: dict[str, Callable[..., Any]]) -> None:
     with pytest.raises(ValueError, match=rf"{name} must be .*got {described(value)}"):
@@ -351,6 +351,17 @@ def test_choices(
     loss: str, name: str, value: object, exception: type[Exception], build: dict[str, Callable[..., Any]]
 ) -> None:
     with pytest.raises(exception, match=rf"{name} must be .*got {described(value)}"):
+        build[loss](**{name: value})
+
+
+@BOTH
+@pytest.mark.parametrize(
+    "value", [np.float32(1e25), torch.tensor(-1.0), torch.tensor(torch.nan), np.array(-2)], ids=short
+)
+@pytest.mark.parametrize(("loss", "name"), TEMPERATURES + WEIGHTS)
+def test_scalars_out_of_range(loss: str, name: str, value: Any, build: dict[str, Callable[..., Any]]) -> None:
+    """The message shows the number, not what held it."""
+    with pytest.raises(ValueError, match=rf"{name} must be .*got {re.escape(str(value.item()))}"):
         build[loss](**{name: value})
 
 
