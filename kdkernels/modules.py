@@ -64,6 +64,8 @@ class DistillationLoss(nn.Module):
     mode: str
     backend: str
     return_parts: bool
+    _changed: dict[str, Any]
+    _process_group: GroupReference
 
     #: Names of the arguments that are no options.
     parameter_names: ClassVar[tuple[str, ...]] = ("objective",)
@@ -79,10 +81,17 @@ class DistillationLoss(nn.Module):
                 raise TypeError(f"{name} is an argument of forward(), not of {kind}()")
             if name not in OPTIONS:
                 raise TypeError(f"{kind}() got an unexpected keyword argument {name!r}")
-        for name, value in self._checked(parameters).items():
+        arguments = self._checked(parameters)
+        arguments |= {name: _checked_option(name, options.get(name, default)) for name, default in OPTIONS.items()}
+        for name, value in arguments.items():
             super().__setattr__(name, value)
-        for name, default in OPTIONS.items():
-            setattr(self, name, options.get(name, default))
+        self._refresh()
+
+    def _refresh(self) -> None:
+        """Finds anew what a call is given besides its tensors: it takes longer than to check the call."""
+        values = {name: getattr(self, name) for name in OPTIONS if name != "process_group"}
+        changed = {name: value for name, value in values.items() if _differ(value, OPTIONS[name])}
+        super().__setattr__("_changed", changed)  # a new one: copies of a module share the old one
 
     @classmethod
     def _checked(cls, parameters: dict[str, Any]) -> dict[str, Any]:
@@ -110,6 +119,8 @@ class DistillationLoss(nn.Module):
             names = ", ".join((*self.parameter_names, *OPTIONS))
             raise AttributeError(f"{type(self).__name__} has no argument {name!r}; it has {names}")
         super().__setattr__(name, value)
+        if name in OPTIONS or name in self.parameter_names:
+            self._refresh()
 
     def forward(
         self,
@@ -119,19 +130,24 @@ class DistillationLoss(nn.Module):
         sample_weight: Tensor | None = None,
     ) -> Loss:
         """The loss of :func:`~kdkernels.functional.distillation_loss` for these tensors."""
-        options = {name: getattr(self, name) for name in OPTIONS}
         return distillation_loss(
-            student_logits, teacher_logits, self.objective, target=target, sample_weight=sample_weight, **options
+            student_logits,
+            teacher_logits,
+            self.objective,
+            target=target,
+            sample_weight=sample_weight,
+            process_group=self._process_group.group,
+            **self._changed,
         )
 
     def extra_repr(self) -> str:
-        names = [*self.parameter_names, *(name for name in OPTIONS if getattr(self, name) is not OPTIONS[name])]
-        values = {name: getattr(self, name) for name in names}
-        return ", ".join(
-            f"{name}={value if name == 'objective' else short(value)}"
-            for name, value in values.items()
-            if name not in OPTIONS or isinstance(value, Tensor) or value != OPTIONS[name]
-        )
+        names = [name for name in OPTIONS if _differ(getattr(self, name), OPTIONS[name])]
+        values = {name: getattr(self, name) for name in (*self.parameter_names, *names)}
+        return ", ".join(f"{name}={value if name == 'objective' else short(value)}" for name, value in values.items())
+
+
+def _differ(value: Any, default: Any) -> bool:
+    return value is not default and (isinstance(value, Tensor) or value != default)
 
 
 def _looks_like_an_option(name: str, value: object) -> bool:
@@ -196,6 +212,7 @@ class _NamedLoss(DistillationLoss):
     preset: ClassVar[Callable[..., Objective]]
     #: Parameters that are kept as floats: of an integer attribute torch.compile makes a new graph for each value.
     _floats: ClassVar[frozenset[str]]
+    _objective: Objective
 
     def __init_subclass__(cls, **arguments: Any) -> None:
         super().__init_subclass__(**arguments)
@@ -214,10 +231,18 @@ class _NamedLoss(DistillationLoss):
         plain = {name: objective.plain(name, value) for name, value in parameters.items()}
         return {name: float(value) if name in cls._floats else value for name, value in plain.items()}
 
+    def _refresh(self) -> None:
+        super()._refresh()
+        nn.Module.__setattr__(self, "_objective", self._built())
+
+    def _built(self) -> Objective:
+        return self.preset(*[getattr(self, name) for name in self.parameter_names])
+
     @property
     def objective(self) -> Objective:  # type: ignore[override]
         """What the module computes, before its options."""
-        return self.preset(*[getattr(self, name) for name in self.parameter_names])
+        # While traced it is built of the parameters, so that a graph depends on no number that was built in.
+        return self._built() if torch.compiler.is_compiling() else self._objective
 
 
 class KDLoss(_NamedLoss):

@@ -100,6 +100,8 @@ def check_weight(name: str, value: object) -> float:
 
 def check_integer(name: str, value: object, *, at_least: int = _INT64[0]) -> int:
     """``value``, an integer, NumPy scalar or 0-d CPU tensor, as an int of 64 bits; else TypeError / ValueError."""
+    if type(value) is int and at_least <= value <= _INT64[1]:
+        return value
     number = value if isinstance(value, int) else plain(name, value)
     if isinstance(number, bool) or not isinstance(number, int):
         raise TypeError(f"{name} must be an integer, got {describe(value)}")
@@ -339,17 +341,24 @@ _IMMUTABLE = frozenset({float, int, bool, str, type(None), Objective})
 def _memoized(build: Callable[_P, _R]) -> Callable[_P, _R]:
     """Presets are built in every training step: keep the last few (they are immutable).
 
-    Arguments of other types are not remembered: a tensor may hold another value the next time.
+    Of arguments of other types nothing is kept: a tensor may hold another value the next time.
     """
-    remembered = functools.lru_cache(maxsize=256, typed=True)(build)
+
+    def build_to_keep(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        if not _IMMUTABLE.issuperset(map(type, (*args, *kwargs.values()))):
+            raise TypeError("not to be remembered")
+        return build(*args, **kwargs)
+
+    remembered = functools.lru_cache(maxsize=256, typed=True)(build_to_keep)
 
     @functools.wraps(build)
     def preset(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        if torch.compiler.is_compiling() or not _IMMUTABLE.issuperset(map(type, args)):
-            return build(*args, **kwargs)
-        if kwargs and not _IMMUTABLE.issuperset(map(type, kwargs.values())):
-            return build(*args, **kwargs)
-        return remembered(*args, **kwargs)  # type: ignore[arg-type]
+        if not torch.compiler.is_compiling():
+            try:
+                return remembered(*args, **kwargs)  # type: ignore[arg-type]
+            except TypeError:
+                pass  # unhashable, not to be remembered, or wrong: the validation says what is wrong
+        return build(*args, **kwargs)
 
     return preset
 

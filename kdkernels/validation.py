@@ -123,9 +123,10 @@ def _check_process_group(process_group: object, objective: Objective) -> None:
 
 
 def _check_dense(name: str, logits: Tensor) -> None:
-    if not isinstance(logits, Tensor):
-        raise TypeError(f"{name} must be a floating point tensor, got {describe(logits)}")
-    _refuse_dtensor(name, logits)
+    if type(logits) is not Tensor:
+        if not isinstance(logits, Tensor):
+            raise TypeError(f"{name} must be a floating point tensor, got {describe(logits)}")
+        _refuse_dtensor(name, logits)
     if logits.dtype not in LOGIT_DTYPES:
         expected = "float32, float64, float16 or bfloat16"
         raise TypeError(f"{name} must be a {expected} tensor, got {describe(logits)}")
@@ -134,7 +135,7 @@ def _check_dense(name: str, logits: Tensor) -> None:
 
 
 def _refuse_dtensor(name: str, tensor: Tensor) -> None:
-    if type(tensor) is not Tensor and hasattr(tensor, "full_tensor"):
+    if hasattr(tensor, "full_tensor"):
         raise TypeError(
             f"{name} must be a plain tensor, got a DTensor. Pass {name}.to_local() if its processes share the samples "
             f"(the loss is then that of this process's samples) and {name}.full_tensor() if they share the classes"
@@ -202,7 +203,8 @@ def _samples(shape: torch.Size, class_dim: int) -> tuple[int, ...]:
 
 
 def _check_target(target: Tensor, samples: tuple[int, ...], device: torch.device) -> Tensor:
-    _refuse_dtensor("target", target)
+    if type(target) is not Tensor:
+        _refuse_dtensor("target", target)
     right_type = isinstance(target, Tensor) and target.dtype in _INDEX_DTYPES
     if not right_type or target.shape != samples or target.device != device:
         expected = f"an integer tensor of the sample dimensions' shape {samples} on {device}"
