@@ -101,7 +101,8 @@ def distillation_loss(
         return_parts: also return the unweighted parts of the loss.
 
     Temperatures (from 1e-6 to 1e6), weights (from 0 to 1e24), k and every other number may be a NumPy scalar or a 0-d
-    CPU tensor too. A tensor that requires grad is refused, as is one on a GPU, which the host would have to wait for.
+    CPU tensor too, but in a full graph of torch.compile, which knows no value of theirs. A tensor that requires grad is
+    refused, as is one on a GPU, which the host would have to wait for.
 
     Returns:
         The loss, float32 (float64 if either side is); with ``return_parts`` a pair ``(loss, parts)``, parts a dict of

@@ -88,7 +88,7 @@ class DistillationLoss(nn.Module):
         self._refresh()
 
     def _refresh(self) -> None:
-        """Finds anew what a call is given besides its tensors: it takes longer than to check the call."""
+        """Collects the options that differ from their defaults: to do so in each call would make it slower."""
         values = {name: getattr(self, name) for name in OPTIONS if name != "process_group"}
         changed = {name: value for name, value in values.items() if _differ(value, OPTIONS[name])}
         super().__setattr__("_changed", changed)  # a new one: copies of a module share the old one

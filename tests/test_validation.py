@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -271,26 +272,25 @@ def test_options_are_keywords(name: str) -> None:
 
 # Arguments of the losses --------------------------------------------------------------------------------------------
 
-LOSS_FUNCTIONS: dict[str, Callable[..., Any]] = {
-    "kd": lambda **a: kdkernels.kd_loss(STUDENT, TEACHER, **a),
-    "reverse_kd": lambda **a: kdkernels.reverse_kd_loss(STUDENT, TEACHER, **a),
-    "bdd": lambda **a: kdkernels.bdd_loss(STUDENT, TEACHER, **a),
-    "dkd": lambda **a: kdkernels.dkd_loss(STUDENT, TEACHER, Y, **a),
-    "gdkd": lambda **a: kdkernels.gdkd_loss(STUDENT, TEACHER, **a),
-    "gdkd3": lambda **a: kdkernels.gdkd3_loss(STUDENT, TEACHER, **a),
-}
-MODULES: dict[str, Callable[..., Any]] = {
-    "kd": kdkernels.KDLoss,
-    "reverse_kd": kdkernels.ReverseKDLoss,
-    "bdd": kdkernels.BDDLoss,
-    "dkd": kdkernels.DKDLoss,
-    "gdkd": kdkernels.GDKDLoss,
-    "gdkd3": kdkernels.GDKD3Loss,
-}
-TEMPERATURES = [("kd", "temperature"), ("reverse_kd", "temperature"), ("dkd", "temperature"), ("gdkd", "temperature")]
-TEMPERATURES += [("gdkd3", "temperature"), ("bdd", "forward_temperature"), ("bdd", "reverse_temperature")]
-WEIGHTS = [("dkd", "alpha"), ("dkd", "beta"), ("bdd", "forward_weight"), ("bdd", "reverse_weight")]
-WEIGHTS += [(loss, weight) for loss in ("gdkd", "gdkd3") for weight in ("w0", "w1", "w2")]
+
+def function_of(loss: str) -> Callable[..., Any]:
+    """A loss's function with the tensors given."""
+    return partial(LOSSES[loss].function, STUDENT, TEACHER, target=Y)
+
+
+LOSS_FUNCTIONS: dict[str, Callable[..., Any]] = {loss: function_of(loss) for loss in LOSSES}
+MODULES: dict[str, Callable[..., Any]] = {loss: row.module for loss, row in LOSSES.items()}
+PARAMETERS = [(loss, name) for loss, row in LOSSES.items() for name in row.module.parameter_names]
+TEMPERATURES = [(loss, name) for loss, name in PARAMETERS if "temperature" in name]
+WEIGHTS = [(loss, name) for loss, name in PARAMETERS if name in {"alpha", "beta", "w0", "w1", "w2"} or "weight" in name]
+
+
+def test_every_parameter_is_tried() -> None:
+    others = set(PARAMETERS) - set(TEMPERATURES) - set(WEIGHTS)
+    assert {name for _, name in others} == {"k", "strategy", "kl_type"}
+    assert len(TEMPERATURES) == 7
+    assert len(WEIGHTS) == 10
+
 
 NOT_NUMBERS = ["4", None, [4.0], True, 1j, torch.ones(1), torch.tensor(True), np.ones(2), np.True_, np.complex64(1)]
 BOTH = pytest.mark.parametrize("build", [LOSS_FUNCTIONS, MODULES], ids=["function", "module"])
