@@ -117,10 +117,10 @@ KDK_HOST_DEVICE int64_t members_size(const Objective& objective) {
 // An objective's structure: standardisation and correction, then of each term kind, k, largest and whether it has the
 // first term's temperature.
 constexpr int kStructureHeader = 2, kStructureTerm = 4;
-// An objective's numbers: weight of the cross entropy and eps, then of each term temperature, scale and the weights of
-// mass, groups, mass part and group parts.
-constexpr int kNumbersHeader = 2;
-KDK_HOST_DEVICE int64_t numbers_of(const Term& term) { return 2 + 4 * (1 + term.groups()); }
+// An objective's numbers: weights of the cross entropy and of all terms, eps, then of each term temperature, scale and
+// the weights of the mass and of the groups.
+constexpr int kNumbersHeader = 3;
+KDK_HOST_DEVICE int64_t numbers_of(const Term& term) { return 2 + 2 * (1 + term.groups()); }
 
 // Reads the structure that Objective.encode() of kdkernels/objective.py gives; false if it is none.
 inline bool decode_structure(const int64_t* structure, int64_t count, Objective& objective) {
@@ -139,27 +139,50 @@ inline bool decode_structure(const int64_t* structure, int64_t count, Objective&
   return true;
 }
 
+// The share of each direction in a reported part; of the fallback where the part has no weight.
+inline KlWeights share(KlWeights weights, KlWeights fallback) {
+  const double total = weights.forward + weights.reverse;
+  return total == 0 ? fallback : KlWeights{weights.forward / total, weights.reverse / total};
+}
+
+// Multiplies a term's weights; its parts, which are reported without weight, keep their shares. A group without weight
+// is reported in the direction of the others.
+inline void weigh(Term& term, double weight) {
+  bool forward = false, reverse = false;
+  for (int g = 0; g < term.groups(); ++g) {
+    forward = forward || term.group[g].forward != 0;
+    reverse = reverse || term.group[g].reverse != 0;
+  }
+  const auto times = [weight](KlWeights& pair) { pair = {weight * pair.forward, weight * pair.reverse}; };
+  term.mass_part = share(term.mass, {1, 0});
+  times(term.mass);
+  for (int g = 0; g < term.groups(); ++g) {
+    term.group_part[g] = share(term.group[g], reverse && !forward ? KlWeights{0, 1} : KlWeights{1, 0});
+    times(term.group[g]);
+  }
+}
+
 // Reads the numbers that go with a structure; false if their count does not fit it.
 inline bool decode_numbers(const double* next, int64_t count, Objective& objective) {
   int64_t expected = kNumbersHeader;
   for (int t = 0; t < objective.terms; ++t) expected += numbers_of(objective.term[t]);
   if (count != expected) return false;
-  const auto weights = [&next] {
-    const KlWeights pair{next[0], next[1]};
+  const auto pair = [&next] {
+    const KlWeights weights{next[0], next[1]};
     next += 2;
-    return pair;
+    return weights;
   };
   objective.ce_weight = *next++;
+  const double weight = *next++;
   objective.eps = *next++;
   for (int t = 0; t < objective.terms; ++t) {
     Term& term = objective.term[t];
     term.temperature = *next++;
     term.scale = *next++;
     term.slope = term.scale / term.temperature;
-    term.mass = weights();
-    for (int g = 0; g < term.groups(); ++g) term.group[g] = weights();
-    term.mass_part = weights();
-    for (int g = 0; g < term.groups(); ++g) term.group_part[g] = weights();
+    term.mass = pair();
+    for (int g = 0; g < term.groups(); ++g) term.group[g] = pair();
+    weigh(term, weight);
   }
   return true;
 }

@@ -67,21 +67,16 @@ def _arguments(call: Call, ops: Ops, parts: bool, *, gradient: bool, save: bool)
         moments = _run(ops.class_moments, (*samples, call.class_dim, call.num_classes, call.ignore_index))
         moments = distributed.merged_moments(moments, call.process_group)
     structure, numbers = call.objective.encode()
-    scale, denominator = call.scale, call.denominator
-    if scale != 1 and torch.compiler.is_compiling():
-        # A number that changes from step to step would be a constant of the graph; a tensor is an operand.
-        one = torch.ones((), dtype=torch.float64, device=call.student.device)
-        scale, denominator = 1.0, one / scale
     return Arguments(
         call.student,
         call.teacher,
         call.target,
         call.sample_weight,
-        denominator,
+        call.denominator,
         moments,
         structure,
         numbers,
-        scale,
+        call.scale,
         REDUCTIONS.index(call.reduction),
         call.class_dim,
         call.num_classes,

@@ -25,6 +25,30 @@ def name_of(group: ProcessGroup | None) -> str | None:
     return None if group is None else group.group_name
 
 
+class GroupReference:
+    """Holds a process group in an object that is copied and pickled.
+
+    Copies share the group. A group cannot be pickled: the loaded reference holds :data:`NOT_PICKLED` in its place,
+    which no loss takes for a group.
+    """
+
+    def __init__(self, group: ProcessGroup | None) -> None:
+        self.group = group
+
+    def __copy__(self) -> GroupReference:
+        return GroupReference(self.group)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GroupReference:
+        return GroupReference(self.group)
+
+    def __reduce__(self) -> tuple[type[GroupReference], tuple[str | None]]:
+        return GroupReference, (None if self.group is None else NOT_PICKLED,)
+
+
+#: In the place of a process group in what was unpickled.
+NOT_PICKLED = "not pickled: set process_group again"
+
+
 def merged_moments(moments: Tensor, group: ProcessGroup | None) -> Tensor:
     """The moments over all processes of ``group`` from each one's, ``(sides, 3, classes)``: count, mean and M2.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from torch import Tensor
 from typing_extensions import Unpack
@@ -20,6 +20,8 @@ class LossOptions(TypedDict, total=False):
     """Keyword arguments that every loss takes. See :func:`distillation_loss`."""
 
     target: Tensor | None
+    weight: float
+    square_temperature: bool
     standardize: str | None
     correction: int | None
     eps: float | None
@@ -28,7 +30,7 @@ class LossOptions(TypedDict, total=False):
     denominator: float | Tensor | None
     sample_weight: Tensor | None
     ignore_index: int
-    class_dim: int
+    class_dim: int | None
     num_classes: int | None
     process_group: ProcessGroup | None
     mode: str
@@ -42,6 +44,8 @@ def distillation_loss(
     objective: Objective,
     *,
     target: Tensor | None = None,
+    weight: float = 1.0,
+    square_temperature: bool = True,
     standardize: str | None = None,
     correction: int | None = None,
     eps: float | None = None,
@@ -50,7 +54,7 @@ def distillation_loss(
     denominator: float | Tensor | None = None,
     sample_weight: Tensor | None = None,
     ignore_index: int = -100,
-    class_dim: int = 1,
+    class_dim: int | None = None,
     num_classes: int | None = None,
     process_group: ProcessGroup | None = None,
     mode: str = "fused",
@@ -65,18 +69,22 @@ def distillation_loss(
         teacher_logits: the same shape and device, any of those dtypes; must not require grad.
         objective: an :class:`~kdkernels.objective.Objective`.
         target: integer classes in the sample dimensions' shape. Required by target partitions and by ``ce_weight``;
-            for other losses it only marks ignored samples.
+            for other losses it only marks ignored samples, and its other values may be anything.
+        weight: multiplies the distillation terms, from 0 to 1e24; ``ce_weight`` and the parts are not multiplied.
+            ``weight=1 - alpha, ce_weight=alpha`` is alpha * CE + (1 - alpha) * KD.
+        square_temperature: False drops the factor T^2 from loss and parts; True keeps what the objective has.
         standardize: None keeps the objective's; ``"class"`` or ``"sample"`` standardise the logits the divergences
             see. ``correction`` and ``eps`` as in :class:`~kdkernels.objective.Objective`.
         ce_weight: weight of the cross entropy of the raw student logits with the target; None keeps the
             objective's (0 in the presets).
         reduction: ``"mean"`` (weighted mean over valid samples), ``"batchmean"`` (sum / size of dimension 0),
             ``"sum"`` or ``"none"`` (one value a sample, in the sample dimensions' shape).
-        denominator: number > 0 or 0-d tensor that replaces the mean's own count, for gradient accumulation and
-            data parallelism over tokens.
+        denominator: number >= 0 or 0-d tensor on the logits' device that replaces the mean's own count, for gradient
+            accumulation and data parallelism over tokens. The loss is 0 where it is 0.
         sample_weight: weight >= 0 of each sample. Samples of weight 0 count nowhere and may hold NaN.
-        ignore_index: samples with this target count nowhere either.
-        class_dim: the class dimension of both logits; every other dimension counts samples.
+        ignore_index: samples with this target count nowhere either; a 64-bit integer.
+        class_dim: the class dimension of both logits; every other dimension counts samples. None is 1, with a
+            UserWarning, once, for logits of three dimensions without a target: those of tokens need -1.
         num_classes: compare only the first ``num_classes`` classes (padded vocabularies).
         process_group: a ``torch.distributed.ProcessGroup`` whose processes share the statistics of
             ``standardize="class"``, forward and backward, as in synchronised batch normalisation (one collective each).
@@ -91,13 +99,17 @@ def distillation_loss(
             variable ``KDKERNELS_BACKEND`` if it was set at import, else picks the fastest that can serve the call.
         return_parts: also return the unweighted parts of the loss.
 
+    Temperatures (from 1e-6 to 1e6), weights (from 0 to 1e24), k and every other number may be a NumPy scalar or a 0-d
+    CPU tensor too, but in a full graph of torch.compile, which knows no value of theirs. A tensor that requires grad is
+    refused, as is one on a GPU, which the host would have to wait for.
+
     Returns:
         The loss, float32 (float64 if either side is); with ``return_parts`` a pair ``(loss, parts)``, parts a dict of
-        detached tensors under the same reduction, each with its T^2: ``"ce"``, ``"mass"`` and the groups' names, in
-        objectives of two terms with the suffix ``_forward`` / ``_reverse``.
+        detached tensors under the same reduction, each with its T^2 (if any): ``"ce"``, ``"mass"`` and the groups'
+        names, in objectives of two terms with the suffix ``_forward`` / ``_reverse``.
 
     Raises:
-        TypeError, ValueError: an argument is of the wrong type or value; nothing was computed.
+        TypeError, ValueError: an argument is of the wrong type or value, DTensors included; nothing was computed.
         IndexError: a target is out of range (on a GPU only with the environment variable ``KDKERNELS_DEBUG=1``; else
             that sample's loss is NaN).
         RuntimeError: the requested backend cannot serve this call, or a second derivative is asked for.
@@ -105,8 +117,9 @@ def distillation_loss(
     Shape:
         ``(N, C)``, or any shape with ``class_dim``, e.g. ``(N, C, H, W)`` with 1 and ``(B, T, V)`` with -1.
     """
-    if standardize is not None or correction is not None or eps is not None or ce_weight is not None:
-        objective = _adjusted(objective, standardize, correction, eps, ce_weight)
+    reweighted = not (isinstance(weight, float) and weight == 1.0) or square_temperature is not True
+    if reweighted or standardize is not None or correction is not None or eps is not None or ce_weight is not None:
+        objective = _adjusted(objective, standardize, correction, eps, ce_weight, weight, square_temperature)
     check_choice("mode", mode, MODES)
     call = check_call(
         student_logits,
@@ -131,12 +144,10 @@ def distillation_loss(
     return loss if values is None else (loss, _named_parts(call.objective, values))
 
 
-def _adjusted(
-    base: Objective, standardize: str | None, correction: int | None, eps: float | None, ce_weight: float | None
-) -> Objective:
+def _adjusted(base: Objective, *changes: Any) -> Objective:
     if not isinstance(base, Objective):
         return base  # check_call says what is wrong
-    return objective.adjust(base, standardize, correction, eps, ce_weight)
+    return objective.adjust(base, *changes)
 
 
 def _named_parts(objective: Objective, values: Tensor) -> dict[str, Tensor]:
@@ -199,7 +210,7 @@ def dkd_loss(
     Args:
         target: integer classes in the sample dimensions' shape.
         alpha, beta: weights >= 0 of TCKD and NCKD (paper: 1 and 8 on CIFAR-100; 1 and 0.5 with T = 1 on ImageNet).
-        temperature: T > 0.
+        temperature: T, from 1e-6 to 1e6.
         kl_type: direction of NCKD, ``"forward"``, ``"reverse"`` or ``"both"`` (half of each); TCKD stays forward.
         options: as in :func:`distillation_loss`.
     """
@@ -227,7 +238,7 @@ def gdkd_loss(
     Args:
         k: 1 <= k < C classes lead; ties go to the lowest index.
         w0, w1, w2: weights >= 0 of mass, top and rest.
-        temperature: T > 0.
+        temperature: T, from 1e-6 to 1e6.
         strategy: ``"best"`` takes the k largest teacher logits, ``"worst"`` the k smallest.
         kl_type: direction inside the groups, ``"forward"``, ``"reverse"`` or ``"both"``; the mass stays forward.
         options: as in :func:`distillation_loss`.

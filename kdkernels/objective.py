@@ -7,6 +7,8 @@ over one :class:`Partition` of the classes:
     T^2 * ( m_f * KL(Qt || Qs) + m_r * KL(Qs || Qt)
             + sum over groups g of  f_g * KL(pt_g || ps_g) + r_g * KL(ps_g || pt_g) )
 
+and the loss is ``ce_weight * CE + weight * (sum of the terms)``.
+
 ``Q`` are the softmax masses of the groups, ``p_g`` the softmax inside group ``g``, ``s`` student, ``t``
 teacher. Backends read these numbers and never a loss's name; a new loss of the family is a new preset
 at the end of this file.
@@ -15,13 +17,15 @@ at the end of this file.
 from __future__ import annotations
 
 import functools
-import math
+import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import ClassVar, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+
+from kdkernels._describe import describe, short
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -34,38 +38,97 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "top1_topk": ("top1", "top", "rest"),
 }
 _KINDS = tuple(GROUPS)
-_STANDARDIZE = (None, "class", "sample")
+STANDARDIZE = (None, "class", "sample")
 _STANDARDIZE_DEFAULTS = {None: (0, 0.0), "class": (0, 1e-5), "sample": (1, 1e-7)}
 KL_TYPES = {"forward": (1.0, 0.0), "reverse": (0.0, 1.0), "both": (0.5, 0.5)}
 STRATEGIES = {"best": True, "worst": False}
 
 
-def check_number(name: str, value: object, *, above: float | None = None, at_least: float | None = None) -> float:
-    """``value`` as a float; TypeError / ValueError if it is no finite real number within the bound."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {value!r} ({type(value).__name__})")
-    if not -math.inf < value < math.inf:  # no math.isfinite: torch.compile cannot trace it for a dynamic float
-        raise ValueError(f"{name} must be finite, got {value!r}")
-    if above is not None and not value > above:
-        raise ValueError(f"{name} must be > {above:g}, got {value!r}")
-    if at_least is not None and not value >= at_least:
-        raise ValueError(f"{name} must be >= {at_least:g}, got {value!r}")
-    return float(value)
+#: Temperatures and weights that float32 arithmetic serves: T^2 * weight of any of them is a float32 number.
+MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-6, 1e6
+MAX_WEIGHT = 1e24
+_INT64 = (-(2**63), 2**63 - 1)
 
 
-def check_integer(name: str, value: object, *, at_least: int | None = None) -> int:
-    """``value`` if it is an integer within the bound, else TypeError / ValueError."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, got {value!r} ({type(value).__name__})")
-    if at_least is not None and value < at_least:
-        raise ValueError(f"{name} must be >= {at_least}, got {value!r}")
+def plain(name: str, value: object) -> object:
+    """The Python number of a NumPy scalar, 0-d array or 0-d tensor; anything else as it is.
+
+    Raises:
+        TypeError: a tensor that requires grad, of which a number would be a constant.
+        ValueError: a tensor that is not on the CPU, whose value the host would have to wait for.
+    """
+    if getattr(value, "shape", None) != ():
+        return value
+    if isinstance(value, torch.Tensor):
+        if value.requires_grad:
+            raise TypeError(
+                f"{name} must not require grad, got requires_grad=True: a learnable {name} is not supported yet. "
+                f"Pass a number or {name}.detach()"
+            )
+        if value.device.type != "cpu":
+            raise ValueError(
+                f"{name} must be a number or a 0-d CPU tensor, got {describe(value)}: reading it would wait for the "
+                f"device. Pass {name}.item() if that is meant"
+            )
+    return value.item()  # type: ignore[attr-defined]
+
+
+def check_number(name: str, value: object, *, at_least: float | None = None, at_most: float | None = None) -> float:
+    """``value``, a number, NumPy scalar or 0-d CPU tensor, as a float in the bounds; else TypeError / ValueError."""
+    number = value if isinstance(value, (int, float)) else plain(name, value)
+    if isinstance(number, bool) or not isinstance(number, (int, float)):
+        raise TypeError(f"{name} must be a number, got {describe(value)}")
+    # No math.isfinite: torch.compile cannot trace it for a dynamic float, and it raises for large integers.
+    if not -sys.float_info.max <= number <= sys.float_info.max:
+        raise ValueError(f"{name} must be finite, got {short(number)}")
+    if at_least is not None and not number >= at_least:
+        raise ValueError(f"{name} must be >= {at_least:g}, got {short(number)}")
+    if at_most is not None and not number <= at_most:
+        raise ValueError(f"{name} must be <= {at_most:g}, got {short(number)}")
+    return float(number)
+
+
+def check_temperature(name: str, value: object) -> float:
+    """``value`` as a temperature; TypeError / ValueError if it is none that float32 arithmetic serves."""
+    return check_number(name, value, at_least=MIN_TEMPERATURE, at_most=MAX_TEMPERATURE)
+
+
+def check_weight(name: str, value: object) -> float:
+    """``value`` as a weight; TypeError / ValueError if it is none that float32 arithmetic serves."""
+    return check_number(name, value, at_least=0.0, at_most=MAX_WEIGHT)
+
+
+def check_integer(name: str, value: object, *, at_least: int = _INT64[0]) -> int:
+    """``value``, an integer, NumPy scalar or 0-d CPU tensor, as an int of 64 bits; else TypeError / ValueError."""
+    if type(value) is int and at_least <= value <= _INT64[1]:
+        return value
+    number = value if isinstance(value, int) else plain(name, value)
+    if isinstance(number, bool) or not isinstance(number, int):
+        raise TypeError(f"{name} must be an integer, got {describe(value)}")
+    if number < at_least:
+        raise ValueError(f"{name} must be >= {at_least}, got {short(number)}")
+    if number > _INT64[1]:
+        raise ValueError(f"{name} must be <= {_INT64[1]}, got {short(number)}")
+    return number
+
+
+def check_bool(name: str, value: object) -> bool:
+    """``value`` if it is a bool, else TypeError."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool, got {describe(value)}")
     return value
 
 
 def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
     """ValueError unless ``value`` is one of ``choices``."""
     if not ((value is None or isinstance(value, str)) and value in choices):
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {short(value)}")
+
+
+def _store_plain(owner: object, field: str, number: float) -> None:
+    """Replaces a NumPy scalar or tensor in a frozen dataclass by the number it was checked to be."""
+    if not isinstance(getattr(owner, field), (int, float)):
+        object.__setattr__(owner, field, number)
 
 
 @dataclass(frozen=True)
@@ -86,12 +149,11 @@ class Partition:
 
     def __post_init__(self) -> None:
         check_choice("Partition.kind", self.kind, _KINDS)
-        if not isinstance(self.largest, bool):
-            raise TypeError(f"Partition.largest must be a bool, got {self.largest!r}")
+        check_bool("Partition.largest", self.largest)
         if self.kind in ("topk", "top1_topk"):
-            check_integer("k", self.k, at_least=1 if self.kind == "topk" else 2)
+            _store_plain(self, "k", check_integer("k", self.k, at_least=1 if self.kind == "topk" else 2))
         elif self.k != 0:
-            raise ValueError(f"Partition.k must be 0 for kind {self.kind!r}, got {self.k!r}")
+            raise ValueError(f"Partition.k must be 0 for kind {self.kind!r}, got {short(self.k)}")
 
     @property
     def groups(self) -> tuple[str, ...]:
@@ -108,11 +170,14 @@ class Term:
     """One comparison of student and teacher.
 
     Args:
-        temperature: T > 0; the logits are divided by it.
+        temperature: T, which the logits are divided by, from 1e-6 to 1e6.
         partition: the groups of classes.
-        mass: ``(m_f, m_r)``, weights of the forward and reverse KL between the groups' masses, each >= 0.
-        groups: one ``(f_g, r_g)`` a group, weights of the forward and reverse KL inside it, each >= 0.
+        mass: ``(m_f, m_r)``, weights of the forward and reverse KL between the groups' masses, each from 0 to 1e24.
+        groups: one ``(f_g, r_g)`` a group, weights of the forward and reverse KL inside it, each from 0 to 1e24.
         square_temperature: multiply the term by T^2, the papers' factor.
+
+    A number may be a NumPy scalar or a 0-d CPU tensor that does not require grad. Within the bounds T^2 times a weight
+    is a float32 number.
 
     Raises:
         TypeError, ValueError: naming the number that does not fit.
@@ -125,22 +190,23 @@ class Term:
     square_temperature: bool = True
 
     def __post_init__(self) -> None:
-        check_number("temperature", self.temperature, above=0.0)
+        _store_plain(self, "temperature", check_temperature("temperature", self.temperature))
         if not isinstance(self.partition, Partition):
-            raise TypeError(f"Term.partition must be a Partition, got {self.partition!r}")
-        _check_pair("Term.mass", self.mass)
+            raise TypeError(f"Term.partition must be a Partition, got {describe(self.partition)}")
+        mass = _check_pair("Term.mass", self.mass)
         if not isinstance(self.groups, tuple):
-            raise TypeError(f"Term.groups must be a tuple of (forward, reverse) pairs, got {self.groups!r}")
+            raise TypeError(f"Term.groups must be a tuple of (forward, reverse) pairs, got {describe(self.groups)}")
         names = self.partition.groups
         if len(self.groups) != len(names):
             raise ValueError(
                 f"Term.groups must have one (forward, reverse) pair for each of the {len(names)} groups {names} of "
-                f"partition {self.partition.kind!r}, got {len(self.groups)}: {self.groups!r}"
+                f"partition {self.partition.kind!r}, got {len(self.groups)}: {short(self.groups)}"
             )
-        for name, pair in zip(names, self.groups, strict=True):
-            _check_pair(f"Term.groups[{name!r}]", pair)
-        if not isinstance(self.square_temperature, bool):
-            raise TypeError(f"Term.square_temperature must be a bool, got {self.square_temperature!r}")
+        groups = [_check_pair(f"Term.groups[{name!r}]", pair) for name, pair in zip(names, self.groups, strict=True)]
+        if not all(isinstance(weight, (int, float)) for pair in (self.mass, *self.groups) for weight in pair):
+            object.__setattr__(self, "mass", mass)
+            object.__setattr__(self, "groups", tuple(groups))
+        check_bool("Term.square_temperature", self.square_temperature)
 
     @property
     def scale(self) -> float:
@@ -170,11 +236,10 @@ def _mix(pair: tuple[float, float], fallback: tuple[float, float]) -> tuple[floa
     return (pair[0] / total, pair[1] / total) if total else fallback
 
 
-def _check_pair(name: str, pair: object) -> None:
+def _check_pair(name: str, pair: object) -> tuple[float, float]:
     if not isinstance(pair, tuple) or len(pair) != 2:
-        raise TypeError(f"{name} must be a (forward, reverse) pair of numbers, got {pair!r}")
-    check_number(f"{name}[0]", pair[0], at_least=0.0)
-    check_number(f"{name}[1]", pair[1], at_least=0.0)
+        raise TypeError(f"{name} must be a (forward, reverse) pair of numbers, got {describe(pair)}")
+    return check_weight(f"{name}[0]", pair[0]), check_weight(f"{name}[1]", pair[1])
 
 
 @dataclass(frozen=True)
@@ -182,13 +247,14 @@ class Objective:
     """A whole distillation loss, as data.
 
     Args:
-        terms: one or two terms; the loss is their sum.
+        terms: one or two terms; the loss is their sum, times ``weight``, and the cross entropy, times ``ce_weight``.
         standardize: ``None``, ``"class"`` (each class over the valid samples of the batch, perception
             reconstruction) or ``"sample"`` (each sample over its classes, logit standardisation), applied to the
             logits the terms see.
         correction: Bessel's correction of the variance; default 0 for ``"class"``, 1 for ``"sample"``.
         eps: default 1e-5 (inside the root) for ``"class"``, 1e-7 (added to the deviation) for ``"sample"``.
-        ce_weight: weight >= 0 of the cross entropy of the raw student logits with the target, at T = 1.
+        ce_weight: weight from 0 to 1e24 of the cross entropy of the raw student logits with the target, at T = 1.
+        weight: weight from 0 to 1e24 of all terms. The reported parts are unweighted.
 
     Raises:
         TypeError, ValueError: naming the argument that does not fit.
@@ -199,6 +265,7 @@ class Objective:
     correction: int | None = None
     eps: float | None = None
     ce_weight: float = 0.0
+    weight: float = 1.0
 
     #: Whether the loss cannot be computed without a target.
     needs_target: ClassVar[bool]
@@ -207,26 +274,32 @@ class Objective:
 
     def __post_init__(self) -> None:
         if not isinstance(self.terms, tuple) or not all(isinstance(term, Term) for term in self.terms):
-            raise TypeError(f"Objective.terms must be a tuple of Terms, got {self.terms!r}")
+            raise TypeError(f"Objective.terms must be a tuple of Terms, got {describe(self.terms)}")
         if len(self.terms) not in (1, 2):
             raise ValueError(f"Objective.terms must hold one or two Terms, got {len(self.terms)}")
-        check_choice("standardize", self.standardize, _STANDARDIZE)
+        check_choice("standardize", self.standardize, STANDARDIZE)
         correction, eps = _STANDARDIZE_DEFAULTS[self.standardize]
         if self.correction is None:
             object.__setattr__(self, "correction", correction)
         if self.eps is None:
             object.__setattr__(self, "eps", eps)
-        check_integer("correction", self.correction, at_least=0)
-        check_number("eps", self.eps, at_least=0.0)
-        check_number("ce_weight", self.ce_weight, at_least=0.0)
+        _store_plain(self, "correction", check_integer("correction", self.correction, at_least=0))
+        _store_plain(self, "eps", check_number("eps", self.eps, at_least=0.0, at_most=MAX_WEIGHT))
+        _store_plain(self, "ce_weight", check_weight("ce_weight", self.ce_weight))
+        _store_plain(self, "weight", check_weight("weight", self.weight))
+        if self.weight != 1:
+            for weight in (weight for term in self.terms for pair in (term.mass, *term.groups) for weight in pair):
+                check_weight("weight times a term's weight", self.weight * weight)
         # Beside the fields, which torch.compile rebuilds an objective from.
         partitions = [term.partition for term in self.terms]
         needs_target = self.ce_weight != 0 or any(partition.kind == "target" for partition in partitions)
         object.__setattr__(self, "needs_target", needs_target)
         object.__setattr__(self, "smallest_class_count", max(partition.k for partition in partitions) + 1)
 
-    def __reduce__(self) -> tuple[object, ...]:
-        return Objective, tuple(getattr(self, field.name) for field in fields(self))
+    def __reduce__(self) -> tuple[type[Objective], tuple[object, ...]]:
+        """Pickles the arguments alone: what is derived from them is the loading version's own."""
+        arguments = (self.terms, self.standardize, self.correction, self.eps, self.ce_weight, self.weight)
+        return Objective, arguments
 
     def part_names(self) -> tuple[tuple[str, ...], ...]:
         """Names of the loss parts, one tuple a term (mass first); ``""`` for the mass of a single group."""
@@ -267,7 +340,7 @@ class _Structure(tuple):
 
 def _structure(objective: Objective) -> list[int]:
     assert objective.correction is not None
-    structure = [_STANDARDIZE.index(objective.standardize), objective.correction]
+    structure = [STANDARDIZE.index(objective.standardize), objective.correction]
     for term in objective.terms:
         partition, same = term.partition, term.temperature == objective.terms[0].temperature
         structure += [_KINDS.index(partition.kind), partition.k, int(partition.largest), int(same)]
@@ -276,17 +349,29 @@ def _structure(objective: Objective) -> list[int]:
 
 def _numbers(objective: Objective) -> list[float]:
     assert objective.eps is not None
-    numbers = [objective.ce_weight, objective.eps]
+    numbers = [objective.ce_weight, objective.weight, objective.eps]
     for term in objective.terms:
         numbers += [term.temperature, term.scale]
-        for forward, reverse in (term.mass, *term.groups, *term.part_mixes()):
-            numbers += [forward, reverse]
+        numbers += [weight for pair in (term.mass, *term.groups) for weight in pair]
     return numbers
 
 
+#: Types that a remembered result may depend on: their values cannot change.
+_IMMUTABLE = frozenset({float, int, bool, str, type(None), Objective})
+
+
 def _memoized(build: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Presets are built in every training step: keep the last few (they are immutable)."""
-    remembered = functools.lru_cache(maxsize=256, typed=True)(build)
+    """Presets are built in every training step: keep the last few (they are immutable).
+
+    Of arguments of other types nothing is kept: a tensor may hold another value the next time.
+    """
+
+    def build_to_keep(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        if not _IMMUTABLE.issuperset(map(type, (*args, *kwargs.values()))):
+            raise TypeError("not to be remembered")
+        return build(*args, **kwargs)
+
+    remembered = functools.lru_cache(maxsize=256, typed=True)(build_to_keep)
 
     @functools.wraps(build)
     def preset(*args: _P.args, **kwargs: _P.kwargs) -> _R:
@@ -294,7 +379,7 @@ def _memoized(build: Callable[_P, _R]) -> Callable[_P, _R]:
             try:
                 return remembered(*args, **kwargs)  # type: ignore[arg-type]
             except TypeError:
-                pass  # unhashable or of a wrong type: the validation says what is wrong
+                pass  # unhashable, not to be remembered, or wrong: the validation says what is wrong
         return build(*args, **kwargs)
 
     return preset
@@ -307,21 +392,31 @@ def adjust(
     correction: int | None = None,
     eps: float | None = None,
     ce_weight: float | None = None,
+    weight: float = 1.0,
+    square_temperature: bool = True,
 ) -> Objective:
-    """``objective`` with the given fields replaced; None keeps what it has."""
+    """``objective`` with the given fields replaced; None keeps what it has.
+
+    ``weight`` multiplies that of the terms; ``square_temperature=False`` drops T^2 from all of them.
+    """
+    check_choice("standardize", standardize, STANDARDIZE)
     if standardize is None and (correction is not None or eps is not None) and objective.standardize is None:
         name, value = ("correction", correction) if correction is not None else ("eps", eps)
-        raise ValueError(f"{name} is used only with standardize='class' or 'sample', got {name}={value!r}")
+        raise ValueError(f"{name} is used only with standardize='class' or 'sample', got {name}={short(value)}")
     if standardize is not None and standardize != objective.standardize:
         base_correction, base_eps = None, None
     else:
         standardize, base_correction, base_eps = objective.standardize, objective.correction, objective.eps
+    terms = objective.terms
+    if not check_bool("square_temperature", square_temperature):
+        terms = tuple(Term(t.temperature, t.partition, t.mass, t.groups, square_temperature=False) for t in terms)
     return Objective(
-        terms=objective.terms,
+        terms=terms,
         standardize=standardize,
         correction=base_correction if correction is None else correction,
         eps=base_eps if eps is None else eps,
         ce_weight=objective.ce_weight if ce_weight is None else ce_weight,
+        weight=objective.weight * check_weight("weight", weight),
     )
 
 
@@ -354,10 +449,10 @@ def bdd(
     reverse_temperature: float = 4.0,
 ) -> Objective:
     """Balance Divergence (Qi et al., arXiv 2501.07804): a forward and a reverse KL with a temperature each."""
-    check_number("forward_weight", forward_weight, at_least=0.0)
-    check_number("reverse_weight", reverse_weight, at_least=0.0)
-    check_number("forward_temperature", forward_temperature, above=0.0)
-    check_number("reverse_temperature", reverse_temperature, above=0.0)
+    forward_weight = check_weight("forward_weight", forward_weight)
+    reverse_weight = check_weight("reverse_weight", reverse_weight)
+    forward_temperature = check_temperature("forward_temperature", forward_temperature)
+    reverse_temperature = check_temperature("reverse_temperature", reverse_temperature)
     forward = Term(forward_temperature, WHOLE, groups=((forward_weight, 0.0),))
     reverse = Term(reverse_temperature, WHOLE, groups=((0.0, reverse_weight),))
     return Objective((forward, reverse))
@@ -366,8 +461,7 @@ def bdd(
 @_memoized
 def dkd(alpha: float = 1.0, beta: float = 8.0, temperature: float = 4.0, kl_type: str = "forward") -> Objective:
     """Decoupled KD (Zhao et al., CVPR 2022): alpha * target mass KL + beta * non-target KL."""
-    check_number("alpha", alpha, at_least=0.0)
-    check_number("beta", beta, at_least=0.0)
+    alpha, beta = check_weight("alpha", alpha), check_weight("beta", beta)
     return Objective((Term(temperature, TARGET, (alpha, 0.0), ((0.0, 0.0), _weigh(beta, kl_type))),))
 
 
@@ -382,7 +476,7 @@ def gdkd(
     kl_type: str = "forward",
 ) -> Objective:
     """Generalised DKD (Zheng & Cheng, arXiv 2512.04625): mass, teacher's top-k and rest, weighed by w0, w1, w2."""
-    _check_weights(w0=w0, w1=w1, w2=w2)
+    w0, w1, w2 = check_weight("w0", w0), check_weight("w1", w1), check_weight("w2", w2)
     partition = Partition("topk", k, _largest(strategy))
     return Objective((Term(temperature, partition, (w0, 0.0), (_weigh(w1, kl_type), _weigh(w2, kl_type))),))
 
@@ -398,7 +492,7 @@ def gdkd3(
     kl_type: str = "forward",
 ) -> Objective:
     """GDKD with three groups: the masses of top-1, top-2..k and rest, then the last two from inside."""
-    _check_weights(w0=w0, w1=w1, w2=w2)
+    w0, w1, w2 = check_weight("w0", w0), check_weight("w1", w1), check_weight("w2", w2)
     partition = Partition("top1_topk", k, _largest(strategy))
     groups = ((0.0, 0.0), _weigh(w1, kl_type), _weigh(w2, kl_type))
     return Objective((Term(temperature, partition, (w0, 0.0), groups),))
@@ -407,8 +501,7 @@ def gdkd3(
 @_memoized
 def dkd_top1(alpha: float = 1.0, beta: float = 8.0, temperature: float = 4.0, kl_type: str = "forward") -> Objective:
     """DKD around the teacher's top class instead of the target (``DKDMod`` of the GDKD repository)."""
-    check_number("alpha", alpha, at_least=0.0)
-    check_number("beta", beta, at_least=0.0)
+    alpha, beta = check_weight("alpha", alpha), check_weight("beta", beta)
     groups = ((0.0, 0.0), _weigh(beta, kl_type))
     return Objective((Term(temperature, Partition("topk", 1), (alpha, 0.0), groups),))
 
@@ -442,7 +535,7 @@ def pr_gdkd(
 @_memoized
 def lskd(temperature: float = 2.0, weight: float = 9.0) -> Objective:
     """LSKD: weight * KD of logits standardised by sample (Sun et al., CVPR 2024)."""
-    check_number("weight", weight, at_least=0.0)
+    weight = check_weight("weight", weight)
     return Objective((Term(temperature, WHOLE, groups=((weight, 0.0),)),), standardize="sample")
 
 
@@ -475,8 +568,3 @@ def _weigh(weight: float, kl_type: str) -> tuple[float, float]:
 def _largest(strategy: str) -> bool:
     check_choice("strategy", strategy, tuple(STRATEGIES))
     return STRATEGIES[strategy]
-
-
-def _check_weights(**weights: float) -> None:
-    for name, value in weights.items():
-        check_number(name, value, at_least=0.0)

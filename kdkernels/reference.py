@@ -54,7 +54,8 @@ def distillation_loss(call: Call) -> tuple[Tensor, dict[str, Tensor]]:
         kls = [_mass_kls(a, b, groups), *(_group_kls(a, b, group) for group in groups)]
         mixes = term.part_mixes()
         for name, (forward, reverse), weights, mix in zip(names, kls, (term.mass, *term.groups), mixes, strict=True):
-            loss = loss + term.scale * _mixed(forward, reverse, weights)
+            if objective.weight:
+                loss = loss + objective.weight * term.scale * _mixed(forward, reverse, weights)
             if name:
                 parts[name] = term.scale * _mixed(forward, reverse, mix).detach()
 

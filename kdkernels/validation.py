@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import sys
+import warnings
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from kdkernels._describe import describe
 from kdkernels.distributed import ProcessGroup, is_process_group
 from kdkernels.objective import Objective, check_choice, check_integer, check_number
 
@@ -21,6 +24,7 @@ class Call(NamedTuple):
     """A checked call: tensors as the backends take them, and the plain values that go with them.
 
     ``target`` (int64) and ``sample_weight`` have the sample dimensions' shape; ``class_dim`` is not negative.
+    A target that only marks ignored samples is -1 there, ``ignore_index``, and 0 elsewhere.
     A mean over the caller's own denominator is a sum: divided by ``denominator`` if that is a tensor, multiplied by
     ``scale`` if it is a number.
     """
@@ -39,13 +43,6 @@ class Call(NamedTuple):
     process_group: ProcessGroup | None = None
 
 
-def describe(value: object) -> str:
-    """A short description of a value for an error message."""
-    if isinstance(value, Tensor):
-        return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)} on {value.device}"
-    return f"{value!r} ({type(value).__name__})"
-
-
 def check_call(
     student: Tensor,
     teacher: Tensor,
@@ -54,7 +51,7 @@ def check_call(
     sample_weight: Tensor | None,
     denominator: float | Tensor | None,
     reduction: str,
-    class_dim: int,
+    class_dim: int | None,
     num_classes: int | None,
     ignore_index: int,
     process_group: ProcessGroup | None = None,
@@ -63,10 +60,16 @@ def check_call(
     if not isinstance(objective, Objective):
         raise TypeError(f"objective must be a kdkernels.Objective, got {describe(objective)}")
     check_choice("reduction", reduction, REDUCTIONS)
-    check_integer("ignore_index", ignore_index)
+    ignore_index = check_integer("ignore_index", ignore_index)
     if process_group is not None:
         _check_process_group(process_group, objective)
-    class_dim, num_classes = _check_logits(student, teacher, class_dim, num_classes)
+    _check_dense("student_logits", student)
+    _check_dense("teacher_logits", teacher)
+    if class_dim is None:
+        class_dim = 1
+        if target is None and student.dim() == 3:
+            _warn_of_class_dim()
+    class_dim, num_classes = _check_shapes(student, teacher, class_dim, num_classes)
     if num_classes < objective.smallest_class_count:
         k = objective.smallest_class_count - 1
         raise ValueError(f"k must be smaller than the number of classes {num_classes}, got {k}")
@@ -78,6 +81,9 @@ def check_call(
     samples = _samples(student.shape, class_dim)
     if target is not None:
         target = _check_target(target, samples, student.device)
+        if not objective.needs_target:
+            # Labels need not be classes here. As 0 and -1 the kernels take them for what they mark.
+            target, ignore_index = (target == ignore_index).long().neg(), -1
     elif objective.needs_target:
         what = "ce_weight" if objective.ce_weight else "the loss's target partition"
         raise TypeError(f"target is required by {what}, got None; expected integers of shape {samples}")
@@ -116,18 +122,53 @@ def _check_process_group(process_group: object, objective: Objective) -> None:
         )
 
 
-def _check_logits(student: Tensor, teacher: Tensor, class_dim: int, num_classes: int | None) -> tuple[int, int]:
-    for name, logits in (("student_logits", student), ("teacher_logits", teacher)):
+def _check_dense(name: str, logits: Tensor) -> None:
+    if type(logits) is not Tensor:
         if not isinstance(logits, Tensor):
             raise TypeError(f"{name} must be a floating point tensor, got {describe(logits)}")
-        if logits.dtype not in LOGIT_DTYPES:
-            expected = "float32, float64, float16 or bfloat16"
-            raise TypeError(f"{name} must be a {expected} tensor, got {describe(logits)}")
-        if logits.layout != torch.strided:
-            raise TypeError(f"{name} must be a dense (strided) tensor, got layout {logits.layout}")
+        _refuse_dtensor(name, logits)
+    if logits.dtype not in LOGIT_DTYPES:
+        expected = "float32, float64, float16 or bfloat16"
+        raise TypeError(f"{name} must be a {expected} tensor, got {describe(logits)}")
+    if logits.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense (strided) tensor, got layout {logits.layout}")
+
+
+def _refuse_dtensor(name: str, tensor: Tensor) -> None:
+    if hasattr(tensor, "full_tensor"):
+        raise TypeError(
+            f"{name} must be a plain tensor, got a DTensor. Pass {name}.to_local() if its processes share the samples "
+            f"(the loss is then that of this process's samples) and {name}.full_tensor() if they share the classes"
+        )
+
+
+_warned: set[str] = set()
+
+
+def _warn_of_class_dim() -> None:
+    """Warns once that the class dimension of logits of tokens may be meant to be another one."""
+    if "class_dim" in _warned:
+        return
+    _warned.add("class_dim")
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(("kdkernels", "torch")):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(
+        "the logits have 3 dimensions, and neither class_dim nor a target is given: dimension 1 is taken for the "
+        "classes. Pass class_dim=-1 for logits of shape (batch, tokens, classes), class_dim=1 to confirm",
+        UserWarning,
+        stacklevel=level,
+    )
+
+
+# torch.compile then calls it while it traces, in place of breaking the graph.
+_warn_of_class_dim._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _check_shapes(student: Tensor, teacher: Tensor, class_dim: int, num_classes: int | None) -> tuple[int, int]:
     if student.device != teacher.device:
         raise ValueError(f"teacher_logits must be on student_logits' device {student.device}, got {teacher.device}")
-    check_integer("class_dim", class_dim)
+    class_dim = check_integer("class_dim", class_dim)
     shape, teacher_shape = student.shape, teacher.shape
     dims = len(shape)
     if not -dims <= class_dim < dims:
@@ -148,7 +189,7 @@ def _check_logits(student: Tensor, teacher: Tensor, class_dim: int, num_classes:
                 f"{counts[1]}; num_classes=n compares the first n classes of each"
             )
         raise ValueError(f"student_logits must have at least one class, got shape {tuple(shape)}")
-    check_integer("num_classes", num_classes)
+    num_classes = check_integer("num_classes", num_classes)
     if not 1 <= num_classes <= min(counts):
         raise ValueError(
             f"num_classes must be between 1 and the {min(counts)} classes of the logits, got {num_classes}"
@@ -162,6 +203,8 @@ def _samples(shape: torch.Size, class_dim: int) -> tuple[int, ...]:
 
 
 def _check_target(target: Tensor, samples: tuple[int, ...], device: torch.device) -> Tensor:
+    if type(target) is not Tensor:
+        _refuse_dtensor("target", target)
     right_type = isinstance(target, Tensor) and target.dtype in _INDEX_DTYPES
     if not right_type or target.shape != samples or target.device != device:
         expected = f"an integer tensor of the sample dimensions' shape {samples} on {device}"
@@ -173,6 +216,7 @@ def _check_target(target: Tensor, samples: tuple[int, ...], device: torch.device
 def _check_sample_weight(weight: Tensor, samples: tuple[int, ...], device: torch.device) -> Tensor:
     count = math.prod(samples)
     expected = f"a tensor of {count} values >= 0 in the sample dimensions' shape {samples} on {device}"
+    _refuse_dtensor("sample_weight", weight)
     if not isinstance(weight, Tensor) or weight.is_complex():
         raise TypeError(f"sample_weight must be {expected}, got {describe(weight)}")
     if weight.shape not in (samples, (count,)) or weight.device != device:
@@ -187,10 +231,20 @@ def _check_denominator(
 ) -> tuple[Tensor | None, float]:
     if reduction != "mean":
         raise ValueError(f"denominator replaces the count of reduction='mean', got it with reduction={reduction!r}")
+    if isinstance(denominator, Tensor) and denominator.is_cpu and denominator.dim() == 0 and device.type != "cpu":
+        denominator = denominator.detach().item()
     if not isinstance(denominator, Tensor):
-        return None, 1.0 / check_number("denominator", denominator, above=0.0)
+        number = check_number("denominator", denominator, at_least=0.0)
+        if torch.compiler.is_compiling():
+            # A tensor is an operand of the graph, where a number that changes would be a constant.
+            denominator = torch.ones((), dtype=torch.float64, device=device) * number
+        elif number >= sys.float_info.min:
+            return None, 1.0 / number
+        else:
+            denominator = torch.zeros((), dtype=torch.float64, device=device)  # 0 as a tensor: 0 for a sum of anything
+    _refuse_dtensor("denominator", denominator)
     if denominator.dim() != 0 or denominator.is_complex() or denominator.device != device:
-        expected = f"a number > 0 or a 0-d real tensor on {device}"
+        expected = f"a number >= 0 or a 0-d real tensor on {device}"
         raise ValueError(f"denominator must be {expected}, got {describe(denominator)}")
     return denominator.detach(), 1.0
 

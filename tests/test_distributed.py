@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import importlib
+import io
+import pickle
 from collections.abc import Callable
 from pathlib import Path as FilePath
 from typing import Any
@@ -193,6 +197,56 @@ def test_data_parallel_training(backend: str, tmp_path: FilePath) -> None:
     for parameters in run(2, tmp_path, train, 2, backend):
         for got, alone in zip(parameters, want, strict=True):
             torch.testing.assert_close(got, alone, rtol=1e-10, atol=1e-12)
+
+
+# Modules --------------------------------------------------------------------------------------------------------------
+
+
+def copy_and_pickle(rank: int) -> str:
+    group = dist.group.WORLD
+    student, teacher, _, _ = inputs()
+    model = nn.Sequential()
+    model.add_module("loss", kdkernels.KDLoss(standardize="class", process_group=group))
+    want = model.loss(student, teacher)
+    for duplicate in (copy.copy, copy.deepcopy):
+        twin = duplicate(model)
+        assert twin.loss.process_group is group
+        assert torch.equal(twin.loss(student, teacher), want)
+    file = io.BytesIO()
+    torch.save(model.loss, file)
+    file.seek(0)
+    for loaded in (pickle.loads(pickle.dumps(model)).loss, torch.load(file, weights_only=True)):
+        with pytest.raises(TypeError, match=r"process_group must be None or a .*set process_group again") as error:
+            loaded(student, teacher)
+        loaded.process_group = group
+        assert torch.equal(loaded(student, teacher), want)
+    return str(error.value)
+
+
+def test_modules_with_a_group_are_copied_and_pickled(tmp_path: FilePath) -> None:
+    """Copies share the group. A pickled one is gone, and statistics of this process alone would be silently others."""
+    assert "not pickled" in run(1, tmp_path, copy_and_pickle)[0]
+
+
+def refuse_dtensors(rank: int) -> list[str]:
+    tensor = importlib.import_module("torch.distributed.tensor")
+    mesh = tensor.init_device_mesh("cpu", (1,))
+    student, teacher, target, weight = inputs()
+    good = {"student_logits": student, "teacher_logits": teacher, "target": target, "sample_weight": weight}
+    said = []
+    for name, value in (good | {"denominator": torch.tensor(3.0)}).items():
+        spread = tensor.distribute_tensor(value, mesh, [tensor.Shard(0)] if value.dim() else None)
+        with pytest.raises(TypeError, match=f"{name} must be a plain tensor, got a DTensor") as error:
+            kdkernels.kd_loss(**good | {name: spread})
+        said.append(str(error.value))
+    return said
+
+
+def test_dtensors_are_refused(tmp_path: FilePath) -> None:
+    """And it is said what to give in their place."""
+    for message in run(1, tmp_path, refuse_dtensors)[0]:
+        assert ".to_local()" in message
+        assert ".full_tensor()" in message
 
 
 # Arguments ----------------------------------------------------------------------------------------------------------

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from typing import Any
 
 import literal
 import numpy as np
@@ -30,11 +32,12 @@ from helpers import (
     name_of,
     needed_target,
 )
-from losses import LOSSES, SOME_LOSSES, Case, each
+from losses import LOSSES, SOME_LOSSES, STANDARDIZED, Case, each
 from torch import Tensor
 
 import kdkernels
-from kdkernels import dispatch, objective
+from kdkernels import dispatch, objective, validation
+from kdkernels.modules import LOSSES as LOSS_ROWS
 
 INF = torch.inf
 
@@ -164,6 +167,20 @@ def test_no_valid_sample_and_a_denominator_of_zero(path: Path) -> None:
     assert not got.gradient.any()
 
 
+@pytest.mark.parametrize("zero", [0, 0.0, np.float32(0), 1e-320], ids=repr)
+def test_a_denominator_of_zero_as_a_number(zero: float, path: Path) -> None:
+    """As that of a window whose tokens are all ignored; the same as a tensor."""
+    student, teacher, target = make_inputs((5, 23))
+    for some in (torch.full_like(target, -100), target):
+        got, want = (
+            measured(kdkernels.kd_loss, student, teacher, target=some, denominator=denominator, **path.options)
+            for denominator in (zero, torch.tensor(0))
+        )
+        for outcome in (got, want):
+            assert outcome.loss == 0
+            assert torch.equal(outcome.gradient, torch.zeros_like(student))
+
+
 @pytest.mark.parametrize("ignore_index", [-1, 255, 4])
 def test_any_ignore_index(ignore_index: int, path: Path) -> None:
     """Also one that is a class."""
@@ -186,6 +203,33 @@ def test_a_target_marks_ignored_samples_of_losses_that_need_none(path: Path) -> 
     target[0] = -100
     got = measured(kdkernels.kd_loss, student, teacher, target=target, **path.options)
     assert_values(got.loss, expected(objective.kd(), student[1:], teacher[1:]).loss, 2e-6)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("ignore_index", [-100, 0, 45, 2**62, -(2**63)])
+@pytest.mark.parametrize("name", ["kd", "gdkd", "pr_kd", "lskd", "bdd_two_temperatures"])
+def test_a_target_that_is_only_a_mask_may_hold_anything(
+    name: str, ignore_index: int, reduction: str, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Labels beyond the compared classes, special tokens, other negative numbers."""
+    monkeypatch.setattr(dispatch, "debug", True)
+    case = (LOSSES | STANDARDIZED)[name]
+    student, teacher, _ = make_inputs((8, 23))
+    labels = torch.tensor([0, 45, ignore_index, 22, -7, 2**40, ignore_index, 3])
+    valid = labels != ignore_index
+    options = {"reduction": reduction, "num_classes": 20}
+    want = expected(case.objective, student, teacher, sample_weight=valid.double(), **options)
+    got = measured(case.call, student, teacher, target=labels, ignore_index=ignore_index, **options, **path.options)
+    assert_same(got, want, student, teacher)
+
+
+@pytest.mark.parametrize("name", ["dkd", "kd_ce"])
+def test_a_target_of_classes_is_checked_beside_a_mask(name: str, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "debug", True)
+    student, teacher, target = make_inputs((5, 23))
+    target[3] = 21
+    with pytest.raises(IndexError, match=r"target must be in \[0, 20\).*got 2[012] for sample"):
+        LOSSES[name].call(student, teacher, target=target, num_classes=20, **path.options)
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float16, torch.float64], ids=name_of)
@@ -960,3 +1004,132 @@ def test_a_loss_without_weights_has_no_gradient(path: Path) -> None:
     got = measured(kdkernels.bdd_loss, student, teacher, forward_weight=0.0, reverse_weight=0.0, **path.options)
     assert got.loss == 0
     assert got.gradient.eq(0).all()
+
+
+# Weights of the terms, and numbers of every kind ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weight", [0.25, 2.5, 0])
+@pytest.mark.parametrize("square", [True, False], ids=["squared", "plain"])
+@each(SOME_LOSSES | {name: STANDARDIZED[name] for name in ("pr_dkd", "ls_gdkd")})
+def test_weight_and_square_temperature(case: Case, square: bool, weight: float, path: Path) -> None:
+    """``weight`` multiplies the terms, not the cross entropy and no part; without T^2 the parts have none either."""
+    student, teacher, target = make_inputs((5, 23))
+    options = {"target": target, "return_parts": True}
+    terms = tuple(
+        objective.Term(
+            term.temperature,
+            term.partition,
+            term.mass,
+            term.groups,
+            square_temperature=term.square_temperature and square,
+        )
+        for term in case.objective.terms
+    )
+    base = case.objective
+    kept = objective.Objective(terms, base.standardize, base.correction, base.eps, ce_weight=0.5)
+    plain = expected(kept, student, teacher, target=target)
+    without = expected(objective.adjust(kept, ce_weight=0.0), student, teacher, target=target)
+    got = measured(
+        case.call, student, teacher, weight=weight, square_temperature=square, ce_weight=0.5, **options, **path.options
+    )
+    rest = (plain.loss - without.loss, plain.gradient - without.gradient)
+    want = Outcome(rest[0] + weight * without.loss, rest[1] + weight * without.gradient, plain.parts)
+    assert_same(got, want, student, teacher)
+    assert set(got.parts) == set(plain.parts)
+
+
+def test_a_blend_of_cross_entropy_and_distillation(path: Path) -> None:
+    """alpha * CE + (1 - alpha) * T^2 * KL, as training scripts write it."""
+    student, teacher, target = make_inputs((5, 23), torch.float64)
+    a, b = student.requires_grad_(), teacher
+    kl = torch.nn.functional.kl_div((a / 2).log_softmax(1), (b / 2).softmax(1), reduction="batchmean") * 4
+    want = 0.3 * torch.nn.functional.cross_entropy(a, target) + 0.7 * kl
+    got = kdkernels.kd_loss(student, teacher, 2.0, target=target, weight=0.7, ce_weight=0.3, **path.options)
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
+KINDS_OF_NUMBER = {
+    "float32": np.float32,
+    "float64": np.float64,
+    "int64": np.int64,
+    "uint8": np.uint8,
+    "array": np.array,
+    "tensor": torch.tensor,
+    "half": lambda value: torch.tensor(value, dtype=torch.float16),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_NUMBER)
+@each({name: LOSSES[name] for name in ("kd", "bdd", "dkd", "gdkd", "gdkd3")})
+def test_numbers_of_every_kind(case: Case, kind: str) -> None:
+    """NumPy scalars, 0-d arrays and 0-d tensors give what Python's numbers give."""
+    student, teacher, target = make_inputs((5, 23))
+    number = KINDS_OF_NUMBER[kind]
+    values = {"temperature": 3, "alpha": 2, "w0": 2, "w2": 5, "forward_weight": 2, "reverse_temperature": 3}
+    function = LOSS_ROWS[case.name].function
+    values = {name: value for name, value in values.items() if name in LOSS_ROWS[case.name].module.parameter_names}
+    values |= {"weight": 2, "ce_weight": 3, "denominator": 4, "eps": 1}
+    whole = {"correction": 2, "class_dim": 1, "ignore_index": 7, "num_classes": 20}
+    whole |= {"k": 3} if case.name.startswith("gdkd") else {}
+    options = {"target": target % 20, "standardize": "sample"}
+    want = function(student, teacher, **options, **values, **whole)
+    of_kind = {name: number(value) for name, value in values.items()}
+    integers = {
+        name: (np.int32 if kind in ("float32", "float64", "half", "uint8") else number)(value)
+        for name, value in whole.items()
+    }
+    with torch.device("cpu"):
+        assert torch.equal(function(student, teacher, **options, **of_kind, **integers), want)
+
+
+def test_a_tensor_that_changes_between_calls() -> None:
+    """What was computed for an earlier value is not remembered for the tensor."""
+    student, teacher, _ = make_inputs((5, 23))
+    temperature, weight = torch.tensor(4.0), torch.tensor(1.0)
+    for _ in range(3):
+        got = kdkernels.kd_loss(student, teacher, temperature, weight=weight)
+        assert got == kdkernels.kd_loss(student, teacher, temperature.item(), weight=weight.item())
+        temperature.mul_(0.5)
+        weight.mul_(0.5)
+
+
+# The class dimension of tokens ----------------------------------------------------------------------------------------
+
+
+def class_dim_warnings(call: Callable[[], object], monkeypatch: pytest.MonkeyPatch, times: int = 2) -> list[str]:
+    monkeypatch.setattr(validation, "_warned", set())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(times):
+            call()
+    assert all(warning.filename == __file__ for warning in caught)
+    return [str(warning.message) for warning in caught if warning.category is UserWarning]
+
+
+def compiled_kd(student: Tensor, teacher: Tensor) -> Tensor:
+    return torch.compile(kdkernels.kd_loss, fullgraph=True, backend="eager")(student, teacher)
+
+
+@pytest.mark.parametrize("loss", [kdkernels.kd_loss, kdkernels.KDLoss(), kdkernels.GDKDLoss(2), compiled_kd])
+def test_logits_of_tokens_without_class_dim(loss: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dimension 1 may be the tokens: said once, at the caller's line."""
+    student, teacher, _ = make_inputs((2, 7, 5))
+    said = class_dim_warnings(lambda: loss(student, teacher), monkeypatch)
+    assert len(said) == 1
+    assert "dimension 1 is taken for the classes" in said[0]
+    assert "class_dim=-1" in said[0]
+
+
+def test_no_warning_where_the_class_dim_is_plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    student, teacher, target = make_inputs((2, 7, 5))
+    module = kdkernels.KDLoss(class_dim=1)
+    for call in (
+        lambda: kdkernels.kd_loss(student, teacher, class_dim=1),
+        lambda: kdkernels.kd_loss(student, teacher, class_dim=-1),
+        lambda: kdkernels.kd_loss(student, teacher, target=target),
+        lambda: kdkernels.kd_loss(student[0].T, teacher[0].T),
+        lambda: kdkernels.kd_loss(student[None], teacher[None]),
+        lambda: module(student, teacher),
+    ):
+        assert class_dim_warnings(call, monkeypatch) == []

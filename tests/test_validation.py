@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import make_inputs
 
 import kdkernels
 from kdkernels import autograd, objective, reference
+from kdkernels._describe import short
+from kdkernels.modules import LOSSES
 from kdkernels.objective import TARGET, WHOLE, Objective, Partition, Term
 
 STUDENT, TEACHER, Y = make_inputs((3, 7))
@@ -31,7 +36,7 @@ def nothing_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def described(value: object) -> str:
     """How a message shows a value."""
-    return re.escape(repr(value))
+    return re.escape(short(value))
 
 
 # Arguments of a call ------------------------------------------------------------------------------------------------
@@ -137,15 +142,30 @@ CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "ce_negative": ({"ce_weight": -0.5}, ValueError, r"ce_weight must be >= 0, got -0.5"),
     "ce_nan": ({"ce_weight": float("nan")}, ValueError, r"ce_weight must be finite, got nan"),
     "ce_str": ({"ce_weight": "1"}, TypeError, r"ce_weight must be a number, got '1'"),
-    "ce_tensor": ({"ce_weight": WEIGHT[0]}, TypeError, r"ce_weight must be a number, got tensor"),
+    "ce_tensor": ({"ce_weight": WEIGHT}, TypeError, r"ce_weight must be a number, got a float32 tensor .*\(3,\)"),
+    "ce_large": ({"ce_weight": 1e25}, ValueError, r"ce_weight must be <= 1e\+24, got 1e\+25"),
+    "weight_negative": ({"weight": -0.5}, ValueError, r"weight must be >= 0, got -0.5"),
+    "weight_large": ({"weight": 1e24}, ValueError, r"weight times a term's weight must be <= 1e\+24, got 8e\+24"),
+    "weight_bool": ({"weight": True}, TypeError, r"weight must be a number, got True"),
+    "weight_vector": ({"weight": WEIGHT}, TypeError, r"weight must be a number, got a float32 tensor"),
+    "square_temperature": (
+        {"square_temperature": 1},
+        TypeError,
+        r"square_temperature must be a bool, got 1 \(int\)",
+    ),
+    "square_temperature_none": (
+        {"square_temperature": None},
+        TypeError,
+        r"square_temperature must be a bool, got None",
+    ),
     "reduction": (
         {"reduction": "avg"},
         ValueError,
         r"reduction must be one of 'none', 'sum', 'mean', 'batchmean', got 'avg'",
     ),
     "reduction_none": ({"reduction": None}, ValueError, r"reduction must be one of .*got None"),
-    "denominator_zero": ({"denominator": 0}, ValueError, r"denominator must be > 0, got 0"),
-    "denominator_negative": ({"denominator": -2.5}, ValueError, r"denominator must be > 0, got -2.5"),
+    "denominator_negative": ({"denominator": -2.5}, ValueError, r"denominator must be >= 0, got -2.5"),
+    "denominator_huge": ({"denominator": 10**400}, ValueError, r"denominator must be finite, got an integer of 1329 b"),
     "denominator_nan": ({"denominator": float("nan")}, ValueError, r"denominator must be finite, got nan"),
     "denominator_inf": ({"denominator": float("inf")}, ValueError, r"denominator must be finite, got inf"),
     "denominator_str": ({"denominator": "3"}, TypeError, r"denominator must be a number, got '3'"),
@@ -173,6 +193,20 @@ CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "denominator_none": ({"denominator": 3, "reduction": "none"}, ValueError, r"denominator .*reduction='none'"),
     "ignore_index_float": ({"ignore_index": -100.0}, TypeError, r"ignore_index must be an integer, got -100.0"),
     "ignore_index_none": ({"ignore_index": None}, TypeError, r"ignore_index must be an integer, got None"),
+    "ignore_index_large": (
+        {"ignore_index": 2**63},
+        ValueError,
+        r"ignore_index must be <= 9223372036854775807, got 9223372036854775808",
+    ),
+    "ignore_index_small": ({"ignore_index": -(2**63) - 1}, ValueError, r"ignore_index must be >= -9223372036854775808"),
+    "ignore_index_numpy": ({"ignore_index": np.float32(-1)}, TypeError, r"ignore_index must be an integer, got"),
+    "class_dim_huge": ({"class_dim": 10**30}, ValueError, r"class_dim must be <= 9223372036854775807, got 1000"),
+    "correction_huge": (
+        {"standardize": "class", "correction": 10**400},
+        ValueError,
+        r"correction must be <= .*got an integer",
+    ),
+    "eps_huge": ({"standardize": "class", "eps": 1e300}, ValueError, r"eps must be <= 1e\+24, got 1e\+300"),
     "class_dim_high": ({"class_dim": 2}, ValueError, r"class_dim must be a dimension .*\(3, 7\), got 2"),
     "class_dim_low": ({"class_dim": -3}, ValueError, r"class_dim must be a dimension .*\(3, 7\), got -3"),
     "class_dim_float": ({"class_dim": 1.0}, TypeError, r"class_dim must be an integer, got 1.0"),
@@ -238,33 +272,32 @@ def test_options_are_keywords(name: str) -> None:
 
 # Arguments of the losses --------------------------------------------------------------------------------------------
 
-LOSS_FUNCTIONS: dict[str, Callable[..., Any]] = {
-    "kd": lambda **a: kdkernels.kd_loss(STUDENT, TEACHER, **a),
-    "reverse_kd": lambda **a: kdkernels.reverse_kd_loss(STUDENT, TEACHER, **a),
-    "bdd": lambda **a: kdkernels.bdd_loss(STUDENT, TEACHER, **a),
-    "dkd": lambda **a: kdkernels.dkd_loss(STUDENT, TEACHER, Y, **a),
-    "gdkd": lambda **a: kdkernels.gdkd_loss(STUDENT, TEACHER, **a),
-    "gdkd3": lambda **a: kdkernels.gdkd3_loss(STUDENT, TEACHER, **a),
-}
-MODULES: dict[str, Callable[..., Any]] = {
-    "kd": kdkernels.KDLoss,
-    "reverse_kd": kdkernels.ReverseKDLoss,
-    "bdd": kdkernels.BDDLoss,
-    "dkd": kdkernels.DKDLoss,
-    "gdkd": kdkernels.GDKDLoss,
-    "gdkd3": kdkernels.GDKD3Loss,
-}
-TEMPERATURES = [("kd", "temperature"), ("reverse_kd", "temperature"), ("dkd", "temperature"), ("gdkd", "temperature")]
-TEMPERATURES += [("gdkd3", "temperature"), ("bdd", "forward_temperature"), ("bdd", "reverse_temperature")]
-WEIGHTS = [("dkd", "alpha"), ("dkd", "beta"), ("bdd", "forward_weight"), ("bdd", "reverse_weight")]
-WEIGHTS += [(loss, weight) for loss in ("gdkd", "gdkd3") for weight in ("w0", "w1", "w2")]
 
-NOT_NUMBERS = ["4", None, [4.0], True, 1j, torch.tensor(4.0)]
+def function_of(loss: str) -> Callable[..., Any]:
+    """A loss's function with the tensors given."""
+    return partial(LOSSES[loss].function, STUDENT, TEACHER, target=Y)
+
+
+LOSS_FUNCTIONS: dict[str, Callable[..., Any]] = {loss: function_of(loss) for loss in LOSSES}
+MODULES: dict[str, Callable[..., Any]] = {loss: row.module for loss, row in LOSSES.items()}
+PARAMETERS = [(loss, name) for loss, row in LOSSES.items() for name in row.module.parameter_names]
+TEMPERATURES = [(loss, name) for loss, name in PARAMETERS if "temperature" in name]
+WEIGHTS = [(loss, name) for loss, name in PARAMETERS if name in {"alpha", "beta", "w0", "w1", "w2"} or "weight" in name]
+
+
+def test_every_parameter_is_tried() -> None:
+    others = set(PARAMETERS) - set(TEMPERATURES) - set(WEIGHTS)
+    assert {name for _, name in others} == {"k", "strategy", "kl_type"}
+    assert len(TEMPERATURES) == 7
+    assert len(WEIGHTS) == 10
+
+
+NOT_NUMBERS = ["4", None, [4.0], True, 1j, torch.ones(1), torch.tensor(True), np.ones(2), np.True_, np.complex64(1)]
 BOTH = pytest.mark.parametrize("build", [LOSS_FUNCTIONS, MODULES], ids=["function", "module"])
 
 
 @BOTH
-@pytest.mark.parametrize("value", NOT_NUMBERS, ids=repr)
+@pytest.mark.parametrize("value", NOT_NUMBERS, ids=short)
 @pytest.mark.parametrize(("loss", "name"), TEMPERATURES + WEIGHTS)
 def test_numbers_that_are_none(loss: str, name: str, value: object, build: dict[str, Callable[..., Any]]) -> None:
     with pytest.raises(TypeError, match=rf"{name} must be a number, got {described(value)}"):
@@ -272,7 +305,11 @@ def test_numbers_that_are_none(loss: str, name: str, value: object, build: dict[
 
 
 @BOTH
-@pytest.mark.parametrize("value", [0, -1.5, float("nan"), float("inf"), -float("inf")], ids=repr)
+@pytest.mark.parametrize(
+    "value",
+    [0, -1.5, float("nan"), float("inf"), -float("inf"), 1e-30, 2.0**70, 1e100, 1e200, 10**400],
+    ids=short,
+)
 @pytest.mark.parametrize(("loss", "name"), TEMPERATURES)
 def test_temperatures(loss: str, name: str, value: float, build: dict[str, Callable[..., Any]]) -> None:
     with pytest.raises(ValueError, match=rf"{name} must be .*got {described(value)}"):
@@ -280,7 +317,7 @@ def test_temperatures(loss: str, name: str, value: float, build: dict[str, Calla
 
 
 @BOTH
-@pytest.mark.parametrize("value", [-1e-9, -3, float("nan"), float("inf")], ids=repr)
+@pytest.mark.parametrize("value", [-1e-9, -3, float("nan"), float("inf"), 1e25, 10**400], ids=short)
 @pytest.mark.parametrize(("loss", "name"), WEIGHTS)
 def test_weights(loss: str, name: str, value: float, build: dict[str, Callable[..., Any]]) -> None:
     with pytest.raises(ValueError, match=rf"{name} must be .*got {described(value)}"):
@@ -298,7 +335,10 @@ def test_weights(loss: str, name: str, value: float, build: dict[str, Callable[.
         ("gdkd", "k", True, TypeError),
         ("gdkd", "k", 2.0, TypeError),
         ("gdkd", "k", "5", TypeError),
-        ("gdkd", "k", torch.tensor(5), TypeError),
+        ("gdkd", "k", torch.tensor(5.0), TypeError),
+        ("gdkd", "k", torch.tensor([5]), TypeError),
+        ("gdkd", "k", np.float64(5), TypeError),
+        ("gdkd3", "k", 10**30, ValueError),
         ("gdkd3", "k", None, TypeError),
         ("gdkd", "strategy", "top", ValueError),
         ("gdkd3", "strategy", 1, ValueError),
@@ -314,6 +354,54 @@ def test_choices(
         build[loss](**{name: value})
 
 
+@BOTH
+@pytest.mark.parametrize(
+    "value", [np.float32(1e25), torch.tensor(-1.0), torch.tensor(torch.nan), np.array(-2)], ids=short
+)
+@pytest.mark.parametrize(("loss", "name"), TEMPERATURES + WEIGHTS)
+def test_scalars_out_of_range(loss: str, name: str, value: Any, build: dict[str, Callable[..., Any]]) -> None:
+    """The message shows the number, not what held it."""
+    with pytest.raises(ValueError, match=rf"{name} must be .*got {re.escape(str(value.item()))}"):
+        build[loss](**{name: value})
+
+
+@BOTH
+@pytest.mark.parametrize(("loss", "name"), TEMPERATURES + WEIGHTS)
+def test_a_number_that_requires_grad(loss: str, name: str, build: dict[str, Callable[..., Any]]) -> None:
+    """A constant in its place would train nothing, in silence."""
+    with pytest.raises(TypeError, match=rf"{name} must not require grad.* learnable {name} is not supported yet"):
+        build[loss](**{name: torch.tensor(4.0, requires_grad=True)})
+
+
+@BOTH
+@pytest.mark.parametrize(("loss", "name"), [*TEMPERATURES, *WEIGHTS, ("gdkd", "k")])
+def test_a_number_on_another_device(loss: str, name: str, build: dict[str, Callable[..., Any]]) -> None:
+    """The host would wait for a GPU."""
+    with pytest.raises(ValueError, match=rf"{name} must be a number or a 0-d CPU tensor, got .* on meta"):
+        build[loss](**{name: torch.tensor(4, device="meta")})
+
+
+HUGE = [np.zeros((16, 500)), list(range(10**5)), "x" * 10**5, torch.zeros(16, 500), 10**5000, {1: [0.0] * 10**4}]
+
+
+@pytest.mark.parametrize("value", HUGE, ids=lambda value: type(value).__name__)
+def test_no_message_shows_a_large_value_whole(value: object) -> None:
+    arguments = ("student_logits", "objective", "target", "sample_weight", "denominator", "class_dim", "num_classes")
+    arguments += ("weight", "ce_weight", "standardize", "reduction", "mode", "backend", "ignore_index", "process_group")
+    good = {"student_logits": STUDENT, "teacher_logits": TEACHER, "objective": objective.dkd(), "target": Y}
+    for name in arguments:
+        with pytest.raises((TypeError, ValueError), match=name) as error:
+            kdkernels.distillation_loss(**good | {name: value})
+        assert len(str(error.value)) < 400, name
+    for loss, name in (*TEMPERATURES, *WEIGHTS, ("gdkd", "k"), ("gdkd", "strategy"), ("dkd", "kl_type")):
+        with pytest.raises((TypeError, ValueError), match=name) as error:
+            LOSS_FUNCTIONS[loss](**{name: value})
+        assert len(str(error.value)) < 400, name
+    with pytest.raises((TypeError, ValueError)) as error:
+        Term(1.0, WHOLE, groups=value)
+    assert len(str(error.value)) < 400
+
+
 # Objectives ---------------------------------------------------------------------------------------------------------
 
 ONE = ((1.0, 0.0),)
@@ -327,7 +415,7 @@ OBJECTIVES: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "partition_one_k": (lambda: Partition("top1_topk", 1), ValueError, r"k must be >= 2, got 1"),
     "partition_largest": (lambda: Partition("topk", 3, 1), TypeError, r"Partition.largest must be a bool, got 1"),
     "term_partition": (lambda: Term(1.0, "whole"), TypeError, r"Term.partition must be a Partition, got 'whole'"),
-    "term_temperature": (lambda: Term(0.0, WHOLE), ValueError, r"temperature must be > 0, got 0.0"),
+    "term_temperature": (lambda: Term(0.0, WHOLE), ValueError, r"temperature must be >= 1e-06, got 0.0"),
     "term_too_few": (
         lambda: Term(1.0, TARGET, groups=ONE),
         ValueError,
@@ -400,6 +488,63 @@ def test_module_options(arguments: dict[str, Any], pattern: str) -> None:
         kdkernels.KDLoss(**arguments)
 
 
+#: An option's name, a value that it cannot have, and the error.
+BAD_OPTIONS = {
+    "weight": (-1.0, ValueError),
+    "square_temperature": (1, TypeError),
+    "standardize": ("batch", ValueError),
+    "correction": (-1, ValueError),
+    "eps": ("small", TypeError),
+    "ce_weight": (float("nan"), ValueError),
+    "reduction": ("avg", ValueError),
+    "denominator": (-1.0, ValueError),
+    "ignore_index": (2**63, ValueError),
+    "class_dim": (0.5, TypeError),
+    "num_classes": (0, ValueError),
+    "process_group": ("world", TypeError),
+    "mode": ("fast", ValueError),
+    "backend": ("gpu", ValueError),
+    "return_parts": ("yes", TypeError),
+}
+
+
+@pytest.mark.parametrize("name", BAD_OPTIONS)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_options_of_modules_are_checked_when_set(loss: str, name: str) -> None:
+    value, exception = BAD_OPTIONS[name]
+    module = MODULES[loss]()
+    before = getattr(module, name)
+    with pytest.raises(exception, match=rf"{name} must be .*got"):
+        setattr(module, name, value)
+    assert getattr(module, name) is before
+    with pytest.raises(exception, match=rf"{name} must be .*got"):
+        MODULES[loss](**{name: value})
+
+
+@pytest.mark.parametrize(("loss", "name"), TEMPERATURES + WEIGHTS)
+def test_numbers_of_modules_are_checked_when_set(loss: str, name: str) -> None:
+    module = MODULES[loss]()
+    before = getattr(module, name)
+    for value, exception in (("4", TypeError), (-1.0, ValueError), (sys.float_info.max, ValueError)):
+        with pytest.raises(exception, match=rf"{name} must be .*got"):
+            setattr(module, name, value)
+        assert getattr(module, name) is before
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("value", [1, 2.5, "mean", True, np.float32(2), torch.tensor(1.0)], ids=short)
+@pytest.mark.parametrize("name", ["temprature", "T", "gamma", "target"])
+def test_attributes_that_are_no_arguments(name: str, value: object, loss: str) -> None:
+    module = MODULES[loss]()
+    with pytest.raises(AttributeError, match=rf"{type(module).__name__} has no argument '{name}'; it has .*reduction"):
+        setattr(module, name, value)
+    assert not hasattr(module, name)
+
+
 def test_module_objective() -> None:
     with pytest.raises(TypeError, match=r"objective must be a kdkernels.Objective, got 'kd'"):
         kdkernels.DistillationLoss("kd")
+    module = kdkernels.DistillationLoss(objective.kd())
+    with pytest.raises(TypeError, match=r"objective must be a kdkernels.Objective, got 'kd'"):
+        module.objective = "kd"
+    assert module.objective == objective.kd()

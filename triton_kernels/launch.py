@@ -159,7 +159,7 @@ def _unpacked(structure: list[int], numbers: Tensor, parts: bool, double: bool) 
 
 def _standardisation(structure: list[int], numbers: Tensor) -> tuple[float, float]:
     """Bessel's correction and eps of an encoded objective."""
-    return float(structure[1]), numbers[1].item()
+    return float(structure[1]), numbers[2].item()
 
 
 def _affines(matrices: Matrices, moments: Tensor, sums: Tensor | None, standardisation: tuple[float, float]) -> Tensor:

@@ -13,7 +13,7 @@ WHOLE, TARGET, TOPK, TOP1_TOPK = (tl.constexpr(kind) for kind in range(4))
 BY_CLASS, BY_SAMPLE = tl.constexpr(1), tl.constexpr(2)
 _GROUPS = (1, 2, 2, 3)
 # Integers and numbers before those of the terms, and integers of a term.
-_STRUCTURE_HEADER, _STRUCTURE_TERM, _NUMBERS_HEADER = 2, 4, 2
+_STRUCTURE_HEADER, _STRUCTURE_TERM, _NUMBERS_HEADER = 2, 4, 3
 
 # Where numbers are: those before the terms, and those of a term from its first one on.
 CE_WEIGHT, CORRECTION, EPS, NOTHING = (tl.constexpr(i) for i in range(4))
@@ -70,7 +70,7 @@ def unpack(structure: tuple[int, ...], values: tuple[float, ...], parts: bool, d
     if count not in (1, 2) or rest:
         raise ValueError(f"structure must be what Objective.encode() returns, got {len(structure)} integers")
     standardize, correction = structure[:_STRUCTURE_HEADER]
-    ce_weight, eps = values[:_NUMBERS_HEADER]
+    ce_weight, weight, eps = values[:_NUMBERS_HEADER]
     numbers = [ce_weight, float(correction), eps, 0.0]
     terms, ks = [], []
     part_count, members = 1, 0
@@ -80,9 +80,9 @@ def unpack(structure: tuple[int, ...], values: tuple[float, ...], parts: bool, d
         groups = _GROUPS[kind]
         weights, mixes = [0.0] * 2 * (1 + groups), []
         for term in folded:
-            scale, *numbers_of = term[5:]
-            weights = [sum_ + scale * weight for sum_, weight in zip(weights, numbers_of, strict=False)]
-            mixes += [scale * mix for mix in numbers_of[2 * (1 + groups) :]] if parts else []
+            scale, *of_term = term[5:]
+            weights = [sum_ + scale * weight * own for sum_, own in zip(weights, of_term, strict=True)]
+            mixes += [scale * share for share in _shares(of_term)] if parts else []
         inside = weights[2:] + [mix for i, mix in enumerate(mixes) if i % (2 * (1 + groups)) > 1]
         forward, reverse, tilt = any(inside[::2]), any(inside[1::2]), any(weights[3::2])
         flags = forward, reverse, tilt
@@ -99,7 +99,7 @@ def unpack(structure: tuple[int, ...], values: tuple[float, ...], parts: bool, d
 
 
 def _terms(structure: tuple[int, ...], values: tuple[float, ...]) -> list[tuple[float, ...]]:
-    """Of each term its integers, temperature, scale and the weights of mass, groups and their parts."""
+    """Of each term its integers, temperature, scale and the weights of mass and groups."""
     terms, at = [], _NUMBERS_HEADER
     for begin in range(_STRUCTURE_HEADER, len(structure), _STRUCTURE_TERM):
         integers = structure[begin : begin + _STRUCTURE_TERM]
@@ -110,7 +110,21 @@ def _terms(structure: tuple[int, ...], values: tuple[float, ...]) -> list[tuple[
 
 
 def _term_numbers(kind: int) -> int:
-    return 2 + 4 * (1 + _GROUPS[kind])
+    return 2 + 2 * (1 + _GROUPS[kind])
+
+
+def _shares(weights: list[float]) -> list[float]:
+    """The share of each direction in a term's parts, mass first, each a (forward, reverse) pair.
+
+    A group without weight is reported in the direction of the others.
+    """
+    fallback = (0.0, 1.0) if any(weights[3::2]) and not any(weights[2::2]) else (1.0, 0.0)
+    shares: list[float] = []
+    for i in range(0, len(weights), 2):
+        pair = weights[i : i + 2]
+        total = sum(pair)
+        shares += [weight / total for weight in pair] if total else fallback if i else (1.0, 0.0)
+    return shares
 
 
 def _fold(terms: list[tuple[float, ...]]) -> list[list[tuple[float, ...]]]:
