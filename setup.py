@@ -207,6 +207,7 @@ class Build(BuildExtension):
         if reason is not None:  # without REQUIRE_NATIVE there is no extension, and this step is not taken
             raise SetupError(f"KDKERNELS_REQUIRE_NATIVE is set, and the native extension cannot be built: {reason}")
         (native,) = self.extensions
+        self.force = True  # ninja knows what is old, by the commands, too; setuptools would look at times only
         report(f"native extension: CPU kernels (baseline, AVX2, AVX-512), {add_cuda(native)}")
         newest = max((image.stat().st_mtime for image in IMAGES.glob("*.fatbin")), default=0.0)
         for made in Path(self.build_temp).glob("**/driver.o"):  # has the images in it, which ninja does not know

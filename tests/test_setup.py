@@ -130,6 +130,12 @@ def test_the_build_step_compiles(tree: Tree) -> None:
     assert not any("-fatbin" in call for call in tree.calls(tree.nvcc))
     assert not any(" -c " in f" {call} " for call in tree.calls(tree.cxx))
 
+    done = tree.build(KDKERNELS_BUILD_CUDA="0")
+    assert done.returncode == 0, done.stderr
+    assert not any("driver.o" in call for call in tree.calls(tree.cxx))
+    assert tree.build(KDKERNELS_CUDA_ARCHS="80;90").returncode == 0
+    assert "driver.o" in tree.calls(tree.cxx)[-1]
+
     os.utime(kernels[0])
     done = tree.build(KDKERNELS_CUDA_ARCHS="80;90")
     assert done.returncode == 0, done.stderr
@@ -189,7 +195,13 @@ def test_without_a_cuda_compiler(tree: Tree, environment: dict[str, str], messag
     assert done.returncode != 0
     assert message in done.stderr
     assert "KDKERNELS_BUILD_CUDA=0 builds without CUDA kernels" in done.stderr
-    assert tree.build(**environment, KDKERNELS_REQUIRE_NATIVE="1", KDKERNELS_BUILD_CUDA="0").returncode == 0
+
+
+def test_native_kernels_are_required_but_for_cuda(tree: Tree) -> None:
+    done = tree.build(KDKERNELS_NVCC="/nowhere/nvcc", KDKERNELS_REQUIRE_NATIVE="1", KDKERNELS_BUILD_CUDA="No")
+    assert done.returncode == 0, done.stderr
+    assert "no CUDA kernels, KDKERNELS_BUILD_CUDA=No" in done.stderr
+    assert tree.built()
 
 
 @pytest.mark.parametrize(
