@@ -222,6 +222,8 @@ class Build(BuildExtension):
             self.extensions = []
 
 
+# ninja may be beside Python only, in an environment that is not activated.
+os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent)])
 for name in ("CC", "CXX"):  # compilers that setuptools and torch take from the environment, empty or not
     if setting(name) is None:
         os.environ.pop(name, None)

@@ -258,6 +258,7 @@ def test_a_build_with_nonsense_in_the_environment(tree: Tree, name: str, value: 
 def functions(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What setup.py defines, without its setup()."""
     monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+    monkeypatch.setenv("PATH", os.environ["PATH"])  # setup.py adds to it
     return runpy.run_path(str(ROOT / "setup.py"))
 
 

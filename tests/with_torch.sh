@@ -11,6 +11,6 @@ shift
 environment=build/with-$torch
 [ -x "$environment/bin/python" ] || python3 -m venv "$environment"
 "$environment/bin/pip" install -q --upgrade "$torch" 'setuptools>=77' ninja numpy pytest pytest-xdist
-PATH=$PWD/$environment/bin:$PATH "$environment/bin/pip" install -q --no-build-isolation --no-deps --force-reinstall .
+"$environment/bin/pip" install -q --no-build-isolation --no-deps --force-reinstall .
 "$environment/bin/python" -c 'import torch; print("torch", torch.__version__)'
 exec "$environment/bin/pytest" "$@" # not python -m pytest, which would import the package of this folder
