@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import logging
-import os
 
 import torch
 
-from kdkernels import ops
+from kdkernels import _environment, ops
 from kdkernels.objective import Objective, check_choice
 from kdkernels.validation import Call
 
@@ -22,8 +21,9 @@ TRITON_CPU = "KDKERNELS_TRITON_CPU"
 DEBUG = "KDKERNELS_DEBUG"
 
 # Read at import, not at every call: to find that a variable is not set takes longer than all other checks of a call.
-default_backend = os.environ.get(ENVIRONMENT, "auto")
-debug = os.environ.get(DEBUG) == "1"
+default_backend = _environment.choice(ENVIRONMENT, BACKENDS, "auto")
+debug = _environment.switch(DEBUG)
+_environment.switch(TRITON_CPU)  # Tests set it later, so that it is read at each call; a wrong value is an error now.
 
 _logged: set[str] = set()
 
@@ -55,7 +55,7 @@ def _why_not_cpu(device_type: str, dims: int) -> str | None:
 
 
 def _why_not_triton(device_type: str) -> str | None:
-    if device_type == "cpu" and os.environ.get(TRITON_CPU) != "1":
+    if device_type == "cpu" and not _environment.switch(TRITON_CPU):
         return f"it serves CUDA tensors, and the logits are on cpu (for tests, {TRITON_CPU}=1 lets it take them)"
     if device_type not in ("cpu", "cuda"):
         return f"it serves CUDA tensors, and the logits are on {device_type}"

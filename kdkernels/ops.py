@@ -11,7 +11,6 @@ import functools
 import importlib
 import importlib.util
 import logging
-import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from kdkernels import _environment
 from kdkernels.validation import REDUCTIONS
 
 _PACKAGE = Path(__file__).parent
@@ -154,18 +154,19 @@ def set_cpu_instruction_set(name: str) -> None:
 
 
 def _heed_environment() -> None:
-    """The kernels read KDKERNELS_CPU_ISA themselves, and go without what they cannot use; this says so."""
-    wanted = os.environ.get("KDKERNELS_CPU_ISA", "auto")
-    if wanted not in ("auto", cpu_instruction_set()):
-        supported = [INSTRUCTION_SETS[index] for index in torch.ops.kdkernels.cpu_instruction_sets.default()]
+    """Uses the instruction set that the environment names, or says that this CPU goes without it."""
+    wanted = _environment.choice("KDKERNELS_CPU_ISA", ("auto", *INSTRUCTION_SETS), "auto")
+    if unavailable is not None or wanted == "auto":
+        return
+    try:
+        set_cpu_instruction_set(wanted)
+    except ValueError as error:
         logging.getLogger("kdkernels").warning(
-            f"the environment variable KDKERNELS_CPU_ISA must be one of {supported} on this CPU, got {wanted!r}; "
-            f"{cpu_instruction_set()!r} is used"
+            f"the environment variable KDKERNELS_CPU_ISA cannot be followed: {error}; {cpu_instruction_set()!r} is used"
         )
 
 
-if unavailable is None:
-    _heed_environment()
+_heed_environment()
 
 
 def _constant_while_traced(function: Any) -> Any:

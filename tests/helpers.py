@@ -13,7 +13,7 @@ import torch
 from losses import LOSSES, Case
 from torch import Tensor
 
-from kdkernels import dispatch, ops, reference
+from kdkernels import _environment, dispatch, ops, reference
 from kdkernels.objective import Objective
 from kdkernels.validation import check_call
 
@@ -57,8 +57,8 @@ DTYPES = list(GRADIENT_TOLERANCE)
 
 def must_have_native() -> bool:
     """Whether a missing native backend is a failure: under CI a skip would hide a broken build."""
-    switches = (os.environ.get(name, "").lower() for name in ("CI", "KDKERNELS_REQUIRE_NATIVE"))
-    return any(switch not in ("", "0", "false") for switch in switches)
+    continuous_integration = os.environ.get("CI", "").lower() not in ("", "0", "false")
+    return continuous_integration or _environment.switch("KDKERNELS_REQUIRE_NATIVE")
 
 
 def require(backend: str) -> None:

@@ -59,6 +59,58 @@ def test_gdkd(k: int, strategy: str, kl_type: str) -> None:
     assert_matches(got, want, student, reference)
 
 
+@pytest.mark.parametrize("k", [2, 5])
+def test_gdkd3(k: int) -> None:
+    """GDKD3.py's call: no strategy before the weights, and four values."""
+    student, reference = leaves()
+    got = gdkd.gdkd3_loss(student, TEACHER, Y, k, 0.5, 2.0, 6.0, 3.0)
+    want = literal.gdkd3(reference, TEACHER, k, 0.5, 2.0, 6.0, 3.0)
+    assert_matches(got, want, student, reference)
+
+
+@pytest.mark.parametrize("temperature", [1, 2.5])
+def test_lskd(temperature: float) -> None:
+    """LSKD.py's call: without the weight, and with the means and deviations of both sides."""
+    student, reference = leaves()
+    got = gdkd.lskd_loss(student, TEACHER, temperature)
+
+    def standardized(logits: Tensor) -> Tensor:
+        return (logits - logits.mean(1, keepdim=True)) / (logits.std(1, keepdim=True) + 1e-7)
+
+    moments = [moment for side in (STUDENT, TEACHER) for moment in (side.mean(1), side.std(1))]
+    want = (literal.kl(standardized(reference), standardized(TEACHER), temperature), *moments)
+    assert_matches(got, want, student, reference)
+
+
+def test_lskd_moments_have_the_logits_dtype() -> None:
+    student, teacher = STUDENT.to(torch.bfloat16), TEACHER.to(torch.float16)
+    loss, *moments = gdkd.lskd_loss(student, teacher, 2.0)
+    assert loss.dtype == torch.float32
+    assert [moment.dtype for moment in moments] == [torch.bfloat16] * 2 + [torch.float16] * 2
+
+
+@pytest.mark.parametrize("shape", [(6,), (6, 1), (1, 6), (2, 3)])
+@pytest.mark.parametrize("name", ["dkd", "dkdmod", "dkdmod top1", "gdkd", "gdkd3", "luminet"])
+def test_targets_are_flattened(name: str, shape: tuple[int, ...]) -> None:
+    """The repositories reshape the target or do not look at it."""
+    loss = {
+        "dkd": lambda y: mdistiller.dkd_loss(STUDENT, TEACHER, y, 1.0, 8.0, 4.0),
+        "dkdmod": lambda y: gdkd.dkd_loss(STUDENT, TEACHER, y, 1.0, 8.0, 4.0, 1000, "forward")[0],
+        "dkdmod top1": lambda y: gdkd.dkd_loss(STUDENT, TEACHER, y, 1.0, 8.0, 4.0, 1000, "forward", "top1")[0],
+        "gdkd": lambda y: gdkd.gdkd_loss(STUDENT, TEACHER, y, 5, "best", 1.0, 1.0, 8.0, 4.0, "forward")[0],
+        "gdkd3": lambda y: gdkd.gdkd3_loss(STUDENT, TEACHER, y, 4, 1.0, 1.0, 8.0, 4.0)[0],
+        "luminet": lambda y: luminet.luminet_loss(STUDENT, TEACHER, y, 33.0, 4.0),
+    }[name]
+    torch.testing.assert_close(loss(Y.reshape(shape)), loss(Y), rtol=0, atol=0)
+
+
+def test_targets_of_other_sizes_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"target must be .* shape \(6,\)"):
+        mdistiller.dkd_loss(STUDENT, TEACHER, torch.cat([Y, Y])[:, None], 1.0, 8.0, 4.0)
+    with pytest.raises(TypeError, match="target must be "):
+        mdistiller.dkd_loss(STUDENT, TEACHER, [1, 2, 3, 4, 5, 6], 1.0, 8.0, 4.0)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("kl_type", ["forward", "reverse", "both"])
 @pytest.mark.parametrize("strategy", ["target", "top1"])
 def test_gdkd_dkdmod(strategy: str, kl_type: str) -> None:
@@ -123,16 +175,18 @@ def test_luminet_checks_alpha(alpha: object, error: type[Exception], message: st
             gdkd.dkd_loss,
             "logits_student logits_teacher target alpha beta temperature mask_magnitude kl_type strategy",
         ),
+        (gdkd.gdkd3_loss, "logits_student logits_teacher target k w0 w1 w2 temperature"),
+        (gdkd.lskd_loss, "logits_student logits_teacher temperature"),
         (luminet.luminet_loss, "logits_student logits_teacher target alpha temperature"),
     ],
-    ids=["mdistiller.kd_loss", "mdistiller.dkd_loss", "gdkd.gdkd_loss", "gdkd.dkd_loss", "luminet.luminet_loss"],
+    ids=lambda value: f"{value.__module__}.{value.__name__}" if callable(value) else "",
 )
 def test_argument_names(function: object, names: str) -> None:
     """Name for name and in order: positional and keyword calls both keep working."""
     assert " ".join(inspect.signature(function).parameters) == names
 
 
-@pytest.mark.parametrize("name", ["kd", "dkd", "gdkd", "dkdmod", "luminet"])
+@pytest.mark.parametrize("name", ["kd", "dkd", "gdkd", "gdkd3", "lskd", "dkdmod", "luminet"])
 def test_a_teacher_with_grad_is_detached(name: str) -> None:
     """Those repositories differentiate the teacher's side at most by accident; here it gets nothing."""
     student, _ = leaves()
@@ -141,6 +195,8 @@ def test_a_teacher_with_grad_is_detached(name: str) -> None:
         "kd": lambda: mdistiller.kd_loss(student, teacher, 4.0),
         "dkd": lambda: mdistiller.dkd_loss(student, teacher, Y, 1.0, 8.0, 4.0),
         "gdkd": lambda: gdkd.gdkd_loss(student, teacher, Y, 5, "best", 1.0, 1.0, 8.0, 4.0, "forward")[0],
+        "gdkd3": lambda: gdkd.gdkd3_loss(student, teacher, Y, 4, 1.0, 1.0, 8.0, 4.0)[0],
+        "lskd": lambda: gdkd.lskd_loss(student, teacher, 2.0)[0],
         "dkdmod": lambda: gdkd.dkd_loss(student, teacher, Y, 1.0, 8.0, 4.0, 1000, "forward")[0],
         "luminet": lambda: luminet.luminet_loss(student, teacher, Y, 33.0, 4.0),
     }[name]()

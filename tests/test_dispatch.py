@@ -14,7 +14,7 @@ import torch
 from helpers import instruction_sets, make_inputs, require
 
 import kdkernels
-from kdkernels import autograd, dispatch, ops, reference
+from kdkernels import _environment, autograd, dispatch, ops, reference
 
 PACKAGE = Path(kdkernels.__file__).parent
 STUDENT, TEACHER, Y = make_inputs((3, 7))
@@ -203,13 +203,59 @@ def test_the_report_without_an_environment() -> None:
     assert "KDKERNELS_BACKEND=auto, KDKERNELS_DEBUG=0" in done.stdout
 
 
-def test_an_instruction_set_that_there_is_not() -> None:
-    """A misspelt environment variable is named in a warning, and the best instruction set serves."""
-    require("cpu")
-    done = run("-c", "import kdkernels", directory=PACKAGE.parent, KDKERNELS_CPU_ISA="avx1024")
+@pytest.mark.parametrize("name", ["KDKERNELS_BACKEND", "KDKERNELS_DEBUG", "KDKERNELS_CPU_ISA", "KDKERNELS_TRITON_CPU"])
+def test_nonsense_in_the_environment_at_import(name: str) -> None:
+    """The report does not say that all is well where every call would raise, nor does the import."""
+    done = run("-m", "kdkernels", directory=PACKAGE.parent, **{name: "fastest"})
+    assert done.returncode != 0
+    assert f"ValueError: the environment variable {name} must be one of " in done.stderr
+    assert "got 'fastest'" in done.stderr
+    assert "->" not in done.stdout
+
+
+def test_empty_variables_are_not_set() -> None:
+    names = ("KDKERNELS_BACKEND", "KDKERNELS_DEBUG", "KDKERNELS_CPU_ISA", "KDKERNELS_TRITON_CPU")
+    program = """
+import runpy, torch, kdkernels
+kdkernels.kd_loss(torch.randn(2, 3), torch.randn(2, 3))
+runpy.run_module("kdkernels", run_name="__main__")
+"""
+    done = run("-c", program, directory=PACKAGE.parent, **dict.fromkeys(names, ""))
     assert done.returncode == 0, done.stderr
-    assert "KDKERNELS_CPU_ISA must be one of" in done.stderr
-    assert "got 'avx1024'" in done.stderr
+    assert "KDKERNELS_BACKEND=auto, KDKERNELS_DEBUG=0" in done.stdout
+    if dispatch.why_not("cpu", "cpu") is None:
+        assert f"in use: {instruction_sets()[-1]}" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("value", "wanted"),
+    [
+        *[(value, True) for value in ("1", "True", "YES", "on")],
+        *[(value, False) for value in ("0", "false", "no", "OFF", "", " ")],
+    ],
+)
+def test_switches(value: str, wanted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(dispatch.TRITON_CPU, value)
+    assert _environment.switch(dispatch.TRITON_CPU) is wanted
+    assert (dispatch.why_not("triton", "cpu") == ops.triton_unavailable) is wanted
+
+
+def test_an_instruction_set_that_the_cpu_lacks_is_warned_of(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One environment may serve several machines: the variable is named, and the kernels go without."""
+    require("cpu")
+
+    def refuse(name: str) -> None:
+        raise ValueError(f"instruction set {name!r} is not supported")
+
+    monkeypatch.setenv("KDKERNELS_CPU_ISA", "avx512")
+    monkeypatch.setattr(ops, "set_cpu_instruction_set", refuse)
+    with caplog.at_level("WARNING", "kdkernels"):
+        ops._heed_environment()
+    (record,) = caplog.records
+    assert "KDKERNELS_CPU_ISA cannot be followed: instruction set 'avx512' is not supported" in record.message
+    assert f"{kdkernels.cpu_instruction_set()!r} is used" in record.message
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from kdkernels.compat import _repository
 from kdkernels.functional import distillation_loss
 from kdkernels.objective import WHOLE, Objective, Term, check_number
 
@@ -21,3 +22,18 @@ def luminet_loss(
     weight = check_number("alpha^2", alpha * alpha)
     term = Term(temperature, WHOLE, groups=((weight, 0.0),), square_temperature=False)
     return distillation_loss(logits_student, logits_teacher.detach(), Objective((term,), standardize="class"))
+
+
+_FUNCTIONS = {"distillers.Luminet.luminet_loss": luminet_loss}
+
+
+def install(package: str = "mdistiller") -> list[str]:
+    """Puts ``luminet_loss`` into a checkout of LumiNet's repository that is on Python's path, whose package has
+    mdistiller's name. As :func:`kdkernels.compat.mdistiller.install`, which serves its KD and DKD.
+    """
+    return _repository.install(package, _FUNCTIONS)
+
+
+def uninstall(package: str = "mdistiller") -> list[str]:
+    """Puts the checkout's own function back and returns its name."""
+    return _repository.uninstall(package, _FUNCTIONS)

@@ -1,0 +1,300 @@
+"""setup.py with stand-in compilers, in a copy of the source tree: what runs when, what is built, what is refused."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import setuptools
+from setuptools.errors import SetupError
+
+ROOT = Path(__file__).parent.parent
+if not (ROOT / "setup.py").exists():
+    pytest.skip("there is no setup.py beside the tests", allow_module_level=True)
+
+# A compiler that writes its arguments to a file and something to what follows -o; nvcc's dry run names its folder.
+COMPILER = """#!/bin/sh
+echo "$@" >> {log}
+[ "$1" = --dryrun ] && {{ echo "#$ _HERE_=/toolkit/bin" >&2; exit 0; }}
+while [ $# -gt 0 ]; do
+  [ "$1" = -o ] && echo made > "$2"
+  shift
+done
+exit {status}
+"""
+
+
+class Tree:
+    """A copy of what setup.py needs, and the stand-in compilers' calls."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root / "tree"
+        self.tools = root / "tools"
+        self.tools.mkdir()
+        for folder in ("csrc", "kdkernels", "triton_kernels"):
+            ignored = shutil.ignore_patterns("__pycache__", "_C*")
+            shutil.copytree(ROOT / folder, self.root / folder, ignore=ignored)
+        for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+            shutil.copy(ROOT / name, self.root)
+        for kernels in list((self.root / "csrc/cuda").glob("*.cu"))[2:]:
+            kernels.unlink()
+        self.cxx = self.compiler("standin-c++")
+        self.nvcc = self.compiler("nvcc")
+
+    def compiler(self, name: str, status: int = 0) -> Path:
+        path = self.tools / name
+        path.write_text(COMPILER.format(log=f"{path}.log", status=status))
+        path.chmod(0o755)
+        return path
+
+    def calls(self, compiler: Path) -> list[str]:
+        """What a stand-in was called with since the last question."""
+        log = Path(f"{compiler}.log")
+        lines = log.read_text().splitlines() if log.exists() else []
+        log.unlink(missing_ok=True)
+        return lines
+
+    def run(self, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith(("KDKERNELS_", "CUDA_"))}
+        chosen = {"CXX": str(self.cxx), "KDKERNELS_NVCC": str(self.nvcc), "MAX_JOBS": "2"} | environment
+        return subprocess.run(
+            [sys.executable, "setup.py", *command],
+            cwd=self.root,
+            env=inherited | chosen,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    def build(self, **environment: str) -> subprocess.CompletedProcess[str]:
+        done = self.run("build_ext", "--inplace", **environment)
+        assert "Traceback" not in done.stderr, done.stderr
+        return done
+
+    def built(self) -> bool:
+        return any((self.root / "kdkernels").glob("_C*"))
+
+    def images(self) -> list[str]:
+        return sorted(path.name for path in (self.root / "build/cuda").glob("*") if path.name != "flags.txt")
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Tree:
+    return Tree(tmp_path)
+
+
+def test_reading_compiles_nothing(tree: Tree) -> None:
+    """The version is all that is printed; neither it nor the metadata calls a compiler or leaves a build."""
+    done = tree.run("--version")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [version()]
+    done = tree.run("egg_info", "sdist")
+    assert done.returncode == 0, done.stderr
+    assert tree.calls(tree.nvcc) == []
+    assert tree.calls(tree.cxx) == []
+    assert not (tree.root / "build").exists()
+
+
+def version() -> str:
+    text = (ROOT / "kdkernels/__init__.py").read_text()
+    return text.split('__version__ = "')[1].split('"')[0]
+
+
+def test_the_build_step_compiles(tree: Tree) -> None:
+    """Images for the targets asked for, once; then what was touched, and the object that has the images in it."""
+    done = tree.build(KDKERNELS_CUDA_ARCHS="90;80;90")
+    assert done.returncode == 0, done.stderr
+    assert tree.built()
+    assert "2 of 2 files of CUDA kernels to compile for [80, 90]" in done.stderr
+    assert "CPU kernels (baseline, AVX2, AVX-512), CUDA kernels for [80, 90]" in done.stderr
+    images = [call for call in tree.calls(tree.nvcc) if "-fatbin" in call]
+    assert len(images) == 2
+    assert all(call.count("-gencode") == 2 and "code=[compute_90,sm_90]" in call for call in images)
+    kernels = sorted((tree.root / "csrc/cuda").glob("*.cu"))
+    assert tree.images() == sorted(f"{path.stem.removeprefix('kernels_')}.fatbin" for path in kernels)
+    compiled = tree.calls(tree.cxx)
+    driver = next(call for call in compiled if "driver.cpp" in call)
+    assert "-I/toolkit/include" in driver
+    assert f"{tree.root}/build/cuda" in driver
+    assert "80 90" in driver
+
+    done = tree.build(KDKERNELS_CUDA_ARCHS="80;90")
+    assert done.returncode == 0, done.stderr
+    assert "0 of 2 files of CUDA kernels to compile" in done.stderr
+    assert not any("-fatbin" in call for call in tree.calls(tree.nvcc))
+    assert not any(" -c " in f" {call} " for call in tree.calls(tree.cxx))
+
+    done = tree.build(KDKERNELS_BUILD_CUDA="0")
+    assert done.returncode == 0, done.stderr
+    assert not any("driver.o" in call for call in tree.calls(tree.cxx))
+    assert tree.build(KDKERNELS_CUDA_ARCHS="80;90").returncode == 0
+    assert "driver.o" in tree.calls(tree.cxx)[-1]
+
+    os.utime(kernels[0])
+    done = tree.build(KDKERNELS_CUDA_ARCHS="80;90")
+    assert done.returncode == 0, done.stderr
+    assert [kernels[0].name in call for call in tree.calls(tree.nvcc) if "-fatbin" in call] == [True]
+    recompiled = [call for call in tree.calls(tree.cxx) if ".cpp" in call]
+    assert len(recompiled) == 1
+    assert "driver.cpp" in recompiled[0]
+
+
+def test_other_flags_compile_anew(tree: Tree) -> None:
+    """An interrupted build with other flags leaves images that no later build takes for its own."""
+    assert tree.build(KDKERNELS_CUDA_ARCHS="80").returncode == 0
+    failing = tree.compiler("nvcc", status=1)
+    assert "no CUDA kernels" in tree.build(KDKERNELS_CUDA_ARCHS="90").stderr
+    tree.calls(failing)
+    tree.compiler("nvcc")
+    done = tree.build(KDKERNELS_CUDA_ARCHS="80")
+    assert "2 of 2 files of CUDA kernels to compile for [80]" in done.stderr
+    assert len([call for call in tree.calls(tree.nvcc) if "-fatbin" in call]) == 2
+
+
+def test_sources_are_distributed_whole(tree: Tree) -> None:
+    """What a build with CUDA kernels reads is in the source distribution, on machines without nvcc, too."""
+    done = tree.run("sdist", KDKERNELS_NVCC="/nowhere/nvcc")
+    assert done.returncode == 0, done.stderr
+    (archive,) = (tree.root / "dist").glob("*.tar.gz")
+    shutil.unpack_archive(archive, tree.root / "unpacked")
+    (unpacked,) = (tree.root / "unpacked").iterdir()
+    wanted = {path.relative_to(tree.root) for path in (tree.root / "csrc").glob("**/*.*")}
+    assert wanted <= {path.relative_to(unpacked) for path in unpacked.glob("**/*")}
+
+
+@pytest.mark.parametrize(
+    ("nvcc", "message"),
+    [
+        ("/bin/true", "'/bin/true' is no CUDA compiler"),
+        ("/nowhere/nvcc", "no CUDA compiler ('/nowhere/nvcc' is not an executable"),
+        ("failing", "exit status 1"),
+        ("lazy", "no image was written"),
+    ],
+)
+def test_no_cuda_compiler_where_native_kernels_are_required(tree: Tree, nvcc: str, message: str) -> None:
+    tree.compiler("failing", status=1)
+    lazy = tree.compiler("lazy")
+    lazy.write_text(lazy.read_text().replace('echo made > "$2"', ":"))
+    done = tree.build(KDKERNELS_NVCC=str(tree.tools / nvcc), KDKERNELS_REQUIRE_NATIVE="1")  # an absolute path stays
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert "KDKERNELS_BUILD_CUDA=0 builds without CUDA kernels" in done.stderr
+    assert not tree.built()
+
+
+def test_without_a_cuda_compiler(tree: Tree) -> None:
+    """The extension is built without CUDA kernels, and says why."""
+    done = tree.build(KDKERNELS_NVCC="/bin/true")
+    assert done.returncode == 0, done.stderr
+    assert "no CUDA kernels, '/bin/true' is no CUDA compiler" in done.stderr
+    assert not any("driver.cpp" in call for call in tree.calls(tree.cxx))
+    assert tree.built()
+
+
+def test_native_kernels_are_required_but_for_cuda(tree: Tree) -> None:
+    done = tree.build(KDKERNELS_NVCC="/nowhere/nvcc", KDKERNELS_REQUIRE_NATIVE="1", KDKERNELS_BUILD_CUDA="No")
+    assert done.returncode == 0, done.stderr
+    assert "no CUDA kernels, KDKERNELS_BUILD_CUDA=No" in done.stderr
+    assert tree.built()
+
+
+@pytest.mark.parametrize(
+    ("environment", "reason"),
+    [
+        ({"CXX": "/nowhere/c++"}, "no C++ compiler ('/nowhere/c++' is not on the PATH)"),
+        ({"KDKERNELS_BUILD_CPU": "off"}, "KDKERNELS_BUILD_CPU=off"),
+    ],
+    ids=["no compiler", "switched off"],
+)
+def test_without_the_extension(tree: Tree, environment: dict[str, str], reason: str) -> None:
+    done = tree.build(**environment)
+    assert done.returncode == 0, done.stderr
+    assert f"native extension: none, {reason}" in done.stderr
+    done = tree.build(**environment, KDKERNELS_REQUIRE_NATIVE="yes")
+    assert done.returncode != 0
+    assert f"the native extension cannot be built: {reason}" in done.stderr
+    assert not tree.built()
+    assert tree.calls(tree.nvcc) == []
+
+
+def test_a_compiler_that_fails(tree: Tree) -> None:
+    failing = str(tree.compiler("failing-c++", status=1))
+    done = tree.build(CXX=failing, KDKERNELS_BUILD_CUDA="0")
+    assert done.returncode == 0, done.stderr
+    assert "the native extension was NOT built" in done.stderr
+    assert tree.run("build_ext", CXX=failing, KDKERNELS_BUILD_CUDA="0", KDKERNELS_REQUIRE_NATIVE="1").returncode != 0
+
+
+def test_empty_variables_are_not_set(tree: Tree) -> None:
+    """The compilers are the PATH's, and the targets and switches the default ones."""
+    cxx = tree.compiler("c++")
+    names = ("CC", "NVCC", "CUDA_ARCHS", "BUILD_CPU", "BUILD_CUDA", "REQUIRE_NATIVE")
+    empty = {name if name == "CC" else f"KDKERNELS_{name}": "" for name in names}
+    path = f"{tree.tools}{os.pathsep}{os.environ['PATH']}"
+    done = tree.build(**empty, CXX=" ", CUDA_HOME="", MAX_JOBS="", PATH=path)
+    assert done.returncode == 0, done.stderr
+    assert "CUDA kernels for [80, 90, 100]" in done.stderr
+    assert any("driver.cpp" in call for call in tree.calls(cxx))
+    assert len([call for call in tree.calls(tree.nvcc) if "-fatbin" in call]) == 2
+
+
+@pytest.mark.parametrize(("name", "value"), [("KDKERNELS_CUDA_ARCHS", "abc"), ("KDKERNELS_BUILD_CPU", "nope")])
+def test_a_build_with_nonsense_in_the_environment(tree: Tree, name: str, value: str) -> None:
+    done = tree.run("build_ext", "--inplace", **{name: value})
+    assert done.returncode != 0
+    assert f"the environment variable {name} must be " in done.stderr
+    assert f"got {value!r}" in done.stderr
+    assert not tree.built()
+    assert tree.images() == []
+
+
+@pytest.fixture
+def functions(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What setup.py defines, without its setup()."""
+    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+    monkeypatch.setenv("PATH", os.environ["PATH"])  # setup.py adds to it
+    return runpy.run_path(str(ROOT / "setup.py"))
+
+
+@pytest.mark.parametrize(
+    ("value", "wanted"),
+    [
+        *[(value, True) for value in ("1", "true", "Yes", "ON", " 1 ")],
+        *[(value, False) for value in ("0", "false", "No", "OFF")],
+        *[(value, None) for value in ("", " ")],
+    ],
+)
+def test_switches(functions: dict[str, Any], value: str, wanted: bool | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KDKERNELS_BUILD_CUDA", value)
+    for default in (True, False):
+        assert functions["switch"]("KDKERNELS_BUILD_CUDA", default) is (default if wanted is None else wanted)
+
+
+@pytest.mark.parametrize(("value", "wanted"), [("", [80, 90, 100]), ("90", [90]), ("100; 80;90;80", [80, 90, 100])])
+def test_targets(functions: dict[str, Any], value: str, wanted: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KDKERNELS_CUDA_ARCHS", value)
+    assert functions["cuda_targets"]() == wanted
+
+
+@pytest.mark.parametrize(
+    ("function", "name", "values"),
+    [
+        ("strict", "KDKERNELS_REQUIRE_NATIVE", ("always", "2", "y")),
+        ("missing", "KDKERNELS_BUILD_CPU", ("nope", "-1")),
+        ("cuda_targets", "KDKERNELS_CUDA_ARCHS", ("abc", "8.0;9.0", "90a", "75", "80;;90", "80,90", ";")),
+        ("jobs", "MAX_JOBS", ("0", "-1", "many", "1.5")),
+    ],
+)
+def test_nonsense_in_the_environment(
+    functions: dict[str, Any], function: str, name: str, values: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for value in values:
+        monkeypatch.setenv(name, value)
+        with pytest.raises(SetupError, match=f"the environment variable {name} must be .*, got {value!r}"):
+            functions[function]()
