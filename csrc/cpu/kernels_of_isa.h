@@ -1,5 +1,4 @@
-// The kernels of one instruction set (see simd.h): by pixels where samples are side by side in memory, else by
-// rows.
+// The kernels of one instruction set (see simd.h): by pixels or by rows (see by_pixels).
 
 // The order matters: each needs the one before.
 // clang-format off
@@ -8,6 +7,7 @@
 #include "tile_kernels.h"
 #include "standardize.h"
 #include "row_kernels.h"
+#include "transpose.h"
 #include "pixel_kernels.h"
 // clang-format on
 
@@ -83,7 +83,7 @@ inline void backward(const Problem& p, const Parallel& parallel) {
 }
 
 inline void class_moments(const Problem& p, const Parallel& parallel, double* out) {
-  if (by_pixels(p)) return (p.double_arithmetic ? pixel_moments<double> : pixel_moments<float>)(p, parallel, out);
+  if (in_planes(p)) return (p.double_arithmetic ? pixel_moments<double> : pixel_moments<float>)(p, parallel, out);
   (p.double_arithmetic ? row_moments<double> : row_moments<float>)(p, parallel, out);
 }
 
