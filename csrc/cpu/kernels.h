@@ -43,7 +43,7 @@ struct Problem {
   double* totals = nullptr;
   bool parts = false;
   // What backward needs of forward, if asked for:
-  void* saved = nullptr;       // float or double, saved_size() a sample, its weight first; pixels' weights only
+  void* saved = nullptr;       // float or double, saved_size() a sample, its weight first. By pixels: all weights, no more
   int64_t* members = nullptr;  // leading classes by rank, members_size() a sample
   // Where logits are standardised by class:
   const double* moments = nullptr;  // count, mean and M2 of each class, of the student, then of the teacher

@@ -1,13 +1,15 @@
 // The pixel kernels, built once per instruction set (see simd.h): for samples that follow one another in memory, as the
-// pixels of NCHW logits do, and for rows of few classes, which are transposed on the way (see transpose.h). A vector holds one class of several pixels and classes are walked plane by plane, so that
-// pixels never meet and nothing is gathered. A tile of pixels is taken through all three steps while its logits are in
-// cache; where classes are too many for that, in chunks that are read again for the gradient.
+// pixels of NCHW logits do, and for rows of few classes, which are transposed on the way (see transpose.h). A vector
+// holds one class of several pixels and classes are walked plane by plane, so that pixels never meet and nothing is
+// gathered. A tile of pixels is taken through all three steps while its logits are in cache; where classes are too many
+// for that, in chunks that are read again for the gradient.
 //
 // Nothing but a pixel's weight is saved for backward: on the way through a tile, statistics are cheaper than memory.
 
 constexpr int kLeastPixels = 16;           // where classes are many: still a whole line of floats
 constexpr int kChunkLogits = 16384;        // of a tile and a chunk of classes, one side: all arrays of them stay in L2
 constexpr int64_t kStreamBytes = 8 << 20;  // gradients from here on would push everything else out of the caches
+constexpr int kFewLeaders = 32;            // sorted by insertion: from more on, k steps a class cost more
 constexpr int kFlushClasses = 4;           // classes that are added up in T before the sum goes on in double precision
 
 // Runs of at most `pixels` samples, which follow one another in memory where they do so in any of the matrices.
@@ -137,6 +139,32 @@ inline Vec<T> rank_value(Vec<T> teacher, bool largest) {
   return value == value ? value : broadcast(T(INFINITY));
 }
 
+// One pixel's k best classes so far, and at most as many that came after: O(1) a class whatever k.
+template <class T>
+class BestOf {
+ public:
+  BestOf(Key<T>* room, int k) : keys_(room), k_(k) {}  // room for 2 k
+  void add(T value, int64_t index) {
+    const Key<T> key = key_of(value, index);
+    if (key < least_) return;
+    if (held_ == 2 * k_) cut();
+    keys_[held_++] = key;
+  }
+  void cut() {
+    std::nth_element(keys_, keys_ + k_ - 1, keys_ + held_, std::greater<>());
+    least_ = keys_[k_ - 1];
+    held_ = k_;
+  }
+  // After a cut.
+  Key<T> first() const { return *std::max_element(keys_, keys_ + k_); }
+  Key<T> last() const { return least_; }
+
+ private:
+  Key<T>* keys_;
+  Key<T> least_ = 0;
+  int k_, held_ = 0;
+};
+
 // In which group each of a vector of pixels has a class: masks of all groups but the last, whose pixels are in no mask.
 template <class T, int Groups>
 struct PixelMembers {
@@ -245,6 +273,7 @@ class PixelSums {
 template <class T>
 struct PixelScratch {
   Buffer<T> logits, ranking;
+  Buffer<Key<T>> keys;
   PixelStats stats[kMaxTerms][kMaxGroups], part[kMaxTerms][kMaxGroups];
   PixelLeaders<T> leaders[kMaxTerms];
   PixelCoefficients<T> by[kMaxTerms][kMaxGroups];
@@ -392,9 +421,7 @@ class PixelWorker {
     for (int64_t j = begin; j < end; ++j, to += pitch_) copy_pixels(side, j, to);
   }
   Planes<T> planes(T* data) const { return {data, tile_, pitch_}; }
-  SampleBlock block(int64_t begin, int64_t end) const {
-    return {first_, count_, begin, static_cast<int>(end - begin)};
-  }
+  SampleBlock block(int64_t begin, int64_t end) const { return {first_, count_, begin, static_cast<int>(end - begin)}; }
 
   // One plane's pixels, and zeros behind them.
   void copy_pixels(int side, int64_t j, T* to) const {
@@ -473,12 +500,17 @@ class PixelWorker {
     }
   }
 
-  // Selects the leading classes of a term by the teacher: an insertion sort of vectors of pixels.
+  // Selects the leading classes of a term by the teacher.
   void set_leaders(int t) {
     const Term& term = o_.term[t];
     PixelLeaders<T>& leaders = scratch_.leaders[t];
     if (term.kind == PartitionKind::target) std::copy_n(scratch_.target, tile_, leaders.first);
     if (!term.by_rank()) return;
+    term.k <= kFewLeaders ? select_few(term, leaders) : select_many(term, leaders);
+  }
+
+  // By an insertion sort of vectors of pixels.
+  void select_few(const Term& term, PixelLeaders<T>& leaders) {
     const int k = term.k;
     // Of each vector of pixels, place by place: the values, then the classes. NaN marks a place that is still empty.
     T* best = scratch_.ranking.data(2 * k * tile_);
@@ -507,6 +539,30 @@ class PixelWorker {
       store(leaders.first + i, load(first + W));
       store(leaders.bound + i, load(last));
       store(leaders.last + i, load(last + W));
+    }
+  }
+
+  // By partitioning each pixel's own classes.
+  void select_many(const Term& term, PixelLeaders<T>& leaders) {
+    const int64_t room = 2 * static_cast<int64_t>(term.k);
+    Key<T>* keys = scratch_.keys.data(room * count_);
+    std::vector<BestOf<T>> best;
+    for (int i = 0; i < count_; ++i) best.emplace_back(keys + i * room, term.k);
+    each_chunk([&](int64_t begin, int64_t end) {
+      load_side(1, begin, end, logits_[1]);
+      T values[kMostPixels];
+      for (int64_t j = begin; j < end; ++j) {
+        const T* plane = logits_[1] + (j - begin) * pitch_;
+        for (int i = 0; i < tile_; i += W) store(values + i, rank_value<T>(load(plane + i), term.largest));
+        for (int i = 0; i < count_; ++i) best[i].add(values[i], j);
+      }
+    });
+    for (T* lanes : {leaders.first, leaders.bound, leaders.last}) std::fill_n(lanes, tile_, T(0));
+    for (int i = 0; i < count_; ++i) {
+      best[i].cut();
+      leaders.first[i] = static_cast<T>(index_of<T>(best[i].first()));
+      leaders.bound[i] = value_of<T>(best[i].last());
+      leaders.last[i] = static_cast<T>(index_of<T>(best[i].last()));
     }
   }
 
