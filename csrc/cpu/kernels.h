@@ -43,7 +43,8 @@ struct Problem {
   double* totals = nullptr;
   bool parts = false;
   // What backward needs of forward, if asked for:
-  void* saved = nullptr;       // float or double, saved_size() a sample, its weight first. By pixels: all weights, no more
+  // Float or double, saved_size() a sample, its weight first. By pixels: all weights, and no more.
+  void* saved = nullptr;
   int64_t* members = nullptr;  // leading classes by rank, members_size() a sample
   // Where logits are standardised by class:
   const double* moments = nullptr;  // count, mean and M2 of each class, of the student, then of the teacher

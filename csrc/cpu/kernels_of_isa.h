@@ -95,8 +95,9 @@ inline void class_sums(const Problem& p, const Parallel& parallel, double* out) 
 // Plane by plane where samples follow one another in memory, else sample by sample.
 inline void scale(const Problem& p, const double* factor, bool per_sample, const Parallel& parallel) {
   const Matrix& matrix = p.gradient;
-  const bool planes = p.dims > 0 && p.samples > 0 && matrix.class_stride != 1 && matrix.sample_stride[p.dims - 1] == 1;
-  const PixelRuns runs(p, planes ? kMostPixels : 1);
+  const bool planes = p.dims > 0 && p.samples > 0 && matrix.class_stride != 1 && side_by_side(p, matrix);
+  const int64_t few_rows = std::clamp<int64_t>(kGrainClasses / std::max<int64_t>(p.classes, 1), 1, kMostPixels);
+  const PixelRuns runs(p, planes ? kMostPixels : static_cast<int>(few_rows));
   const int64_t grain = std::max<int64_t>(kGrainClasses / (runs.pixels * (p.classes + 64)), 1);
   parallel.run(0, runs.count, grain, [&](int64_t begin, int64_t end) {
     with_dtype(matrix.dtype, [&](auto type) {
@@ -107,11 +108,18 @@ inline void scale(const Problem& p, const double* factor, bool per_sample, const
         auto* samples = static_cast<Element*>(element(p, matrix, first));
         T by[kMostPixels];
         for (int i = 0; i < runs.size(run); ++i) by[i] = static_cast<T>(factor[per_sample ? first + i : 0]);
-        for (int64_t j = 0; j < p.gradient_classes; ++j)
-          for (int i = 0; i < runs.size(run); ++i) {
-            Element& value = samples[j * matrix.class_stride + i];
-            narrow(widen(value) * by[i], value);
+        // The inner loop is along memory.
+        const auto scale_one = [](Element& value, T factor) INLINED { narrow(widen(value) * factor, value); };
+        for (int64_t j = 0; j < p.gradient_classes && planes; ++j)
+          for (int i = 0; i < runs.size(run); ++i) scale_one(samples[j * matrix.class_stride + i], by[i]);
+        for (int i = 0; i < runs.size(run) && !planes; ++i) {
+          auto* sample = static_cast<Element*>(element(p, matrix, first + i));
+          if (matrix.class_stride == 1) {
+            for (int64_t j = 0; j < p.gradient_classes; ++j) scale_one(sample[j], by[i]);
+          } else {
+            for (int64_t j = 0; j < p.gradient_classes; ++j) scale_one(sample[j * matrix.class_stride], by[i]);
           }
+        }
       }
     });
   });
