@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 from helpers import (
     DTYPES,
     GRADIENT_TOLERANCE,
+    LOSS_TOLERANCE,
+    Outcome,
     Path,
     assert_gradient,
     assert_values,
@@ -29,6 +32,7 @@ from losses import LOSSES, SOME_LOSSES, STANDARDIZED, Case, each
 from torch import Tensor
 
 import kdkernels
+from kdkernels.objective import Objective, gdkd
 
 CASES = SOME_LOSSES | {name: STANDARDIZED[name] for name in ("pr_dkd", "pr_gdkd", "ls_gdkd", "ls_reverse")}
 FEW_CASES = {name: CASES[name] for name in ("dkd", "gdkd_ce", "everything", "pr_dkd", "ls_gdkd")}
@@ -89,19 +93,35 @@ def lay_out(student: Tensor, teacher: Tensor, layouts: tuple[str, str]) -> tuple
     return LAYOUTS[layouts[0]](student), LAYOUTS[layouts[1]](teacher)
 
 
-def masked_options(case: Case, target: Tensor) -> dict[str, Tensor]:
+def masked_options(target: Tensor) -> dict[str, Tensor]:
     """Ignored samples, the first among them, and weights."""
     count = target.numel()
     target = target.where((torch.arange(count) % 7 != 0).view(target.shape), torch.tensor(-100))
     return {"target": target, "sample_weight": (torch.arange(count) % 5 / 4).double().view(target.shape)}
 
 
+def assert_samples(got: Outcome, want: Outcome, objective: Objective) -> None:
+    """What a probability's rounding is multiplied by counts, too: 8 units of it in a single sample."""
+    weights = sum(term.scale * (sum(term.mass) + sum(map(sum, term.groups))) for term in objective.terms)
+    unit = 2**-24 if got.loss.dtype == torch.float32 else 2**-53
+    rounding = 8 * unit * (weights + objective.ce_weight)
+    error = (got.loss.double() - want.loss).abs()
+    assert (error <= LOSS_TOLERANCE[got.loss.dtype] * want.loss.abs().clamp(min=1.0) + rounding).all(), error.max()
+    assert_gradient(got.gradient, want.gradient, GRADIENT_TOLERANCE[got.gradient.dtype])
+
+
+def check_samples(case: Case, student: Tensor, teacher: Tensor, path: Path, **options: Any) -> None:
+    """Each sample's loss, held to the bound of single samples, and the gradient."""
+    options |= {"reduction": "none"}
+    want = expected(case.objective, student, teacher, **options)
+    assert_samples(measured(case.call, student, teacher, **path.options, **options), want, case.objective)
+
+
 @pytest.mark.parametrize("layouts", PAIRS, ids=name_of)
 @each(CASES)
 def test_layouts(case: Case, layouts: tuple[str, str], cpu_path: Path) -> None:
     student, teacher, target = make_inputs((2, 19, 6, 11))
-    options = masked_options(case, target) | {"reduction": "none", "return_parts": True}
-    check(case, *lay_out(student, teacher, layouts), cpu_path, **options)
+    check_samples(case, *lay_out(student, teacher, layouts), cpu_path, **masked_options(target))
 
 
 @pytest.mark.parametrize("classes", CLASSES)
@@ -111,9 +131,9 @@ def test_sizes(case: Case, sizes: tuple[int, int, int], classes: int, cpu_path: 
     """Whole tiles, cut ones, several; whole pieces of rows and what is left of them."""
     classes = max(classes, case.smallest)
     student, teacher, target = make_inputs((sizes[0], classes, *sizes[1:]))
-    options = needed_target(case, target) | {"reduction": "none"}
+    options = needed_target(case, target)
     for layouts in (("rows", "rows"), ("wider", "crop"), ("planes", "rows")):
-        check(case, *lay_out(student, teacher, layouts), cpu_path, **options)
+        check_samples(case, *lay_out(student, teacher, layouts), cpu_path, **options)
 
 
 @pytest.mark.usefixtures("reset_instruction_set")
@@ -154,7 +174,7 @@ def test_rows_give_what_planes_give(case: Case, name: str) -> None:
 def test_samples_that_do_not_count(case: Case, layouts: tuple[str, str], cpu_path: Path) -> None:
     """Single ones, the first, and whole tiles: no gradient, whatever they hold, and nothing else changes."""
     student, teacher, target = make_inputs((2, 10, 9, 15))
-    options = masked_options(case, target)
+    options = masked_options(target)
     options["target"][1, 1:] = -100
     missing = ((options["target"] == -100) | (options["sample_weight"] == 0))[:, None].expand(student.shape)
     clean = measured(case.call, *lay_out(student, teacher, layouts), **cpu_path.options, **options)
@@ -183,8 +203,8 @@ def test_classes_beyond_those_compared(layouts: tuple[str, str], cpu_path: Path)
 def test_short_lines(case: Case, cpu_path: Path) -> None:
     """Two of three views: no two samples of different images merge. And expanded ones, whose gradient does."""
     student, teacher, target = make_inputs((50, 3, 12), class_dim=-1)
-    options = needed_target(case, target[:, :2]) | {"class_dim": -1, "reduction": "none"}
-    check(case, student[:, :2], teacher[:, 1:], cpu_path, **options)
+    options = needed_target(case, target[:, :2]) | {"class_dim": -1}
+    check_samples(case, student[:, :2], teacher[:, 1:], cpu_path, **options)
     options = needed_target(case, target) | {"class_dim": -1}
     check(case, student, teacher[:, :1].expand(-1, 3, -1), cpu_path, **options)
     check(case, student[:1].expand(50, -1, -1), teacher, cpu_path, **options)
@@ -227,11 +247,10 @@ def test_many_leading_classes(classes: int, k: int, layout: str, dtype: torch.dt
     teacher = (2 * teacher).round() / 2
     teacher[:, ::9] = student[:, ::9] = -1e4
     case = LOSSES["gdkd"]
-    objective = kdkernels.objective.gdkd(k=k, strategy=strategy)
+    objective = gdkd(k=k, strategy=strategy)
     want = expected(objective, student, teacher, reduction="none")
     for name in instruction_sets():
         kdkernels.set_cpu_instruction_set(name)
         pair = lay_out(student, teacher, (layout, layout))
         got = measured(case.call, *pair, k=k, strategy=strategy, reduction="none", backend="cpu")
-        assert_values(got.loss, want.loss, 2e-5 if got.loss.dtype == torch.float32 else 1e-11)
-        assert_gradient(got.gradient, want.gradient, GRADIENT_TOLERANCE[dtype])
+        assert_samples(got, want, objective)

@@ -112,10 +112,12 @@ inline void scale(const Problem& p, const double* factor, bool per_sample, const
         const auto scale_one = [](Element& value, T factor) INLINED { narrow(widen(value) * factor, value); };
         for (int64_t j = 0; j < p.gradient_classes && planes; ++j)
           for (int i = 0; i < runs.size(run); ++i) scale_one(samples[j * matrix.class_stride + i], by[i]);
-        for (int i = 0; i < runs.size(run) && !planes; ++i) {
+        const bool alike = !per_sample && is_dense(p, matrix, p.gradient_classes);  // then the run is one row
+        for (int i = 0; i < (planes ? 0 : alike ? 1 : runs.size(run)); ++i) {
           auto* sample = static_cast<Element*>(element(p, matrix, first + i));
           if (matrix.class_stride == 1) {
-            for (int64_t j = 0; j < p.gradient_classes; ++j) scale_one(sample[j], by[i]);
+            const int64_t count = alike ? runs.size(run) * p.gradient_classes : p.gradient_classes;
+            for (int64_t j = 0; j < count; ++j) scale_one(sample[j], by[i]);
           } else {
             for (int64_t j = 0; j < p.gradient_classes; ++j) scale_one(sample[j * matrix.class_stride], by[i]);
           }

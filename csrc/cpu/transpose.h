@@ -131,9 +131,9 @@ void planes_to_rows(const Planes<T>& planes, int classes, T* const* rows) {
   }
 }
 
-// Whether the block is one run of memory.
-inline bool is_dense(const Problem& p, const Matrix& matrix, const SampleBlock& block) {
-  return p.dims == 1 && matrix.class_stride == 1 && matrix.sample_stride[0] == block.classes;
+// Whether these classes of all samples are one run of memory.
+inline bool is_dense(const Problem& p, const Matrix& matrix, int64_t classes) {
+  return p.dims == 1 && matrix.class_stride == 1 && matrix.sample_stride[0] == classes;
 }
 
 // A block of any strides, to planes. Lanes without a sample repeat the first. `scratch` has room for the tile.
@@ -144,7 +144,7 @@ void read_rows(const Problem& p, const Matrix& matrix, const SampleBlock& block,
     const void* sample = element(p, matrix, block.first + i);
     return read_classes(matrix, sample, block.begin, count, scratch + i * block.classes);
   };
-  if (is_dense(p, matrix, block)) {
+  if (is_dense(p, matrix, block.classes)) {
     const T* all = read(0, block.samples * block.classes);
     for (int i = 0; i < block.samples; ++i) rows[i] = all + i * block.classes;
   } else {
@@ -177,7 +177,7 @@ void write_rows(const Problem& p, const Matrix& matrix, const SampleBlock& block
     rows[i] = static_cast<T*>(element(p, matrix, block.first + i)) + block.begin;
   planes_to_rows(planes, block.classes, rows);
   if (in_place) return;
-  const bool dense = is_dense(p, matrix, block);
+  const bool dense = is_dense(p, matrix, block.classes);
   const int count = dense ? block.samples * block.classes : block.classes;
   for (int i = 0; i < (dense ? 1 : block.samples); ++i)
     write_classes(matrix, element(p, matrix, block.first + i), block.begin, count, rows[i]);
