@@ -57,7 +57,10 @@ SHAPES: list[Shape] = [
     Shape((256, 21841)),  # ImageNet-21k
     Shape((64, 32000)),  # tokens over language models' vocabularies
     Shape((128, 128256)),
+    Shape((16384, 10)),  # CIFAR-10
+    Shape((16384, 19)),  # rows of pixels
     Shape((2, 19, 512, 1024)),  # Cityscapes, per pixel
+    Shape((2, 19, 512, 1024), channels_last=True),
     Shape((2, 150, 128, 128)),  # ADE20K at a network's own resolution
 ]
 LARGE_SHAPES: list[Shape] = [
@@ -361,7 +364,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         nargs="+",
         type=parse_shape,
         metavar="NxC",
-        help="instead of the usual ones; also BxTxC, NxCxHxW and, with 75 %% of the samples ignored, e.g. BxTxC@75",
+        help="instead of the usual ones; also BxTxC, NxCxHxW, NxCxHxW:channels_last (classes side by side in memory) "
+        "and, with 75 %% of the samples ignored, e.g. BxTxC@75",
     )
     parser.add_argument("--large", action="store_true", help="also 512x128256 and 4x512x32000 (up to 14 GB of memory)")
     parser.add_argument("--losses", nargs="+", choices=list(LOSSES), help="default: all")

@@ -7,6 +7,7 @@ import math
 import re
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 IGNORED = -100
@@ -19,10 +20,12 @@ class Shape:
     Args:
         sizes: of the logits, contiguous in this order.
         padding: percent of the samples that are ignored: the last ones of every sequence (of the batch, if it is one).
+        channels_last: images whose classes are side by side in memory.
     """
 
     sizes: tuple[int, ...]
     padding: int = 0
+    channels_last: bool = False
 
     @property
     def class_dim(self) -> int:
@@ -42,11 +45,14 @@ class Shape:
 
     @property
     def name(self) -> str:
-        return " x ".join(map(str, self.sizes)) + (f", {self.padding} % padding" if self.padding else "")
+        layout = ", channels_last" if self.channels_last else ""
+        return " x ".join(map(str, self.sizes)) + layout + (f", {self.padding} % padding" if self.padding else "")
 
     def lay_out(self, rows: Tensor) -> Tensor:
         """``(samples, classes)`` as logits of this shape."""
-        return rows.reshape(*self.sample_sizes, self.classes).movedim(-1, self.class_dim).contiguous()
+        memory_format = torch.channels_last if self.channels_last else torch.contiguous_format
+        logits = rows.reshape(*self.sample_sizes, self.classes).movedim(-1, self.class_dim)
+        return logits.contiguous(memory_format=memory_format)
 
     def rows(self, logits: Tensor) -> Tensor:
         """Logits as ``(samples, classes)``: a copy where the classes are not the last dimension, as scripts make it."""
@@ -69,12 +75,14 @@ class Shape:
 
 
 def parse_shape(text: str) -> Shape:
-    """``256x1000``, ``2x19x512x1024`` or ``4x512x32000@75`` (75 % padding)."""
-    match = re.fullmatch(r"(\d+(?:x\d+){1,3})(?:@(\d+))?", text)
-    shape = Shape(tuple(map(int, match[1].split("x"))), int(match[2] or 0)) if match else None
-    if shape is None or min(shape.sizes) < 1 or shape.classes < 9 or not 0 <= shape.padding < 100:
+    """``256x1000``, ``2x19x512x1024``, ``2x19x512x1024:channels_last`` or ``4x512x32000@75`` (75 % padding)."""
+    match = re.fullmatch(r"(\d+(?:x\d+){1,3})(:channels_last)?(?:@(\d+))?", text)
+    shape = Shape(tuple(map(int, match[1].split("x"))), int(match[3] or 0), bool(match[2])) if match else None
+    wrong = shape is None or min(shape.sizes) < 1 or shape.classes < 9 or not 0 <= shape.padding < 100
+    if wrong or (shape.channels_last and len(shape.sizes) != 4):
         raise argparse.ArgumentTypeError(
             "expected samples x classes, batch x tokens x classes or images x classes x height x width with 9 classes "
-            f"or more, and @percent of padding if any, as 256x1000, 2x19x512x1024 or 4x512x32000@75, got {text!r}"
+            "or more, for images :channels_last if wanted, and @percent of padding if any, as 256x1000, "
+            f"2x19x512x1024:channels_last or 4x512x32000@75, got {text!r}"
         )
     return shape

@@ -1,6 +1,7 @@
 // The ops of CPU tensors: thin unpacking, on LibTorch's stable ABI. Nothing but torch_*.cpp and torch_arguments.h knows
 // torch.
 #include <algorithm>
+#include <cstring>
 
 #include "cpu/kernels.h"
 #include "cpu/pages.h"
@@ -73,6 +74,11 @@ Tensor new_gradient(const Tensor& student) {
 void skip_zeros(Problem& problem, const Tensor& gradient, int64_t valid) {
   if (4 * valid > 3 * problem.samples) return;
   problem.gradient_is_zero = zero_on_demand(gradient.data_ptr(), gradient.numel() * gradient.element_size());
+}
+
+void set_zero(Tensor& tensor) {
+  const uint64_t bytes = tensor.numel() * tensor.element_size();
+  if (!zero_on_demand(tensor.data_ptr(), bytes)) std::memset(tensor.data_ptr(), 0, bytes);
 }
 
 void store(Tensor& tensor, int64_t index, double value) {
@@ -169,6 +175,10 @@ Forward forward_cpu(const Tensor& student, const Tensor& teacher, const std::opt
     members = new_tensor(student, {samples, members_size(problem.objective)}, ScalarType::Long);
     problem.saved = saved->data_ptr();
     problem.members = static_cast<int64_t*>(members->data_ptr());
+    if (by_pixels(problem)) {  // which save weights only
+      set_zero(*saved);
+      set_zero(*members);
+    }
   }
   forward(problem, parallel());
 

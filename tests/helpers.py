@@ -233,13 +233,13 @@ def assert_gradient(got: Tensor, want: Tensor, tolerance: float) -> None:
 def loss_tolerance(loss: Tensor, of_gpu: bool | None = None) -> float:
     """What a loss may be off by; ``of_gpu``: whether a GPU's kernels computed it; by default, whether it is there.
 
-    These kernels add up float32 exponentials and not, as the CPU's do for few classes, double ones. The errors of a
-    batch even out, but not those of a single sample. A GPU's own exponentials are less exact than a simulator's, which
+    The errors of a batch even out, but not those of a single sample. GPUs' kernels add up float32 exponentials and not,
+    as the CPU's do for few classes, double ones. A GPU's own exponentials are less exact than a simulator's, which
     shows in a few samples.
     """
     of_gpu = loss.is_cuda if of_gpu is None else of_gpu
-    single, few = 8, 2 if loss.is_cuda else 1
-    factor = (single if loss.dim() else few) if of_gpu and loss.dtype == torch.float32 else 1
+    single, few = (8, 2 if loss.is_cuda else 1) if of_gpu else (2, 1)
+    factor = (single if loss.dim() else few) if loss.dtype == torch.float32 else 1
     return factor * LOSS_TOLERANCE[loss.dtype]
 
 

@@ -43,7 +43,8 @@ struct Problem {
   double* totals = nullptr;
   bool parts = false;
   // What backward needs of forward, if asked for:
-  void* saved = nullptr;       // float or double, saved_size() a sample, its weight first; pixels' weights only
+  // Float or double, saved_size() a sample, its weight first. By pixels: all weights, and no more.
+  void* saved = nullptr;
   int64_t* members = nullptr;  // leading classes by rank, members_size() a sample
   // Where logits are standardised by class:
   const double* moments = nullptr;  // count, mean and M2 of each class, of the student, then of the teacher
@@ -51,11 +52,25 @@ struct Problem {
   double* sums_out = nullptr;       // the same, for forward to write
 };
 
-// Whether the samples are next to one another in memory, and each one's classes are not.
+// Whether samples are next to one another in memory, in lines of the last dimension's size.
+inline bool side_by_side(const Problem& p, const Matrix& matrix) { return matrix.sample_stride[p.dims - 1] == 1; }
+
+// Whether the logits of both sides lie in planes, one a class, as those of NCHW.
+inline bool in_planes(const Problem& p) {
+  const auto lies_so = [&](const Matrix& m) { return m.class_stride != 1 && side_by_side(p, m); };
+  return p.dims > 0 && p.samples > 0 && lies_so(p.student) && lies_so(p.teacher);
+}
+
+// Which kernels serve a call: those that take many samples at a time, a lane each (pixel_kernels.h), or those that take
+// one sample after the other (row_kernels.h). The first serve
+//   - logits in planes;
+//   - few classes of any strides, transposed on the way (transpose.h): vectors along a row would be mostly empty.
+// Forward and backward must find the same, so that it depends on shapes and strides alone.
 inline bool by_pixels(const Problem& p) {
-  const auto in_planes = [&](const Matrix& m) { return m.class_stride != 1 && m.sample_stride[p.dims - 1] == 1; };
+  constexpr int64_t few_classes = 64;
   constexpr int64_t exact_in_float = int64_t{1} << 24;  // classes are compared as numbers of T
-  return p.dims > 0 && p.samples > 0 && p.classes < exact_in_float && in_planes(p.student) && in_planes(p.teacher);
+  if (p.dims == 0 || p.samples == 0) return false;
+  return p.classes <= few_classes || (p.classes < exact_in_float && in_planes(p));
 }
 
 // Numbers a sample, or all samples, get: see Problem::values.

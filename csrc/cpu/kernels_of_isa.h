@@ -1,5 +1,4 @@
-// The kernels of one instruction set (see simd.h): by pixels where samples are side by side in memory, else by
-// rows.
+// The kernels of one instruction set (see simd.h): by pixels or by rows (see by_pixels).
 
 // The order matters: each needs the one before.
 // clang-format off
@@ -8,6 +7,7 @@
 #include "tile_kernels.h"
 #include "standardize.h"
 #include "row_kernels.h"
+#include "transpose.h"
 #include "pixel_kernels.h"
 // clang-format on
 
@@ -83,7 +83,7 @@ inline void backward(const Problem& p, const Parallel& parallel) {
 }
 
 inline void class_moments(const Problem& p, const Parallel& parallel, double* out) {
-  if (by_pixels(p)) return (p.double_arithmetic ? pixel_moments<double> : pixel_moments<float>)(p, parallel, out);
+  if (in_planes(p)) return (p.double_arithmetic ? pixel_moments<double> : pixel_moments<float>)(p, parallel, out);
   (p.double_arithmetic ? row_moments<double> : row_moments<float>)(p, parallel, out);
 }
 
@@ -95,8 +95,9 @@ inline void class_sums(const Problem& p, const Parallel& parallel, double* out) 
 // Plane by plane where samples follow one another in memory, else sample by sample.
 inline void scale(const Problem& p, const double* factor, bool per_sample, const Parallel& parallel) {
   const Matrix& matrix = p.gradient;
-  const bool planes = p.dims > 0 && p.samples > 0 && matrix.class_stride != 1 && matrix.sample_stride[p.dims - 1] == 1;
-  const PixelRuns runs(p, planes ? kMostPixels : 1);
+  const bool planes = p.dims > 0 && p.samples > 0 && matrix.class_stride != 1 && side_by_side(p, matrix);
+  const int64_t few_rows = std::clamp<int64_t>(kGrainClasses / std::max<int64_t>(p.classes, 1), 1, kMostPixels);
+  const PixelRuns runs(p, planes ? kMostPixels : static_cast<int>(few_rows));
   const int64_t grain = std::max<int64_t>(kGrainClasses / (runs.pixels * (p.classes + 64)), 1);
   parallel.run(0, runs.count, grain, [&](int64_t begin, int64_t end) {
     with_dtype(matrix.dtype, [&](auto type) {
@@ -107,11 +108,20 @@ inline void scale(const Problem& p, const double* factor, bool per_sample, const
         auto* samples = static_cast<Element*>(element(p, matrix, first));
         T by[kMostPixels];
         for (int i = 0; i < runs.size(run); ++i) by[i] = static_cast<T>(factor[per_sample ? first + i : 0]);
-        for (int64_t j = 0; j < p.gradient_classes; ++j)
-          for (int i = 0; i < runs.size(run); ++i) {
-            Element& value = samples[j * matrix.class_stride + i];
-            narrow(widen(value) * by[i], value);
+        // The inner loop is along memory.
+        const auto scale_one = [](Element& value, T factor) INLINED { narrow(widen(value) * factor, value); };
+        for (int64_t j = 0; j < p.gradient_classes && planes; ++j)
+          for (int i = 0; i < runs.size(run); ++i) scale_one(samples[j * matrix.class_stride + i], by[i]);
+        const bool alike = !per_sample && is_dense(p, matrix, p.gradient_classes);  // then the run is one row
+        for (int i = 0; i < (planes ? 0 : alike ? 1 : runs.size(run)); ++i) {
+          auto* sample = static_cast<Element*>(element(p, matrix, first + i));
+          if (matrix.class_stride == 1) {
+            const int64_t count = alike ? runs.size(run) * p.gradient_classes : p.gradient_classes;
+            for (int64_t j = 0; j < count; ++j) scale_one(sample[j], by[i]);
+          } else {
+            for (int64_t j = 0; j < p.gradient_classes; ++j) scale_one(sample[j * matrix.class_stride], by[i]);
           }
+        }
       }
     });
   });

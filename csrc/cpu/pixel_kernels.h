@@ -1,23 +1,24 @@
 // The pixel kernels, built once per instruction set (see simd.h): for samples that follow one another in memory, as the
-// pixels of NCHW logits do. A vector holds one class of several pixels and classes are walked plane by plane, so that
-// pixels never meet and nothing is gathered. A tile of pixels is taken through all three steps while its logits are in
-// cache; where classes are too many for that, in chunks that are read again for the gradient.
+// pixels of NCHW logits do, and for rows of few classes, which are transposed on the way (see transpose.h). A vector
+// holds one class of several pixels and classes are walked plane by plane, so that pixels never meet and nothing is
+// gathered. A tile of pixels is taken through all three steps while its logits are in cache; where classes are too many
+// for that, in chunks that are read again for the gradient.
 //
 // Nothing but a pixel's weight is saved for backward: on the way through a tile, statistics are cheaper than memory.
 
-constexpr int kMostPixels = 64;            // of a tile: whole cache lines of every plane
 constexpr int kLeastPixels = 16;           // where classes are many: still a whole line of floats
 constexpr int kChunkLogits = 16384;        // of a tile and a chunk of classes, one side: all arrays of them stay in L2
 constexpr int64_t kStreamBytes = 8 << 20;  // gradients from here on would push everything else out of the caches
+constexpr int kFewLeaders = 32;            // sorted by insertion: from more on, k steps a class cost more
 constexpr int kFlushClasses = 4;           // classes that are added up in T before the sum goes on in double precision
 
-// Runs of at most `pixels` samples that follow one another in memory.
+// Runs of at most `pixels` samples, which follow one another in memory where they do so in any of the matrices.
 struct PixelRuns {
   int64_t line, runs_of_line, count;
   int pixels;
 
   PixelRuns(const Problem& p, int most_pixels)
-      : line(p.dims == 0 ? 1 : p.sample_size[p.dims - 1]),
+      : line(line_of(p)),
         runs_of_line(ceil_div(line, most_pixels)),
         count(p.samples == 0 ? 0 : p.samples / line * runs_of_line),
         pixels(most_pixels) {}
@@ -25,6 +26,14 @@ struct PixelRuns {
   int64_t first(int64_t run) const { return run / runs_of_line * line + run % runs_of_line * pixels; }
   int size(int64_t run) const {
     return static_cast<int>(std::min<int64_t>(pixels, line - run % runs_of_line * pixels));
+  }
+
+ private:
+  static int64_t line_of(const Problem& p) {
+    if (p.dims == 0) return 1;
+    for (const Matrix& matrix : {p.student, p.teacher, p.gradient})
+      if (matrix.data && side_by_side(p, matrix)) return p.sample_size[p.dims - 1];
+    return p.samples;
   }
 };
 
@@ -129,6 +138,32 @@ inline Vec<T> rank_value(Vec<T> teacher, bool largest) {
   const Vec<T> value = largest ? teacher : -teacher;
   return value == value ? value : broadcast(T(INFINITY));
 }
+
+// One pixel's k best classes so far, and at most as many that came after: O(1) a class whatever k.
+template <class T>
+class BestOf {
+ public:
+  BestOf(Key<T>* room, int k) : keys_(room), k_(k) {}  // room for 2 k
+  void add(T value, int64_t index) {
+    const Key<T> key = key_of(value, index);
+    if (key < least_) return;
+    if (held_ == 2 * k_) cut();
+    keys_[held_++] = key;
+  }
+  void cut() {
+    std::nth_element(keys_, keys_ + k_ - 1, keys_ + held_, std::greater<>());
+    least_ = keys_[k_ - 1];
+    held_ = k_;
+  }
+  // After a cut.
+  Key<T> first() const { return *std::max_element(keys_, keys_ + k_); }
+  Key<T> last() const { return least_; }
+
+ private:
+  Key<T>* keys_;
+  Key<T> least_ = 0;
+  int k_, held_ = 0;
+};
 
 // In which group each of a vector of pixels has a class: masks of all groups but the last, whose pixels are in no mask.
 template <class T, int Groups>
@@ -238,6 +273,7 @@ class PixelSums {
 template <class T>
 struct PixelScratch {
   Buffer<T> logits, ranking;
+  Buffer<Key<T>> keys;
   PixelStats stats[kMaxTerms][kMaxGroups], part[kMaxTerms][kMaxGroups];
   PixelLeaders<T> leaders[kMaxTerms];
   PixelCoefficients<T> by[kMaxTerms][kMaxGroups];
@@ -275,7 +311,7 @@ class PixelWorker {
     streams_ = p_.gradient.data && p_.gradient.sample_stride[p_.dims - 1] == 1 &&
                p_.samples * p_.gradient_classes * dtype_size(p_.gradient.dtype) >= kStreamBytes;
     const int64_t size = chunk_ * pitch_;
-    T* next = scratch_.logits.data(size * (4 + 2 * o_.terms));
+    T* next = scratch_.logits.data(size * (5 + 2 * o_.terms));
     const auto array = [&] {
       next += size;
       return next - size;
@@ -284,6 +320,7 @@ class PixelWorker {
     logits_[1] = array();
     gradient_ = array();
     raw_ = array();
+    rows_ = array();
     for (int t = 0; t < o_.terms; ++t) {
       exps_[t][0] = array();
       exps_[t][1] = array();
@@ -373,11 +410,18 @@ class PixelWorker {
     classes_ = static_cast<int>(end - begin);
     load_side(0, begin, end, logits_[0]);
     load_side(1, begin, end, logits_[1]);
-    if (o_.has_ce() && o_.standardize != Standardize::none) {
-      for (int64_t j = begin; j < end; ++j) copy_pixels(0, j, raw_ + (j - begin) * pitch_);
-    }
+    if (o_.has_ce() && o_.standardize != Standardize::none) read_planes(0, begin, end, raw_);
   }
   const T* raw() const { return o_.standardize == Standardize::none ? logits_[0] : raw_; }
+
+  // The classes of a chunk, plane by plane.
+  void read_planes(int side, int64_t begin, int64_t end, T* to) const {
+    const Matrix& matrix = side ? p_.teacher : p_.student;
+    if (!side_by_side(p_, matrix)) return read_rows(p_, matrix, block(begin, end), rows_, planes(to));
+    for (int64_t j = begin; j < end; ++j, to += pitch_) copy_pixels(side, j, to);
+  }
+  Planes<T> planes(T* data) const { return {data, tile_, pitch_}; }
+  SampleBlock block(int64_t begin, int64_t end) const { return {first_, count_, begin, static_cast<int>(end - begin)}; }
 
   // One plane's pixels, and zeros behind them.
   void copy_pixels(int side, int64_t j, T* to) const {
@@ -392,8 +436,8 @@ class PixelWorker {
   }
 
   void load_side(int side, int64_t begin, int64_t end, T* to) const {
-    for (int64_t j = begin; j < end; ++j, to += pitch_) {
-      copy_pixels(side, j, to);
+    read_planes(side, begin, end, to);
+    for (int64_t j = begin; j < end && o_.standardize != Standardize::none; ++j, to += pitch_) {
       if (o_.standardize == Standardize::by_class) {
         Affine<T> own;
         own.high = by_class_[side].high[j];
@@ -418,12 +462,8 @@ class PixelWorker {
       for (const bool centred : {false, true}) {
         for (double* total : {count, sum, square}) std::fill_n(total, tile_, 0.0);
         each_chunk([&](int64_t begin, int64_t end) {
-          for (int64_t j = begin; j < end; ++j) {
-            T* plane = planes + (j - begin) * pitch_;
-            if (!one_chunk() || !centred) copy_pixels(side, j, plane);
-            if (j == 0 && !centred)
-              for (int i = 0; i < tile_; ++i) mean[i] = plane[i] == -INFINITY ? 0 : plane[i];
-          }
+          if (!one_chunk() || !centred) read_planes(side, begin, end, planes);
+          for (int i = 0; i < tile_ && begin == 0 && !centred; ++i) mean[i] = planes[i] == -INFINITY ? 0 : planes[i];
           for (int i = 0; i < tile_; i += W) {
             const Vec<T> centre = load_narrowed<T>(mean + i);
             for (int64_t from = begin; from < end; from += kFlushClasses) {
@@ -460,12 +500,17 @@ class PixelWorker {
     }
   }
 
-  // Selects the leading classes of a term by the teacher: an insertion sort of vectors of pixels.
+  // Selects the leading classes of a term by the teacher.
   void set_leaders(int t) {
     const Term& term = o_.term[t];
     PixelLeaders<T>& leaders = scratch_.leaders[t];
     if (term.kind == PartitionKind::target) std::copy_n(scratch_.target, tile_, leaders.first);
     if (!term.by_rank()) return;
+    term.k <= kFewLeaders ? select_few(term, leaders) : select_many(term, leaders);
+  }
+
+  // By an insertion sort of vectors of pixels.
+  void select_few(const Term& term, PixelLeaders<T>& leaders) {
     const int k = term.k;
     // Of each vector of pixels, place by place: the values, then the classes. NaN marks a place that is still empty.
     T* best = scratch_.ranking.data(2 * k * tile_);
@@ -494,6 +539,30 @@ class PixelWorker {
       store(leaders.first + i, load(first + W));
       store(leaders.bound + i, load(last));
       store(leaders.last + i, load(last + W));
+    }
+  }
+
+  // By partitioning each pixel's own classes.
+  void select_many(const Term& term, PixelLeaders<T>& leaders) {
+    const int64_t room = 2 * static_cast<int64_t>(term.k);
+    Key<T>* keys = scratch_.keys.data(room * count_);
+    std::vector<BestOf<T>> best;
+    for (int i = 0; i < count_; ++i) best.emplace_back(keys + i * room, term.k);
+    each_chunk([&](int64_t begin, int64_t end) {
+      load_side(1, begin, end, logits_[1]);
+      T values[kMostPixels];
+      for (int64_t j = begin; j < end; ++j) {
+        const T* plane = logits_[1] + (j - begin) * pitch_;
+        for (int i = 0; i < tile_; i += W) store(values + i, rank_value<T>(load(plane + i), term.largest));
+        for (int i = 0; i < count_; ++i) best[i].add(values[i], j);
+      }
+    });
+    for (T* lanes : {leaders.first, leaders.bound, leaders.last}) std::fill_n(lanes, tile_, T(0));
+    for (int i = 0; i < count_; ++i) {
+      best[i].cut();
+      leaders.first[i] = static_cast<T>(index_of<T>(best[i].first()));
+      leaders.bound[i] = value_of<T>(best[i].last());
+      leaders.last[i] = static_cast<T>(index_of<T>(best[i].last()));
     }
   }
 
@@ -591,7 +660,7 @@ class PixelWorker {
         teacher_start[g] = u == -infinite ? nothing : u;
       }
       WideSum<T> student_sum[G], teacher_sum[G], teacher_gap[G], student_gap[G];
-      TileAhead ahead{next_tile(0, i), next_tile(1, i), plane_bytes(p_.student), plane_bytes(p_.teacher)};
+      TileAhead ahead{next_tile(0, i), next_tile(1, i), ahead_step(p_.student), ahead_step(p_.teacher)};
       const bool fetches = i * sizeof(T) % 64 == 0;  // a line once
       for (int j = 0; j < classes_; ++j) {
         const int at = j * pitch_ + i;
@@ -625,12 +694,19 @@ class PixelWorker {
   }
 
   static int64_t plane_bytes(const Matrix& matrix) { return matrix.class_stride * dtype_size(matrix.dtype); }
+  int64_t sample_bytes(const Matrix& matrix) const {
+    return matrix.sample_stride[p_.dims - 1] * dtype_size(matrix.dtype);
+  }
 
   // Where the next tile's pixels from the i-th on lie, in the chunk's first plane.
   const char* next_tile(int side, int i) const {
     const Matrix& matrix = side ? p_.teacher : p_.student;
-    return static_cast<const char*>(side_[side]) + begin_ * plane_bytes(matrix) +
-           (tile_ + i) * dtype_size(matrix.dtype);
+    return static_cast<const char*>(side_[side]) + begin_ * plane_bytes(matrix) + (tile_ + i) * sample_bytes(matrix);
+  }
+  // From there to the next plane, or through the rows of a line of lanes, class by class.
+  int64_t ahead_step(const Matrix& matrix) const {
+    constexpr int line = 64 / sizeof(T);
+    return side_by_side(p_, matrix) ? plane_bytes(matrix) : line * sample_bytes(matrix) / classes_;
   }
 
   // The student's softmax at T = 1 over the chunk at hand, and its logit of the target.
@@ -816,13 +892,14 @@ class PixelWorker {
         if (!all_valid_) gradient = load(scratch_.valid + i) == 0 ? Vec<T>{} : gradient;
         store(plane + i, gradient);
       }
-      put(plane, c);
+      if (side_by_side(p_, p_.gradient)) put(plane, c);
     }
+    if (!side_by_side(p_, p_.gradient))
+      write_rows(p_, p_.gradient, block(begin_, begin_ + classes_), rows_, planes(gradient_));
   }
 
   // Writes a plane's gradient where it belongs.
   void put(const T* plane, int64_t c) const {
-    const int64_t stride = p_.gradient.sample_stride[p_.dims - 1];
     with_dtype(p_.gradient.dtype, [&](auto type) {
       using Element = decltype(type);
       auto* to = static_cast<Element*>(out_) + c * p_.gradient.class_stride;
@@ -832,22 +909,23 @@ class PixelWorker {
           return;
         }
       }
-      if (stride == 1) {
-        narrow_all(plane, count_, to);
-      } else {
-        for (int i = 0; i < count_; ++i) narrow(plane[i], to[i * stride]);
-      }
+      narrow_all(plane, count_, to);
     });
   }
 
   // No gradient for classes from `begin` on.
   void clear(int64_t begin) const {
     if (!p_.gradient.data || p_.gradient_is_zero) return;
-    with_dtype(p_.gradient.dtype, [&](auto element) {
-      const int64_t stride = p_.gradient.sample_stride[p_.dims - 1];
-      for (int64_t j = begin; j < p_.gradient_classes; ++j) {
-        auto* to = static_cast<decltype(element)*>(out_) + j * p_.gradient.class_stride;
-        for (int i = 0; i < count_; ++i) to[i * stride] = decltype(element){};
+    with_dtype(p_.gradient.dtype, [&](auto type) {
+      using Element = decltype(type);
+      const int64_t end = p_.gradient_classes, stride = p_.gradient.class_stride;
+      if (side_by_side(p_, p_.gradient)) {
+        for (int64_t j = begin; j < end; ++j) std::fill_n(static_cast<Element*>(out_) + j * stride, count_, Element{});
+      } else {
+        for (int i = 0; i < count_ && begin < end; ++i) {
+          auto* sample = static_cast<Element*>(element(p_, p_.gradient, first_ + i));
+          for (int64_t j = begin; j < end; ++j) sample[j * stride] = Element{};
+        }
       }
     });
   }
@@ -862,8 +940,9 @@ class PixelWorker {
   const int tile_;        // pixels of a tile, some of which may be missing
   const int pitch_;      // from plane to plane in scratch: no power of two, or the planes would share their place in L1
   const int64_t chunk_;  // classes of a chunk
-  // Of the chunk at hand, plane by plane: logits of both sides, raw ones, exponentials of each term, the gradient.
-  T *logits_[2], *raw_, *exps_[kMaxTerms][2], *gradient_;
+  // Of the chunk at hand, plane by plane: logits of both sides, raw ones, exponentials of each term, the gradient. And
+  // row by row: what has to be converted before or after it is transposed.
+  T *logits_[2], *raw_, *rows_, *exps_[kMaxTerms][2], *gradient_;
   int64_t begin_ = 0;
   int classes_ = 0;
   // Of the tile at hand.

@@ -371,13 +371,17 @@ class Worker {
     auto& found = scratch_.found;
     found.clear();
     const int64_t end = std::min(p_.classes, (chunk + 1) * kChunk);
+    // Sorted after each tile, or, where that is dear, whenever as many have come again.
+    const size_t enough = k, sorted_from = k <= kTile / 32 ? 0 : 2 * enough;
+    T least = -INFINITY;
     for (int64_t begin = chunk * kChunk; begin < end; begin += kTile) {
       const int count = static_cast<int>(std::min<int64_t>(end - begin, kTile));
       const Ranked<T, Largest> ranked{teacher_logits(row, begin, count)};
-      const bool enough = found.size() >= static_cast<size_t>(k);
-      const T bound = enough ? value_of<T>(found.back()) : lower_bound_of_best(ranked, count, k);
+      const T bound = least > -INFINITY ? least : lower_bound_of_best(ranked, count, k);
       each_not_below(ranked, count, bound, [&](int i) { found.push_back(key_of(ranked[i], begin + i)); });
+      if (found.size() < sorted_from && begin + kTile < end) continue;
       keep_best(found, k);
+      if (found.size() == enough) least = value_of<T>(found.back());
     }
     if (best.empty()) {
       best.swap(found);

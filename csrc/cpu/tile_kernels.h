@@ -460,6 +460,7 @@ inline void sort_few(const N* from, int count, N* to) {
   }
 }
 
+// The k largest of distinct numbers, descending.
 template <class N>
 void keep_best(std::vector<N>& ranking, size_t k) {
   constexpr size_t kFew = 32;
@@ -468,8 +469,12 @@ void keep_best(std::vector<N>& ranking, size_t k) {
     N unsorted[kFew];
     std::copy(ranking.begin(), ranking.end(), unsorted);
     sort_few(unsorted, static_cast<int>(count), ranking.data());
+  } else if (k <= kFew) {
+    std::partial_sort(ranking.begin(), ranking.begin() + k, ranking.end(), std::greater<>());
   } else {
-    std::partial_sort(ranking.begin(), ranking.begin() + std::min(k, count), ranking.end(), std::greater<>());
+    const auto end = ranking.begin() + std::min(k, count);
+    if (k < count) std::nth_element(ranking.begin(), end, ranking.end(), std::greater<>());
+    std::sort(ranking.begin(), end, std::greater<>());
   }
   if (count > k) ranking.resize(k);
 }
