@@ -15,12 +15,16 @@ from kdkernels.objective import Objective, Partition
 from kdkernels.validation import Call
 
 
-def distillation_loss(call: Call) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss and detached parts of a checked call; the loss is differentiable in ``call.student``."""
+def distillation_loss(call: Call, arithmetic: torch.dtype | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss and detached parts of a checked call; the loss is differentiable in ``call.student``.
+
+    ``arithmetic`` is the dtype to compute in, by default the widest that the device has.
+    """
     objective = call.objective
     double = torch.float64 in (call.student.dtype, call.teacher.dtype)
     loss_dtype = torch.float64 if double else torch.float32
-    dtype = torch.float32 if call.student.device.type == "mps" else torch.float64
+    widest = torch.float32 if call.student.device.type == "mps" else torch.float64
+    dtype = arithmetic or widest
     samples = call.student.shape[: call.class_dim] + call.student.shape[call.class_dim + 1 :]
     student, teacher = (
         logits.narrow(call.class_dim, 0, call.num_classes).movedim(call.class_dim, -1).flatten(0, -2).to(dtype)
