@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 from crossings import BF16, F16, F32, F64, LAYOUTS, PARTITIONS, Crossing, check_crossing, legal
-from helpers import INTERPRETED
 
 FEATURES: dict[str, tuple[Any, ...]] = {
     "partition": tuple(PARTITIONS),
