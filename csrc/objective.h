@@ -81,6 +81,12 @@ struct Objective {
     return count;
   }
   KDK_HOST_DEVICE bool has_ce() const { return ce_weight != 0; }
+  // Whether a sample's target is one of the classes, not only a mark of samples to ignore.
+  KDK_HOST_DEVICE bool has_target() const {
+    bool any = has_ce();
+    for (int t = 0; t < terms; ++t) any = any || term[t].kind == PartitionKind::target;
+    return any;
+  }
   // The cross entropy's weight in the gradient: of one class it has none, whatever is rounded.
   KDK_HOST_DEVICE double ce_slope(int64_t classes) const { return classes > 1 ? ce_weight : 0; }
   // Of two terms.

@@ -132,18 +132,21 @@ class Ops:
 
         ``(2, num_classes)`` float64; ``grad_loss`` is a scalar or has one value a sample.
         """
-        return self._ops.class_sums.default(
-            grad_loss,
-            call.student,
-            call.teacher,
-            call.target,
-            saved,
-            members,
-            moments,
-            call.objective.encode(),
-            call.class_dim,
-            call.num_classes,
-        )
+        try:
+            return self._ops.class_sums.default(
+                grad_loss,
+                call.student,
+                call.teacher,
+                call.target,
+                saved,
+                members,
+                moments,
+                call.objective.encode(),
+                call.class_dim,
+                call.num_classes,
+            )
+        except RuntimeError as error:
+            raise _translated(error) from None
 
     def backward(
         self,
@@ -159,19 +162,22 @@ class Ops:
         ``grad_loss`` is a scalar or has one value a sample; ``sums`` are those of :meth:`class_sums` where there are
         ``moments``.
         """
-        return self._ops.backward.default(
-            grad_loss,
-            call.student,
-            call.teacher,
-            call.target,
-            saved,
-            members,
-            moments,
-            sums,
-            call.objective.encode(),
-            call.class_dim,
-            call.num_classes,
-        )
+        try:
+            return self._ops.backward.default(
+                grad_loss,
+                call.student,
+                call.teacher,
+                call.target,
+                saved,
+                members,
+                moments,
+                sums,
+                call.objective.encode(),
+                call.class_dim,
+                call.num_classes,
+            )
+        except RuntimeError as error:
+            raise _translated(error) from None
 
     def scale_(self, gradient: Tensor, factor: Tensor, class_dim: int) -> None:
         """Multiplies a gradient in place by a scalar or by one factor a sample; a scalar 1 touches no memory."""

@@ -110,7 +110,8 @@ inline void scale(const Problem& p, const double* factor, bool per_sample, const
         for (int64_t j = 0; j < p.gradient_classes; ++j)
           for (int i = 0; i < runs.size(run); ++i) {
             Element& value = samples[j * matrix.class_stride + i];
-            narrow(widen(value) * by[i], value);
+            const T gradient = widen(value);
+            narrow(gradient == 0 ? gradient : gradient * by[i], value);
           }
       }
     });

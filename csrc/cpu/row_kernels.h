@@ -92,13 +92,7 @@ struct Sweeps {
 
   // What is wanted of the sweep of a term.
   Also served(int t) const { return softmax() && t > 0 ? Also::nothing : also; }
-  bool reverse(int t) const { return any(t, &Term::wants_reverse); }
-  bool tilted(int t) const { return any(t, &Term::tilted); }
-
- private:
-  bool any(int t, bool (Term::*wants)() const) const {
-    return (o.term[t].*wants)() || (follower >= 0 && (o.term[follower].*wants)());
-  }
+  bool reverse(int t) const { return o.term[t].wants_reverse() || (follower >= 0 && o.term[follower].wants_reverse()); }
 };
 
 // One row on its way through the three steps.
@@ -152,12 +146,15 @@ class Worker {
           add_rest_[t][careful][keep] = problem.moments ? choose_add_sums<T, true>(rest, keep, careful)
                                                         : choose_add_sums<T, false>(rest, keep, careful);
       }
-      const WantedGradient leads{false, term.tilted(), Also::nothing};
-      const WantedGradient rest{t > 0 && sweeps_.has(0), sweeps_.tilted(t), sweeps_.served(t)};
-      lead_gradient_[t] = {choose_gradient_of_exps<double>(leads), choose_gradient_of_logits<double, false>(leads)};
-      rest_gradient_[t] = {choose_gradient_of_exps<T>(rest), problem.moments
-                                                                 ? choose_gradient_of_logits<T, true>(rest)
-                                                                 : choose_gradient_of_logits<T, false>(rest)};
+      for (const bool tilt : {false, true}) {
+        const WantedGradient leads{false, tilt, Also::nothing};
+        const WantedGradient rest{t > 0 && sweeps_.has(0), tilt, sweeps_.served(t)};
+        lead_gradient_[tilt] = {choose_gradient_of_exps<double>(leads),
+                                choose_gradient_of_logits<double, false>(leads)};
+        rest_gradient_[t][tilt] = {choose_gradient_of_exps<T>(rest), problem.moments
+                                                                         ? choose_gradient_of_logits<T, true>(rest)
+                                                                         : choose_gradient_of_logits<T, false>(rest)};
+      }
       if (term.groups() > 1) kept_leads_size_ = std::max(kept_leads_size_, padded<double>(term.leads()));
     }
     if (keeps(problem)) {
@@ -341,7 +338,7 @@ class Worker {
   }
 
   // That of the origins in the statistics of a term (see stats.h).
-  double unit(int t) const { return origin_unit(exponent_[t]); }
+  double unit(int t) const { return exponent_[t]; }
 
   bool selects(int t) const { return o_.term[t].by_rank() && !repeats(t); }
 
@@ -450,13 +447,10 @@ class Worker {
   template <class R>
   void count_from_maxima(int t, const Tile<R>& tile, const Classes& classes, const SumsTo& to) const {
     GroupStats<double>& stats = to.stats;
-    const double student = origin_at(static_cast<T>(tile_max(tile.student, classes)), exponent_[t]);
-    const double teacher = origin_at(static_cast<T>(tile_max(tile.teacher, classes)), exponent_[t]);
+    const double student = tile_max(tile.student, classes), teacher = tile_max(tile.teacher, classes);
     rebase(stats, std::max(stats.student_origin, student), std::max(stats.teacher_origin, teacher), unit(t));
-    if (to.squares)
-      rebase(*to.squares, origin_of_squares(stats.student_origin), origin_of_squares(stats.teacher_origin),
-             unit(sweeps_.follower));
-    if (to.softmax) rebase(*to.softmax, logit_at(stats.student_origin, exponent_[t]), kLog2E);
+    if (to.squares) rebase(*to.squares, stats.student_origin, stats.teacher_origin, unit(sweeps_.follower));
+    if (to.softmax) rebase(*to.softmax, stats.student_origin, kLog2E);
   }
 
   void merge_into(PartialStats& into, const PartialStats& part) const {
@@ -585,17 +579,18 @@ class Worker {
       const GroupGradient<T>& rest = row.group[t][o_.term[t].groups() - 1];
       GradientBy<T> by{coefficients(t)};
       if (sweeps_.follower >= 0) add(sweeps_.squares() ? by.squares : by.by, coefficients(sweeps_.follower));
-      by.squares.tilt *= 2;  // their exponents' gap is twice as large
+      by.by.tilt *= exponent_[t];
+      by.squares.tilt *= 2 * exponent_[t];
       by.squarings = sweeps_.squarings;
-      if (sweeps_.served(t) == Also::softmax) {
-        const double origin = kept_row_ ? kept_origin_[t][row.lane + begin / kTile].first : double(rest.student_origin);
-        by.softmax = softmax_factor(row, logit_at(start(origin), exponent_[t]));
-      }
+      if (sweeps_.served(t) == Also::softmax)
+        by.softmax = softmax_factor(
+            row, kept_row_ ? kept_origin_[t][row.lane + begin / kTile].first : double(rest.student_origin));
+      const GradientOfTerm<T>& gradient = rest_gradient_[t][by.by.tilt != 0 || by.squares.tilt != 0];
       if (kept_row_) {
-        rest_gradient_[t].exps(kept(row, t, begin), tile.count, by, out);
+        gradient.exps(kept(row, t, begin), tile.count, by, out);
       } else {
-        rest_gradient_[t].logits(tile.student, tile.teacher, rest_classes(row, t, tile), exponent_[t],
-                                 rest.student_origin, rest.teacher_origin, by, out, next);
+        gradient.logits(tile.student, tile.teacher, rest_classes(row, t, tile), exponent_[t], rest.student_origin,
+                        rest.teacher_origin, by, out, next);
       }
     }
     for (const auto& [added, index] : scratch_.lead_gradients)
@@ -676,8 +671,10 @@ class Worker {
     return t > 0 && term.by_rank() && first.by_rank() && term.k == first.k && term.largest == first.largest;
   }
 
-  // What the softmax's exponential of a class is multiplied by in the gradient, if it counts from a logit.
+  // What the softmax's exponential of a class is multiplied by in the gradient, if it counts from a logit. Where that
+  // is -inf, all classes that count from it are masked.
   T softmax_factor(const Row<T>& row, double logit) const {
+    if (logit == -INFINITY) return 0;
     const double factor = std::exp2(kLog2E * (logit - start(double(row.ce_origin))));
     return static_cast<T>(o_.ce_weight) * row.weight * row.ce_inverse * static_cast<T>(factor);
   }
@@ -809,13 +806,13 @@ class Worker {
     return {next, next + size, o_.term[t].wants_reverse() ? next + 2 * size : nullptr};
   }
 
-  // Statistics of a group of one class. Its own exponents, in double precision, are the origins.
-  GroupStats<double> single(int t, T student, T teacher) const {
+  // Statistics of a group of one class, whose own logits are the origins.
+  static GroupStats<double> single(double student, double teacher) {
     GroupStats<double> stats;
-    stats.student_origin = origin_at<double>(student, exponent_[t]);
-    stats.teacher_origin = origin_at<double>(teacher, exponent_[t]);
-    stats.student_sum = single_sum(stats.student_origin);
-    stats.teacher_sum = single_sum(stats.teacher_origin);
+    stats.student_origin = student;
+    stats.teacher_origin = teacher;
+    stats.student_sum = single_sum(student);
+    stats.teacher_sum = single_sum(teacher);
     return stats;
   }
 
@@ -823,14 +820,15 @@ class Worker {
   GroupStats<double> only_rest(const Row<T>& row, int t) const {
     int64_t j = p_.classes * (p_.classes - 1) / 2;
     for (int rank = 0; p_.classes > 1 && rank < o_.term[t].leads(); ++rank) j -= row.members[t][rank];
-    return single(t, *source(row, 0, j, 1).logits, *source(row, 1, j, 1).logits);
+    const auto seen = [](const Source<T>& of) { return of.affine.high ? of.affine(0, *of.logits) : *of.logits; };
+    return single(seen(source(row, 0, j, 1)), seen(source(row, 1, j, 1)));
   }
 
   // Step 1 for a leading group, which it returns.
   Tile<double> add_leads(const Row<T>& row, int t, int g, GroupStats<double>& stats) {
     const Tile<double> leads = gather(row, t, g);
     if (leads.count == 1) {
-      stats = single(t, static_cast<T>(*leads.student.logits), static_cast<T>(*leads.teacher.logits));
+      stats = single(*leads.student.logits, *leads.teacher.logits);
     } else {
       add_few(t, leads, {leads.count}, kept_leads(row, t, g), stats);
     }
@@ -866,12 +864,13 @@ class Worker {
         double* out = scratch_.leads.data(3 * size) + 2 * size;
         const Exps<double> exps = kept_leads(row, t, g);
         const Tile<double> leads = !exps.student || in_softmax ? gather(row, t, g) : Tile<double>{};
-        const GradientBy<double> by{{group.by.student, group.by.tilt, group.by.teacher}};
+        const GradientBy<double> by{{group.by.student, double(group.by.tilt) * exponent_[t], group.by.teacher}};
+        const GradientOfTerm<double>& gradient = lead_gradient_[group.by.tilt != 0];
         if (exps.student) {
-          lead_gradient_[t].exps(exps, count, by, out);
+          gradient.exps(exps, count, by, out);
         } else {
-          lead_gradient_[t].logits(leads.student, leads.teacher, {count}, exponent_[t], group.student_origin,
-                                   group.teacher_origin, by, out, {});
+          gradient.logits(leads.student, leads.teacher, {count}, exponent_[t], group.student_origin,
+                          group.teacher_origin, by, out, {});
         }
         if (in_softmax)
           add_softmax_gradient<double>(leads.student.logits, count, row.ce_origin, softmax_factor(row, row.ce_origin),
@@ -889,11 +888,7 @@ class Worker {
 
   // Coefficients for a tile's kept exponentials, which count from the origins of when they were computed.
   GroupCoefficients<T> from_tile_origin(const Row<T>& row, const GroupGradient<T>& group, int t, int64_t begin) const {
-    auto [student_origin, teacher_origin] = kept_origin_[sweeps_.leader(t)][row.lane + begin / kTile];
-    if (!sweeps_.has(t) && sweeps_.squares()) {
-      student_origin = origin_of_squares(student_origin);
-      teacher_origin = origin_of_squares(teacher_origin);
-    }
+    const auto [student_origin, teacher_origin] = kept_origin_[sweeps_.leader(t)][row.lane + begin / kTile];
     const double student_to = group.student_origin, teacher_to = group.teacher_origin;
     const double student = rebase_factor(student_origin, student_to, unit(t));
     const double teacher = rebase_factor(teacher_origin, teacher_to, unit(t));
@@ -954,8 +949,9 @@ class Worker {
   T exponent_[kMaxTerms];
   AddSumsOfTerm add_rest_[kMaxTerms];
   std::array<AddSums<double>, 2> add_few_[kMaxTerms];  // by whether to keep
-  GradientOfTerm<T> rest_gradient_[kMaxTerms];
-  GradientOfTerm<double> lead_gradient_[kMaxTerms];
+  // By whether there is a tilt: without, a gap is not looked at, since it may be infinite.
+  std::array<GradientOfTerm<T>, 2> rest_gradient_[kMaxTerms];
+  std::array<GradientOfTerm<double>, 2> lead_gradient_;
   Exps<T> kept_[kMaxTerms];  // of the batch's first row
   int64_t kept_row_ = 0;     // from row to row
   int kept_leads_size_ = 0;  // of one array of a leading group

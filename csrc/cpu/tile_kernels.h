@@ -314,7 +314,11 @@ class SumsBefore {
   SoftmaxStats<double> softmax_;
 };
 
-// Adds a tile's sums to statistics. `Careful` is right for every logit, if the origins are no smaller than the tile's
+// Adds a tile's sums to statistics. A class's exponential is 2^(k * (logit - origin)), with a logit near the maximum as
+// origin: the difference of logits that are close is exact, however large they are. Gaps are differences of logits
+// here, which stay finite where an exponent does not.
+//
+// `Careful` is right for every logit, if the origins are no smaller than the tile's
 // maxima; without, sums that pass `plausible` are right, for any origins.
 template <class T, bool ByClass, bool Reverse, Also Serves, bool Keep, bool Careful>
 void add_sums(const Source<T>& student, const Source<T>& teacher, const Classes& classes, T k, const SumsTo& to,
@@ -327,9 +331,9 @@ void add_sums(const Source<T>& student, const Source<T>& teacher, const Classes&
       classes,
       [&, student, teacher, ahead, exps, times = to.squarings](int i, auto lanes, int chain) INLINED {
         ahead.fetch(i, chain);
-        const Vec<T> xs = exponents(student.template seen_at<ByClass>(i, lanes), student_start, k);
-        const Vec<T> xt = exponents(teacher.template seen_at<ByClass>(i, lanes), teacher_start, k);
-        const Vec<T> es = exp2(xs, lanes), et = exp2(xt, lanes), gap = xt - xs;
+        const Vec<T> xs = student.template seen_at<ByClass>(i, lanes) - student_start;
+        const Vec<T> xt = teacher.template seen_at<ByClass>(i, lanes) - teacher_start;
+        const Vec<T> es = exp2(xs * k, lanes), et = exp2(xt * k, lanes), gap = xt - xs;
         constexpr bool may_be_zero = Careful || std::is_same_v<decltype(lanes), Lanes>;
         sums.template add<may_be_zero>(chain, es, et, gap);
         if constexpr (Serves == Also::squares) squares.template add<may_be_zero>(chain, es * es, et * et, gap);
@@ -345,8 +349,8 @@ void add_sums(const Source<T>& student, const Source<T>& teacher, const Classes&
         if constexpr (Serves == Also::squares) squares.flush();
         if constexpr (Serves == Also::softmax) softmax.flush();
       });
-  sums.add_to(to.stats, 1);
-  if constexpr (Serves == Also::squares) squares.add_to(*to.squares, 2);
+  sums.add_to(to.stats, k);
+  if constexpr (Serves == Also::squares) squares.add_to(*to.squares, 2 * double(k));
   if constexpr (Serves == Also::softmax) to.softmax->sum += softmax.total();
 }
 
@@ -537,7 +541,8 @@ inline void each_not_below(Ranked<T, Largest> ranked, int count, T bound, const 
     for (uint64_t bits = hits[word]; bits; bits &= bits - 1) found(word * kWord + __builtin_ctzll(bits));
 }
 
-// What the gradient of one group needs: where its exponentials count from, and the coefficients.
+// What the gradient of one group needs: the logits its exponentials count from, and the coefficients, for gaps of
+// exponents (see stats.h).
 template <class T>
 struct GroupGradient {
   T student_origin;
@@ -563,7 +568,8 @@ inline __attribute__((always_inline)) void write_vectors(const Classes& classes,
   });
 }
 
-// What a gradient's exponentials are multiplied by: those of the term and of what else it serves.
+// What a gradient's exponentials are multiplied by: those of the term and of what else it serves. Its tilts are for
+// gaps of logits.
 template <class T>
 struct GradientBy {
   GroupCoefficients<T> by{};
@@ -593,16 +599,16 @@ void gradient_of_exps(const Exps<T>& exps, int count, const GradientBy<T>& by, T
   });
 }
 
-// The same from the logits, whose exponents count from the given origins.
+// The same from the logits, whose exponentials count from the given origins.
 template <class T, bool ByClass, bool Add, bool Tilt, Also Serves>
 void gradient_of_logits(const Source<T>& student, const Source<T>& teacher, const Classes& classes, T k,
                         T student_origin, T teacher_origin, const GradientBy<T>& by, T* out, const Ahead& ahead) {
   const Vec<T> student_start = broadcast(start(student_origin)), teacher_start = broadcast(start(teacher_origin));
   write_vectors<T, Add>(classes, out, [&, student, teacher, by, ahead](int i, auto lanes, int chain) INLINED {
     ahead.fetch(i, chain);
-    const Vec<T> xs = exponents(student.template seen_at<ByClass>(i, lanes), student_start, k);
-    const Vec<T> xt = exponents(teacher.template seen_at<ByClass>(i, lanes), teacher_start, k);
-    return gradient_at<T, Tilt, Serves>(exp2(xs, lanes), exp2(xt, lanes), xt - xs, by);
+    const Vec<T> xs = student.template seen_at<ByClass>(i, lanes) - student_start;
+    const Vec<T> xt = teacher.template seen_at<ByClass>(i, lanes) - teacher_start;
+    return gradient_at<T, Tilt, Serves>(exp2(xs * k, lanes), exp2(xt * k, lanes), xt - xs, by);
   });
 }
 
