@@ -12,7 +12,8 @@ from itertools import combinations, product
 from typing import Any
 
 import pytest
-from crossings import BF16, F16, F32, F64, LAYOUTS, PARTITIONS, Crossing, check_crossing, legal
+from crossings import BF16, F16, F32, F64, LAYOUTS, PARTITIONS, Crossing, check_crossing, check_reference, legal
+from helpers import INTERPRETED
 
 FEATURES: dict[str, tuple[Any, ...]] = {
     "partition": tuple(PARTITIONS),
@@ -98,3 +99,10 @@ ARRAY = covering_array()
 @pytest.mark.parametrize("index", range(len(ARRAY)))
 def test_crossing(index: int, backend: str) -> None:
     check_crossing(ARRAY[index], backend)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="of the reference only")
+@pytest.mark.parametrize("index", range(len(ARRAY)))
+def test_the_reference_itself(index: int) -> None:
+    """What all backends are held to is right: the oracle's formulas, sums and chain rules give the same."""
+    check_reference(ARRAY[index])
