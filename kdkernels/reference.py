@@ -51,6 +51,7 @@ def distillation_loss(call: Call) -> tuple[Tensor, dict[str, Tensor]]:
     for term, names in zip(objective.terms, objective.part_names(), strict=True):
         groups = partition_masks(term.partition, teacher, target)
         a, b = student / term.temperature, teacher / term.temperature
+        a, b = a - _largest(a), b - _largest(b)
         kls = [_mass_kls(a, b, groups), *(_group_kls(a, b, group) for group in groups)]
         mixes = term.part_mixes()
         for name, (forward, reverse), weights, mix in zip(names, kls, (term.mass, *term.groups), mixes, strict=True):
@@ -127,9 +128,16 @@ def _group_kls(a: Tensor, b: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
 
 def _log_softmax(x: Tensor, group: Tensor) -> Tensor:
     """log_softmax over a group; -inf outside it, and in all of it where it has no finite class."""
+    x = x - _largest(x.masked_fill(~group, -torch.inf))
     lse = _logsumexp(x, group)[:, None]
     empty = lse == -torch.inf
     return torch.where(group & ~empty, x - torch.where(empty, 0.0, lse), -torch.inf)
+
+
+def _largest(x: Tensor) -> Tensor:
+    """Each row's maximum: less that, no softmax changes, and logits of any size leave room for its logarithms."""
+    largest = x.detach().amax(1, keepdim=True)
+    return torch.where(largest.isfinite(), largest, 0.0)
 
 
 def _logsumexp(x: Tensor, group: Tensor) -> Tensor:
