@@ -57,7 +57,8 @@ def distillation_loss(call: Call, arithmetic: torch.dtype | None = None) -> tupl
     ranked = teacher if ranked is None else ranked
     for term, names in zip(objective.terms, objective.part_names(), strict=True):
         groups = partition_masks(term.partition, ranked, target)
-        a, b = (_shifted(logits) / term.temperature for logits in (student, teacher))
+        # Less the maximum before the quotient: that of large logits would lose their digits.
+        a, b = ((logits - _largest(logits)) / term.temperature for logits in (student, teacher))
         kls = [_mass_kls(a, b, groups), *(_group_kls(a, b, group) for group in groups)]
         mixes = term.part_mixes()
         for name, (forward, reverse), weights, mix in zip(names, kls, (term.mass, *term.groups), mixes, strict=True):
@@ -69,12 +70,6 @@ def distillation_loss(call: Call, arithmetic: torch.dtype | None = None) -> tupl
         return _reduce(rows, weight, valid, samples, call).to(loss_dtype)
 
     return reduced(loss), {name: reduced(part.detach()) for name, part in parts.items()}
-
-
-def _shifted(logits: Tensor) -> Tensor:
-    """Less each sample's maximum, which no softmax sees: a quotient of large logits would lose their digits."""
-    largest = logits.detach().amax(1, keepdim=True)
-    return logits - torch.where(largest == -torch.inf, 0.0, largest)
 
 
 def standardize(
@@ -145,12 +140,16 @@ def _group_kls(a: Tensor, b: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
 
 def _log_softmax(x: Tensor, group: Tensor) -> Tensor:
     """log_softmax over a group; -inf outside it, and in all of it where it has no finite class."""
-    shift = x.detach().masked_fill(~group, -torch.inf).amax(1, keepdim=True)
-    empty = shift == -torch.inf
-    x = x - torch.where(
-        empty, 0.0, shift
-    )  # first: of logits near finfo.min nothing of the sum's logarithm would be left
-    return torch.where(group & ~empty, x - torch.where(empty, 0.0, _logsumexp(x, group)[:, None]), -torch.inf)
+    x = x - _largest(x.masked_fill(~group, -torch.inf))
+    lse = _logsumexp(x, group)[:, None]
+    empty = lse == -torch.inf
+    return torch.where(group & ~empty, x - torch.where(empty, 0.0, lse), -torch.inf)
+
+
+def _largest(x: Tensor) -> Tensor:
+    """Each row's maximum: less that, no softmax changes, and logits of any size leave room for its logarithms."""
+    largest = x.detach().amax(1, keepdim=True)
+    return torch.where(largest.isfinite(), largest, 0.0)
 
 
 def _logsumexp(x: Tensor, group: Tensor) -> Tensor:

@@ -56,6 +56,12 @@ inline void store_narrowed(float* to, Doubles v) {
   __builtin_memcpy(to, &narrowed, sizeof narrowed);
 }
 inline void store_narrowed(double* to, Doubles v) { store(to, v); }
+inline Doubles load_widened(const float* from) {
+  typename VecOfLanes<float, kLanes<double>>::type narrow;
+  __builtin_memcpy(&narrow, from, sizeof narrow);
+  return __builtin_convertvector(narrow, Doubles);
+}
+inline Doubles load_widened(const double* from) { return load(from); }
 template <class T>
 inline Vec<T> load_narrowed(const double* from) {
   T lanes[kLanes<T>];
@@ -116,7 +122,7 @@ struct PixelLeaders {
 // What the gradient of one group multiplies exponentials by, a pixel a lane.
 template <class T>
 struct PixelCoefficients {
-  alignas(64) T student[kMostPixels], tilt[kMostPixels], teacher[kMostPixels];
+  alignas(64) T student[kMostPixels], tilt[kMostPixels], teacher[kMostPixels], mean_gap[kMostPixels];
 };
 
 constexpr int groups_of(PartitionKind kind) {
@@ -698,13 +704,17 @@ class PixelWorker {
         const Term& term = o_.term[t];
         GroupStats<Doubles> stats[kMaxGroups];
         for (int g = 0; g < term.groups(); ++g) stats[g] = scratch_.stats[t][g].lanes(i);
-        TermResult<Doubles> result;
-        evaluate(term, stats, p_.classes, unit(t), result);
+        const TermResult<Doubles> result = evaluated(term, stats, p_.classes, unit(t));
         loss += result.loss;
         for (int g = 0; g < term.groups(); ++g) {
-          keep(scratch_.by[t][g].student, result.group[g].student);
-          keep(scratch_.by[t][g].tilt, result.group[g].tilt);
-          keep(scratch_.by[t][g].teacher, result.group[g].teacher);
+          PixelCoefficients<T>& by = scratch_.by[t][g];
+          const GroupCoefficients<Doubles>& of = result.group[g];
+          const bool tilted = term.group[g].reverse != 0;
+          const Doubles gap = stats[g].student_gap * result.student_inverse[g] / unit(t), tilt = of.tilt * unit(t);
+          store_narrowed(by.mean_gap + i, tilted ? gap : Doubles{});  // rounded, which by.student makes good
+          keep(by.student, tilted ? of.student + tilt * load_widened(by.mean_gap + i) : of.student);
+          keep(by.tilt, tilt);
+          keep(by.teacher, of.teacher);
         }
         store_values(i, first_part, result.parts, term.parts());
         first_part += term.parts();
@@ -742,14 +752,14 @@ class PixelWorker {
   template <PartitionKind Kind, bool Tilt>
   void add_gradient(int t) const {
     constexpr int G = groups_of(Kind);
-    const T k = exponent(t);
     for (int i = 0; i < tile_; i += W) {
       const PixelGroups<T, Kind> groups(scratch_.leaders[t], o_.term[t].largest, i);
-      Vec<T> student[G], tilt[G], teacher[G], origin[2][G];
+      Vec<T> student[G], tilt[G], teacher[G], mean_gap[G], origin[2][G];
       for (int g = 0; g < G; ++g) {
         student[g] = load(scratch_.by[t][g].student + i);
-        tilt[g] = load(scratch_.by[t][g].tilt + i) * k;  // as gaps are of logits here
+        tilt[g] = load(scratch_.by[t][g].tilt + i);
         teacher[g] = load(scratch_.by[t][g].teacher + i);
+        mean_gap[g] = load(scratch_.by[t][g].mean_gap + i);
         origin[0][g] = load_narrowed<T>(scratch_.stats[t][g].student_origin + i);
         origin[1][g] = load_narrowed<T>(scratch_.stats[t][g].teacher_origin + i);
         for (Vec<T>& start : {std::ref(origin[0][g]), std::ref(origin[1][g])})
@@ -765,7 +775,7 @@ class PixelWorker {
           // A class without probability has no gradient, and one without tilt no gap, however infinite that is.
           const Vec<T> gap = (logit - members.pick(origin[1])) - (load(logits_[0] + at) - members.pick(origin[0]));
           const Vec<T> tilted = members.pick(tilt);
-          by = es == 0 ? Vec<T>{} : tilted == 0 ? by : by + tilted * gap;
+          by = es == 0 ? Vec<T>{} : tilted == 0 ? by : by + tilted * (gap - members.pick(mean_gap));
         }
         const Vec<T> gradient = es * by - et * members.pick(teacher);
         store(gradient_ + at, t == 0 ? gradient : gradient + load(gradient_ + at));

@@ -28,6 +28,25 @@ struct BatchStats {
   SoftmaxStats<Doubles> ce;
 };
 
+// The result of a term from some samples' statistics, with `unit` as that of their origins. Masses depend on
+// differences of origins only: taken first, they are exact however large the logits are.
+inline TermResult<Doubles> evaluated(const Term& term, const GroupStats<Doubles>* stats, int64_t classes, double unit) {
+  GroupStats<Doubles> relative[kMaxGroups];
+  const int groups = term.groups();
+  const auto set_origins = [&](Doubles GroupStats<Doubles>::* origin) {
+    Doubles top = stats[0].*origin;
+    for (int g = 1; g < groups; ++g) top = stats[g].*origin > top ? stats[g].*origin : top;
+    top = top - top == 0 ? top : Doubles{};
+    for (int g = 0; g < groups; ++g) relative[g].*origin = stats[g].*origin - top;
+  };
+  std::copy_n(stats, groups, relative);
+  set_origins(&GroupStats<Doubles>::student_origin);
+  set_origins(&GroupStats<Doubles>::teacher_origin);
+  TermResult<Doubles> result;
+  evaluate(term, relative, classes, unit, result);
+  return result;
+}
+
 inline void set_lane(GroupStats<Doubles>& batch, int lane, const GroupStats<double>& stats) {
   batch.student_origin[lane] = stats.student_origin;
   batch.teacher_origin[lane] = stats.teacher_origin;
@@ -92,7 +111,14 @@ struct Sweeps {
 
   // What is wanted of the sweep of a term.
   Also served(int t) const { return softmax() && t > 0 ? Also::nothing : also; }
-  bool reverse(int t) const { return o.term[t].wants_reverse() || (follower >= 0 && o.term[follower].wants_reverse()); }
+  bool reverse(int t) const { return any(t, &Term::wants_reverse); }
+  // Whether the rest's gradient depends on each class's own gap. Else a gap is not looked at: it may be infinite.
+  bool tilted(int t) const { return any(t, &Term::tilted_rest); }
+
+ private:
+  bool any(int t, bool (Term::*wants)() const) const {
+    return (o.term[t].*wants)() || (follower >= 0 && (o.term[follower].*wants)());
+  }
 };
 
 // One row on its way through the three steps.
@@ -146,16 +172,15 @@ class Worker {
           add_rest_[t][careful][keep] = problem.moments ? choose_add_sums<T, true>(rest, keep, careful)
                                                         : choose_add_sums<T, false>(rest, keep, careful);
       }
-      for (const bool tilt : {false, true}) {
-        const WantedGradient leads{false, tilt, Also::nothing};
-        const WantedGradient rest{t > 0 && sweeps_.has(0), tilt, sweeps_.served(t)};
-        lead_gradient_[tilt] = {choose_gradient_of_exps<double>(leads),
-                                choose_gradient_of_logits<double, false>(leads)};
-        rest_gradient_[t][tilt] = {choose_gradient_of_exps<T>(rest), problem.moments
-                                                                         ? choose_gradient_of_logits<T, true>(rest)
-                                                                         : choose_gradient_of_logits<T, false>(rest)};
-      }
+      const WantedGradient rest{t > 0 && sweeps_.has(0), sweeps_.tilted(t), sweeps_.served(t)};
+      rest_gradient_[t] = {choose_gradient_of_exps<T>(rest), problem.moments
+                                                                 ? choose_gradient_of_logits<T, true>(rest)
+                                                                 : choose_gradient_of_logits<T, false>(rest)};
       if (term.groups() > 1) kept_leads_size_ = std::max(kept_leads_size_, padded<double>(term.leads()));
+    }
+    for (const bool tilt : {false, true}) {
+      const WantedGradient leads{false, tilt, Also::nothing};
+      lead_gradient_[tilt] = {choose_gradient_of_exps<double>(leads), choose_gradient_of_logits<double, false>(leads)};
     }
     if (keeps(problem)) {
       const int64_t size = padded<T>(p_.classes);
@@ -516,19 +541,19 @@ class Worker {
     int64_t first_part = 2;
     for (int t = 0; t < o_.terms; ++t) {
       const Term& term = o_.term[t];
-      TermResult<Doubles> result, of_others;
-      evaluate(term, stats.group[t], p_.classes, unit(t), result);
-      if (&of_losses != &stats) evaluate(term, of_losses.group[t], p_.classes, unit(t), of_others);
-      const TermResult<Doubles>& losses = &of_losses != &stats ? of_others : result;
+      const TermResult<Doubles> result = evaluated(term, stats.group[t], p_.classes, unit(t));
+      const TermResult<Doubles> losses =
+          &of_losses != &stats ? evaluated(term, of_losses.group[t], p_.classes, unit(t)) : result;
       for (int i = 0; i < count; ++i) {
         Row<T>& row = rows[i];
         *values(row) += losses.loss[i];
         for (int j = 0; j < term.parts() && p_.parts; ++j) values(row)[first_part + j] = losses.parts[j][i];
         for (int g = 0; g < term.groups(); ++g) {
           const GroupCoefficients<Doubles>& by = result.group[g];
-          row.group[t][g] = {T(stats.group[t][g].student_origin[i]),
-                             T(stats.group[t][g].teacher_origin[i]),
-                             {T(by.student[i]), T(by.tilt[i]), T(by.teacher[i])}};
+          const GroupStats<Doubles>& of = stats.group[t][g];
+          const double mean_gap = of.student_gap[i] * result.student_inverse[g][i];
+          row.group[t][g] = {T(of.student_origin[i]), T(of.teacher_origin[i]),
+                             LogitCoefficients<T>::from({by.student[i], by.tilt[i], by.teacher[i]}, mean_gap, unit(t))};
         }
       }
       first_part += term.parts();
@@ -579,18 +604,15 @@ class Worker {
       const GroupGradient<T>& rest = row.group[t][o_.term[t].groups() - 1];
       GradientBy<T> by{coefficients(t)};
       if (sweeps_.follower >= 0) add(sweeps_.squares() ? by.squares : by.by, coefficients(sweeps_.follower));
-      by.by.tilt *= exponent_[t];
-      by.squares.tilt *= 2 * exponent_[t];
       by.squarings = sweeps_.squarings;
       if (sweeps_.served(t) == Also::softmax)
         by.softmax = softmax_factor(
             row, kept_row_ ? kept_origin_[t][row.lane + begin / kTile].first : double(rest.student_origin));
-      const GradientOfTerm<T>& gradient = rest_gradient_[t][by.by.tilt != 0 || by.squares.tilt != 0];
       if (kept_row_) {
-        gradient.exps(kept(row, t, begin), tile.count, by, out);
+        rest_gradient_[t].exps(kept(row, t, begin), tile.count, by, out);
       } else {
-        gradient.logits(tile.student, tile.teacher, rest_classes(row, t, tile), exponent_[t], rest.student_origin,
-                        rest.teacher_origin, by, out, next);
+        rest_gradient_[t].logits(tile.student, tile.teacher, rest_classes(row, t, tile), exponent_[t],
+                                 rest.student_origin, rest.teacher_origin, by, out, next);
       }
     }
     for (const auto& [added, index] : scratch_.lead_gradients)
@@ -679,8 +701,10 @@ class Worker {
     return static_cast<T>(o_.ce_weight) * row.weight * row.ce_inverse * static_cast<T>(factor);
   }
 
-  static void add(GroupCoefficients<T>& to, const GroupCoefficients<T>& other) {
-    to = {to.student + other.student, to.tilt + other.tilt, to.teacher + other.teacher};
+  // Of two terms at one temperature, or of one and nothing: their gaps, where they have any, have the same mean.
+  static void add(LogitCoefficients<T>& to, const LogitCoefficients<T>& other) {
+    to = {to.student + other.student, to.tilt + other.tilt, to.teacher + other.teacher,
+          to.tilt != 0 ? to.mean_gap : other.mean_gap};
   }
 
   void write(const Matrix& matrix, void* row, int64_t begin, int count, const T* from) const {
@@ -864,8 +888,8 @@ class Worker {
         double* out = scratch_.leads.data(3 * size) + 2 * size;
         const Exps<double> exps = kept_leads(row, t, g);
         const Tile<double> leads = !exps.student || in_softmax ? gather(row, t, g) : Tile<double>{};
-        const GradientBy<double> by{{group.by.student, double(group.by.tilt) * exponent_[t], group.by.teacher}};
-        const GradientOfTerm<double>& gradient = lead_gradient_[group.by.tilt != 0];
+        const GradientBy<double> by{{group.by.student, group.by.tilt, group.by.teacher, group.by.mean_gap}};
+        const GradientOfTerm<double>& gradient = lead_gradient_[term.group[g].reverse != 0];
         if (exps.student) {
           gradient.exps(exps, count, by, out);
         } else {
@@ -882,20 +906,21 @@ class Worker {
 
   GroupGradient<T> weighed_group(const Row<T>& row, int t, int g) const {
     GroupGradient<T> group = row.group[t][g];
-    group.by = {group.by.student * row.weight, group.by.tilt * row.weight, group.by.teacher * row.weight};
+    for (T* factor : {&group.by.student, &group.by.tilt, &group.by.teacher}) *factor *= row.weight;
     return group;
   }
 
   // Coefficients for a tile's kept exponentials, which count from the origins of when they were computed.
-  GroupCoefficients<T> from_tile_origin(const Row<T>& row, const GroupGradient<T>& group, int t, int64_t begin) const {
+  LogitCoefficients<T> from_tile_origin(const Row<T>& row, const GroupGradient<T>& group, int t, int64_t begin) const {
     const auto [student_origin, teacher_origin] = kept_origin_[sweeps_.leader(t)][row.lane + begin / kTile];
     const double student_to = group.student_origin, teacher_to = group.teacher_origin;
     const double student = rebase_factor(student_origin, student_to, unit(t));
     const double teacher = rebase_factor(teacher_origin, teacher_to, unit(t));
-    const double gap = rebase_gap(student_origin, student_to, teacher_origin, teacher_to, unit(t));
-    const GroupCoefficients<T>& by = group.by;
-    const double level = by.tilt == 0 ? by.student : by.student + by.tilt * gap;
-    return {T(student * level), T(student * by.tilt), T(teacher * by.teacher)};
+    const LogitCoefficients<T>& by = group.by;
+    if (by.tilt == 0) return {T(student * by.student), 0, T(teacher * by.teacher)};
+    const double mean = by.mean_gap - rebase_gap(student_origin, student_to, teacher_origin, teacher_to, 1.0);
+    const double level = by.student + by.tilt * (T(mean) - mean);
+    return {T(student * level), T(student * by.tilt), T(teacher * by.teacher), T(mean)};
   }
 
   double* values(const Row<T>& row) const { return p_.values + row.sample * value_count(p_); }
@@ -910,8 +935,9 @@ class Worker {
     for (int t = 0; t < o_.terms; ++t)
       for (int g = 0; g < o_.term[t].groups(); ++g) {
         const GroupGradient<T>& group = row.group[t][g];
-        const GroupCoefficients<T>& by = group.by;
-        for (const T number : {group.student_origin, group.teacher_origin, by.student, by.tilt, by.teacher})
+        const LogitCoefficients<T>& by = group.by;
+        for (const T number :
+             {group.student_origin, group.teacher_origin, by.student, by.tilt, by.teacher, by.mean_gap})
           *out++ = number;
       }
     if (o_.standardize != Standardize::by_sample) return;
@@ -928,7 +954,8 @@ class Worker {
     row.ce_origin = *in++;
     row.ce_inverse = *in++;
     for (int t = 0; t < o_.terms; ++t)
-      for (int g = 0; g < o_.term[t].groups(); ++g, in += 5) row.group[t][g] = {in[0], in[1], {in[2], in[3], in[4]}};
+      for (int g = 0; g < o_.term[t].groups(); ++g, in += 6)
+        row.group[t][g] = {in[0], in[1], {in[2], in[3], in[4], in[5]}};
     if (o_.standardize == Standardize::by_sample) {
       for (Affine<T>& affine : row.affine) {
         affine.high = *in++;
@@ -949,12 +976,11 @@ class Worker {
   T exponent_[kMaxTerms];
   AddSumsOfTerm add_rest_[kMaxTerms];
   std::array<AddSums<double>, 2> add_few_[kMaxTerms];  // by whether to keep
-  // By whether there is a tilt: without, a gap is not looked at, since it may be infinite.
-  std::array<GradientOfTerm<T>, 2> rest_gradient_[kMaxTerms];
-  std::array<GradientOfTerm<double>, 2> lead_gradient_;
-  Exps<T> kept_[kMaxTerms];  // of the batch's first row
-  int64_t kept_row_ = 0;     // from row to row
-  int kept_leads_size_ = 0;  // of one array of a leading group
+  GradientOfTerm<T> rest_gradient_[kMaxTerms];
+  GradientOfTerm<double> lead_gradient_[2];  // by whether there is a tilt
+  Exps<T> kept_[kMaxTerms];                  // of the batch's first row
+  int64_t kept_row_ = 0;                     // from row to row
+  int kept_leads_size_ = 0;                  // of one array of a leading group
   // What they count from, a tile; only a batch of one has more than one tile.
   std::array<std::pair<double, double>, kKeptClasses / kTile> kept_origin_[kMaxTerms];
 };

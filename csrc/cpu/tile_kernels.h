@@ -541,13 +541,27 @@ inline void each_not_below(Ranked<T, Largest> ranked, int count, T bound, const 
     for (uint64_t bits = hits[word]; bits; bits &= bits - 1) found(word * kWord + __builtin_ctzll(bits));
 }
 
-// What the gradient of one group needs: the logits its exponentials count from, and the coefficients, for gaps of
-// exponents (see stats.h).
+// The gradient in a logit: es * (student + tilt * (gap - mean_gap)) - et * teacher. Gaps are of logits, and count from
+// their mean, since of large ones nothing else is left where one class is sure.
+template <class T>
+struct LogitCoefficients {
+  T student = 0, tilt = 0, teacher = 0, mean_gap = 0;
+
+  // From those for gaps of exponents that count from 0 (see evaluate.h), their mean, and the exponent of a logit of 1.
+  static LogitCoefficients from(const GroupCoefficients<double>& by, double mean_gap, double exponent) {
+    if (by.tilt == 0) return {static_cast<T>(by.student), 0, static_cast<T>(by.teacher)};
+    const T mean = static_cast<T>(mean_gap / exponent);  // rounded, which `student` makes good
+    const double tilt = by.tilt * exponent;
+    return {static_cast<T>(by.student + tilt * mean), static_cast<T>(tilt), static_cast<T>(by.teacher), mean};
+  }
+};
+
+// What the gradient of one group needs: the logits its exponentials count from, and the coefficients.
 template <class T>
 struct GroupGradient {
   T student_origin;
   T teacher_origin;
-  GroupCoefficients<T> by;
+  LogitCoefficients<T> by;
 };
 
 // Writes a vector, or adds it, where `there` classes are left.
@@ -568,21 +582,20 @@ inline __attribute__((always_inline)) void write_vectors(const Classes& classes,
   });
 }
 
-// What a gradient's exponentials are multiplied by: those of the term and of what else it serves. Its tilts are for
-// gaps of logits.
+// What a gradient's exponentials are multiplied by: those of the term and of what else it serves.
 template <class T>
 struct GradientBy {
-  GroupCoefficients<T> by{};
-  GroupCoefficients<T> squares{};
+  LogitCoefficients<T> by{};
+  LogitCoefficients<T> squares{};
   T softmax = 0;
   int squarings = 0;
 };
 
 template <class T, bool Tilt, Also Serves>
 inline Vec<T> gradient_at(Vec<T> es, Vec<T> et, Vec<T> gap, const GradientBy<T>& c) {
-  const auto of = [gap](Vec<T> s, Vec<T> t, const GroupCoefficients<T>& by) INLINED {
+  const auto of = [gap](Vec<T> s, Vec<T> t, const LogitCoefficients<T>& by) INLINED {
     if constexpr (!Tilt) return s * by.student - t * by.teacher;
-    return (s == 0 ? Vec<T>{} : s * (by.student + by.tilt * gap)) - t * by.teacher;
+    return (s == 0 ? Vec<T>{} : s * (by.student + by.tilt * (gap - by.mean_gap))) - t * by.teacher;
   };
   const Vec<T> gradient = of(es, et, c.by);
   if constexpr (Serves == Also::squares) return gradient + of(es * es, et * et, c.squares);
