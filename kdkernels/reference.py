@@ -95,7 +95,9 @@ def standardize(
     unit = torch.exp2(torch.where((unit > 0) & (unit < torch.inf), unit, 1.0).log2().floor())
     eps = objective.eps / unit
     known = known / unit
-    centred = torch.where(there, known - total(known) / count.clamp(min=1), 0.0)
+    mean = total(known) / count.clamp(min=1)
+    mean = mean + total(torch.where(there, known - mean, 0.0)) / count.clamp(min=1)  # exact where all are equal
+    centred = torch.where(there, known - mean, 0.0)
     variance = total(centred.square()) / (count - objective.correction).clamp(min=1)
     deviation = _root(variance + eps / unit) if by_class else _root(variance) + eps
     scaled = torch.where(deviation == 0, 0.0, centred / torch.where(deviation == 0, 1.0, deviation))
