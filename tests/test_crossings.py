@@ -64,9 +64,9 @@ def _completed(start: Chosen, left: set[Chosen], random_numbers: random.Random) 
         best = []
         for value in random_numbers.sample(FEATURES[name], len(FEATURES[name])):
             if legal(row | {name: value}):
-                ordered = sorted(row.items(), key=lambda item: list(FEATURES).index(item[0]))
-                pairs = (tuple(sorted((pair, (name, value)), key=lambda x: ORDER[x[0]])) for pair in ordered)
-                best.append((sum(pair in left for pair in pairs), len(best), value))
+                before = ((item, (name, value)) for item in row.items() if ORDER[item[0]] < ORDER[name])
+                behind = (((name, value), item) for item in row.items() if ORDER[item[0]] > ORDER[name])
+                best.append((sum(pair in left for pair in (*before, *behind)), len(best), value))
         if not best:
             return None
         row[name] = max(best, key=lambda entry: entry[:2])[2]
