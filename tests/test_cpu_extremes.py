@@ -1,19 +1,20 @@
 """The CPU kernels where arithmetic is hard: infinite, huge, tiny and masked logits, groups of one class, factors of
-infinity. Every instruction set, both layouts and both modes."""
+infinity. Every test runs on every instruction set, and every check in both layouts and both modes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from itertools import product
 from typing import Any
 
 import pytest
 import torch
 from helpers import (
+    CPU_PATHS,
     GRADIENT_TOLERANCE,
     LOSS_TOLERANCE,
     Outcome,
-    Path,
     assert_gradient,
     assert_values,
     expected,
@@ -33,7 +34,7 @@ INF = float("inf")
 LAYOUTS = ["rows", "pixels"]
 MASKS = [-INF, torch.finfo(torch.float32).min, -1e10]
 
-pytestmark = [pytest.mark.usefixtures("instruction_set"), pytest.mark.parametrize("layout", LAYOUTS)]
+pytestmark = pytest.mark.usefixtures("instruction_set")
 
 
 @pytest.fixture(params=instruction_sets())
@@ -49,24 +50,38 @@ def laid_out(logits: Tensor, layout: str) -> Tensor:
     return logits.t().contiguous().t() if layout == "pixels" else logits.contiguous()
 
 
-def results(
-    value: Objective, student: Tensor, teacher: Tensor, layout: str, path: Path, **options: Any
-) -> tuple[Outcome, Outcome]:
-    """What the kernels give and what is expected, for the loss of each sample."""
-    call = partial(kdkernels.distillation_loss, objective=value)
-    logits = laid_out(student, layout), laid_out(teacher, layout)
-    got = measured(call, *logits, reduction="none", **options, **path.options)
-    return got, expected(value, student, teacher, reduction="none", **options)
+def results(value: Objective, student: Tensor, teacher: Tensor, **options: Any) -> tuple[list[Outcome], Outcome]:
+    """What the kernels give in each layout and mode, and what is expected, for the loss of each sample."""
+    options["reduction"] = "none"
+    call, got = partial(kdkernels.distillation_loss, objective=value), []
+    for layout, path in product(LAYOUTS, CPU_PATHS):
+        logits = laid_out(student, layout), laid_out(teacher, layout)
+        got.append(measured(call, *logits, **options, **path.options))
+    return got, expected(value, student, teacher, **options)
 
 
-def check(value: Objective, student: Tensor, teacher: Tensor, layout: str, path: Path, **options: Any) -> None:
-    """Holds the loss of each sample and the gradient to the accuracy table."""
-    got, want = results(value, student, teacher, layout, path, **options)
-    bound = LOSS_TOLERANCE[torch.float32] * want.loss.abs().clamp(min=1) + 8 * 2**-24 * weight_of(value)
+def check(value: Objective, student: Tensor, teacher: Tensor, units: float = 1.0, **options: Any) -> None:
+    """Holds the loss of each sample and the gradient to the accuracy table, or to some times that."""
+    every, want = results(value, student, teacher, **options)
+    finite = want.loss.isfinite()
+    for got in every:
+        assert_losses(value, got, want, units)
+        assert_close(got.gradient[finite], want.gradient[finite], units)
+
+
+def assert_losses(value: Objective, got: Outcome, want: Outcome, units: float = 1.0) -> None:
+    """The table's bound for the losses of single samples."""
+    bound = units * LOSS_TOLERANCE[torch.float32] * want.loss.abs().clamp(min=1) + 8 * 2**-24 * weight_of(value)
     error = torch.where(got.loss == want.loss, 0.0, (got.loss - want.loss).abs())
     assert (error <= bound).all(), f"{got.loss}, expected {want.loss}"
-    finite = want.loss.isfinite()
-    assert_gradient(got.gradient[finite], want.gradient[finite], GRADIENT_TOLERANCE[torch.float32])
+
+
+def assert_close(got: Tensor, want: Tensor, units: float = 1.0) -> None:
+    """The table's bound for a gradient, and what float64 rounds where that should be 0."""
+    error, norm = (got - want).norm().item(), want.norm().item()
+    assert error <= units * GRADIENT_TOLERANCE[torch.float32] * norm + 1e-12, (
+        f"gradient: error {error:.3g} of {norm:.3g}"
+    )
 
 
 def weight_of(value: Objective) -> float:
@@ -84,33 +99,42 @@ SINGLES = {
     "gdkd_k1": (objective.gdkd(k=1), 2),
     "kd": (objective.kd(), 1),
     "dkd_ce": (objective.adjust(objective.dkd(), ce_weight=0.5), 2),
-    "two_terms": (Objective((Term(2.0, TARGET), Term(4.0, TARGET, (0.5, 0.5), ((0.0, 1.0), (1.0, 1.0))))), 2),
+    "two_terms": (
+        Objective(
+            (
+                Term(2.0, TARGET, (1.0, 0.0), ((1.0, 0.0), (8.0, 0.0))),
+                Term(4.0, TARGET, (0.5, 0.5), ((0.0, 1.0), (1.0, 1.0))),
+            )
+        ),
+        2,
+    ),
 }
 
 
-@pytest.mark.parametrize("kind", ["class", "sample"])
-@pytest.mark.parametrize("name", SINGLES)
-def test_a_rest_of_one_class_is_standardised(name: str, kind: str, layout: str, cpu_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    # By sample, two classes are always the same two logits.
+    [(name, kind) for name in SINGLES for kind in ("class", "sample") if kind == "class" or SINGLES[name][1] > 2],
+)
+def test_a_rest_of_one_class_is_standardised(name: str, kind: str) -> None:
     value, classes = SINGLES[name]
-    if kind == "sample" and classes < 3:
-        pytest.skip("two standardised classes are always the same two logits")
     student, teacher, target = make_inputs((32, classes), scale=3.0)
     standardized = objective.adjust(value, standardize=kind)
-    check(standardized, student + 2, teacher - 1, layout, cpu_path, target=target)
+    check(standardized, student + 2, teacher - 1, target=target)
 
 
-def test_one_class_far_from_zero_by_class(layout: str, cpu_path: Path) -> None:
+def test_one_class_far_from_zero_by_class() -> None:
     student = torch.tensor([[-3000.0], [10.0], [1.0], [5.0]])
-    check(objective.pr_kd(), student, torch.randn(4, 1), layout, cpu_path)
+    check(objective.pr_kd(), student, torch.randn(4, 1))
 
 
 @pytest.mark.parametrize("offset", [0.0, 100.0, 1e4, 1e6])
 @pytest.mark.parametrize("name", ["dkd", "gdkd", "gdkd3", "gdkd_k1", "two_terms"])
-def test_groups_of_one_class_far_from_zero(name: str, offset: float, layout: str, cpu_path: Path) -> None:
+def test_groups_of_one_class_far_from_zero(name: str, offset: float) -> None:
     value, classes = SINGLES[name]
     for count in (classes, 19):
         student, teacher, target = make_inputs((64, count), scale=3.0)
-        check(value, student + offset, teacher + offset, layout, cpu_path, target=target)
+        check(value, student + offset, teacher + offset, target=target)
 
 
 # Masked classes -----------------------------------------------------------------------------------------------------
@@ -134,15 +158,11 @@ BESIDE = {
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("classes", [20, 2500])
 @pytest.mark.parametrize("name", BESIDE)
-def test_masked_in_the_teacher_beside_a_reverse_group(
-    name: str, classes: int, mask: float, layout: str, cpu_path: Path
-) -> None:
+def test_masked_in_the_teacher_beside_a_reverse_group(name: str, classes: int, mask: float) -> None:
     student, teacher, _ = make_inputs((8, classes), scale=1.0)
     target = torch.arange(8)
     teacher[target, target] = mask
-    got, want = results(BESIDE[name], student, teacher, layout, cpu_path, target=target)
-    assert_values(got.loss, want.loss, LOSS_TOLERANCE[torch.float32])
-    assert_gradient(got.gradient, want.gradient, GRADIENT_TOLERANCE[torch.float32])
+    check(BESIDE[name], student, teacher, target=target)
 
 
 MASKED = {
@@ -158,60 +178,54 @@ MASKED = {
 }
 
 
-@pytest.mark.parametrize("where", ["first", "last", "scattered", "all_but_the_target"])
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("name", MASKED)
-def test_masks(name: str, mask: float, where: str, layout: str, cpu_path: Path) -> None:
+def test_masks(name: str, mask: float) -> None:
     student, teacher, target = make_inputs((8, 70), scale=1.0)
-    target = target % 30 + 20
-    classes, masked = torch.arange(70), torch.zeros(8, 70, dtype=torch.bool)
-    if where == "first":
-        masked = (classes < 20).expand(8, 70)
-    if where == "last":
-        masked = (classes > 55).expand(8, 70)
-    if where == "scattered":
-        masked = torch.rand(8, 70, generator=torch.Generator().manual_seed(0)) < 0.5
-    if where == "all_but_the_target":
-        masked = ~masked
-    masked = masked.clone().scatter_(1, target[:, None], False)
-    student, teacher = student.masked_fill(masked, mask), teacher.masked_fill(masked, mask)
-    got, want = results(MASKED[name], student, teacher, layout, cpu_path, target=target)
-    assert_values(got.loss, want.loss, 4 * LOSS_TOLERANCE[torch.float32])
-    assert got.gradient.isfinite().all()
-    if not MASKED[name].standardize:
-        assert_gradient(got.gradient, want.gradient, GRADIENT_TOLERANCE[torch.float32])
+    target, classes = target % 30 + 20, torch.arange(70).expand(8, 70)
+    scattered = torch.rand(8, 70, generator=torch.Generator().manual_seed(0)) < 0.5
+    for others in (classes < 20, classes > 55, scattered, classes >= 0):
+        masked = others.scatter(1, target[:, None], False)
+        every, want = results(
+            MASKED[name], student.masked_fill(masked, mask), teacher.masked_fill(masked, mask), target=target
+        )
+        for got in every:
+            assert_losses(MASKED[name], got, want)
+            assert got.gradient.isfinite().all()
+            if not MASKED[name].standardize:
+                assert_close(got.gradient, want.gradient)
 
 
 @pytest.mark.parametrize("side", ["student", "teacher"])
 @pytest.mark.parametrize("name", ["kd", "bdd", "dkd_both"])
-def test_a_finite_mask_on_one_side(name: str, side: str, layout: str, cpu_path: Path) -> None:
+def test_a_finite_mask_on_one_side(name: str, side: str) -> None:
     student, teacher, target = make_inputs((8, 70), scale=1.0)
     (student if side == "student" else teacher)[torch.arange(8), (target + 1) % 70] = -1e10
-    check(MASKED[name], student, teacher, layout, cpu_path, target=target)
+    check(MASKED[name], student, teacher, target=target)
 
 
-def test_the_lowest_number_on_one_side_at_a_temperature_of_one(layout: str, cpu_path: Path) -> None:
+def test_the_lowest_number_on_one_side_at_a_temperature_of_one() -> None:
     """An exponent, log2(e) times as large, would overflow."""
     student, teacher, _ = make_inputs((8, 70), scale=1.0)
     student[:, 5] = torch.finfo(torch.float32).min
-    got, want = results(objective.kd(1.0), student, teacher, layout, cpu_path)
-    assert_values(got.loss, want.loss, LOSS_TOLERANCE[torch.float32])
+    every, want = results(objective.kd(1.0), student, teacher)
+    for got in every:
+        assert want.loss.isfinite().all()
+        assert_values(got.loss, want.loss, LOSS_TOLERANCE[torch.float32])
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 3.0, 4.0])
 @pytest.mark.parametrize("value", [-100.0, 1e4])
 @pytest.mark.parametrize("mask", MASKS)
-def test_nothing_but_the_target_beside_cross_entropy(
-    mask: float, value: float, temperature: float, layout: str, cpu_path: Path
-) -> None:
+def test_nothing_but_the_target_beside_cross_entropy(mask: float, value: float, temperature: float) -> None:
     logits = torch.full((2, 20), mask)
     logits[:, 0] = value
     target = torch.zeros(2, dtype=torch.int64)
     for of in (objective.dkd(temperature=temperature), objective.gdkd(k=1, temperature=temperature)):
         with_ce = objective.adjust(of, ce_weight=0.3)
-        got, _ = results(with_ce, logits, logits.clone(), layout, cpu_path, target=target)
-        assert torch.equal(got.loss, torch.zeros(2))
-        assert torch.equal(got.gradient, torch.zeros(2, 20))
+        for got in results(with_ce, logits, logits.clone(), target=target)[0]:
+            assert torch.equal(got.loss, torch.zeros(2))
+            assert torch.equal(got.gradient, torch.zeros(2, 20))
 
 
 # Huge and tiny logits -----------------------------------------------------------------------------------------------
@@ -226,79 +240,76 @@ HUGE = {
 }
 
 
-@pytest.mark.parametrize("size", [1e9, 1e10, 1e15])
+@pytest.mark.parametrize("size", [1e9, 1e10])
 @pytest.mark.parametrize("name", HUGE)
-def test_huge_logits(name: str, size: float, layout: str, cpu_path: Path) -> None:
-    for classes in (20, 100, 2500):
+def test_huge_logits(name: str, size: float) -> None:
+    for classes in (20, 100):
         student, teacher, target = make_inputs((8, classes), scale=1.0)
-        check(HUGE[name], student * size, teacher * size, layout, cpu_path, target=target)
+        check(HUGE[name], student * size, teacher * size, target=target)
+
+
+@pytest.mark.parametrize("size", [1e10, 1e15, 1e25])
+@pytest.mark.parametrize("name", ["kd", "kd_ce", "dkd", "gdkd3"])
+def test_huge_logits_of_many_classes(name: str, size: float) -> None:
+    """Without a reverse KL, whose gradient is a difference of numbers of this size."""
+    student, teacher, target = make_inputs((8, 2500), scale=1.0)
+    check(HUGE[name], student * size, teacher * size, target=target)
 
 
 @pytest.mark.parametrize("size", [1e10, -1e10, 1e20])
 @pytest.mark.parametrize("name", HUGE)
-def test_constant_rows(name: str, size: float, layout: str, cpu_path: Path) -> None:
+def test_constant_rows(name: str, size: float) -> None:
     _, teacher, target = make_inputs((8, 100), scale=1.0)
     student = torch.full((8, 100), size)
-    check(HUGE[name], student, student.clone(), layout, cpu_path, target=target)
-    check(HUGE[name], student, teacher, layout, cpu_path, target=target)
+    check(HUGE[name], student, student.clone(), target=target)
+    check(HUGE[name], student, teacher, target=target)
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e-20, 1e10, 1e25])
 @pytest.mark.parametrize("kind", ["class", "sample"])
-def test_tiny_and_huge_logits_are_standardised(kind: str, size: float, layout: str, cpu_path: Path) -> None:
+def test_tiny_and_huge_logits_are_standardised(kind: str, size: float) -> None:
     for shape in ((8, 50), (40, 3), (100, 300)):
         student, teacher, target = make_inputs(shape, scale=1.0)
         value = objective.adjust(objective.dkd(temperature=1.0), standardize=kind, eps=0.0)
-        got, want = results(value, student * size, teacher * size, layout, cpu_path, target=target)
-        assert_values(got.loss, want.loss, 8 * LOSS_TOLERANCE[torch.float32])
-        assert_gradient(got.gradient, want.gradient, 8 * GRADIENT_TOLERANCE[torch.float32])
+        check(value, student * size, teacher * size, units=4, target=target)
 
 
 @pytest.mark.parametrize("temperature", [20.0, 100.0, 1000.0])
 @pytest.mark.parametrize("classes", [19, 100, 1000])
-def test_single_samples_at_high_temperatures(classes: int, temperature: float, layout: str, cpu_path: Path) -> None:
+def test_single_samples_at_high_temperatures(classes: int, temperature: float) -> None:
     student, teacher, target = make_inputs((64, classes), scale=3.0)
     both = Objective((Term(temperature, WHOLE, groups=((1.0, 1.0),)),))
     for value in (both, objective.dkd(temperature=temperature), objective.gdkd(temperature=temperature)):
-        got, want = results(value, student, teacher, layout, cpu_path, target=target)
-        bound = LOSS_TOLERANCE[torch.float32] * want.loss.abs().clamp(min=1) + 8 * 2**-24 * weight_of(value)
-        assert ((got.loss - want.loss).abs() <= bound).all()
+        every, want = results(value, student, teacher, target=target)
+        for got in every:
+            assert_losses(value, got, want)
 
 
 # Backward -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("factor", [INF, -INF, torch.nan])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=name_of)
-@pytest.mark.parametrize("reduction", ["none", "mean"])
 @pytest.mark.parametrize("standardize", [None, "class", "sample"])
-def test_an_infinite_factor_of_a_sample_that_does_not_count(
-    standardize: str | None, reduction: str, dtype: torch.dtype, factor: float, layout: str, cpu_path: Path
-) -> None:
+def test_an_infinite_factor_of_a_sample_that_does_not_count(standardize: str | None, dtype: torch.dtype) -> None:
     student, teacher, target = make_inputs((6, 9), dtype)
+    target = target.clamp(max=6)
     target[2] = -100
     weight = torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0, 2.0])
-    student = laid_out(student, layout).requires_grad_()
-    loss = kdkernels.dkd_loss(
-        student,
-        laid_out(teacher, layout),
-        target.clamp(max=6),
-        sample_weight=weight,
-        reduction=reduction,
-        standardize=standardize,
-        num_classes=7,
-        **cpu_path.options,
-    )
-    upstream = torch.ones_like(loss)
-    upstream[[2, 4] if loss.dim() else ...] = factor
-    loss.backward(upstream)
-    assert student.grad is not None
-    assert torch.equal(student.grad[[2, 4]], torch.zeros(2, 9, dtype=dtype))
-    assert torch.equal(student.grad[:, 7:], torch.zeros(6, 2, dtype=dtype))
-    assert student.grad.isfinite().all() == bool(loss.dim())
+    options: dict[str, Any] = {"sample_weight": weight, "standardize": standardize, "num_classes": 7}
+    for layout, path, reduction, factor in product(LAYOUTS, CPU_PATHS, ["none", "mean"], [INF, torch.nan]):
+        leaf = laid_out(student, layout).requires_grad_()
+        of = partial(kdkernels.dkd_loss, leaf, laid_out(teacher, layout), target, **options, **path.options)
+        loss = of(reduction=reduction)
+        upstream = torch.ones_like(loss)
+        upstream[[2, 4] if loss.dim() else ...] = factor
+        (gradient,) = torch.autograd.grad(loss, leaf, upstream)
+        assert torch.equal(gradient[[2, 4]], torch.zeros(2, 9, dtype=dtype))
+        assert torch.equal(gradient[:, 7:], torch.zeros(6, 2, dtype=dtype))
+        assert gradient.isfinite().all() == bool(loss.dim())
 
 
 @pytest.mark.parametrize("name", ["kd", "bdd", "dkd_both", "dkd_ce", "gdkd", "lskd", "pr_dkd"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_another_instruction_set_in_backward(name: str, layout: str) -> None:
     student, teacher, target = make_inputs((16, 100), scale=3.0)
     student, teacher = laid_out(student + 2, layout), laid_out(teacher + 2, layout)
@@ -317,6 +328,7 @@ def test_another_instruction_set_in_backward(name: str, layout: str) -> None:
 
 @pytest.mark.parametrize("standardize", [None, "class"])
 @pytest.mark.parametrize("value", [-1, 12, 2**40])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_target_changed_behind_autograds_back(value: int, standardize: str | None, layout: str) -> None:
     student, teacher, target = make_inputs((6, 9))
     leaf = laid_out(student, layout).requires_grad_()
@@ -328,6 +340,7 @@ def test_a_target_changed_behind_autograds_back(value: int, standardize: str | N
         loss.backward()
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_an_ignored_target_may_change(layout: str) -> None:
     student, teacher, target = make_inputs((6, 9))
     target[3] = -100
@@ -339,6 +352,7 @@ def test_an_ignored_target_may_change(layout: str) -> None:
     assert torch.equal(leaf.grad[3], torch.zeros(9))
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_leading_classes_changed_by_a_hook(layout: str) -> None:
     student, teacher, _ = make_inputs((6, 9))
     leaf = laid_out(student, layout).requires_grad_()

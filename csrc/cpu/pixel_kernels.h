@@ -708,13 +708,17 @@ class PixelWorker {
         loss += result.loss;
         for (int g = 0; g < term.groups(); ++g) {
           PixelCoefficients<T>& by = scratch_.by[t][g];
-          const GroupCoefficients<Doubles>& of = result.group[g];
-          const bool tilted = term.group[g].reverse != 0;
-          const Doubles gap = stats[g].student_gap * result.student_inverse[g] / unit(t), tilt = of.tilt * unit(t);
-          store_narrowed(by.mean_gap + i, tilted ? gap : Doubles{});  // rounded, which by.student makes good
-          keep(by.student, tilted ? of.student + tilt * load_widened(by.mean_gap + i) : of.student);
+          Doubles student = result.student_level[g], tilt{}, mean_gap{};
+          if (term.group[g].reverse != 0) {
+            tilt = result.group[g].tilt * unit(t);
+            mean_gap = result.mean_gap[g] / unit(t);
+            store_narrowed(by.mean_gap + i, mean_gap);
+            student += tilt * lost_in_rounding(load_widened(by.mean_gap + i), mean_gap);
+          }
+          store_narrowed(by.mean_gap + i, mean_gap);
+          keep(by.student, student);
           keep(by.tilt, tilt);
-          keep(by.teacher, of.teacher);
+          keep(by.teacher, result.group[g].teacher);
         }
         store_values(i, first_part, result.parts, term.parts());
         first_part += term.parts();

@@ -549,11 +549,9 @@ class Worker {
         *values(row) += losses.loss[i];
         for (int j = 0; j < term.parts() && p_.parts; ++j) values(row)[first_part + j] = losses.parts[j][i];
         for (int g = 0; g < term.groups(); ++g) {
-          const GroupCoefficients<Doubles>& by = result.group[g];
           const GroupStats<Doubles>& of = stats.group[t][g];
-          const double mean_gap = of.student_gap[i] * result.student_inverse[g][i];
           row.group[t][g] = {T(of.student_origin[i]), T(of.teacher_origin[i]),
-                             LogitCoefficients<T>::from({by.student[i], by.tilt[i], by.teacher[i]}, mean_gap, unit(t))};
+                             LogitCoefficients<T>::from(result, g, i, unit(t))};
         }
       }
       first_part += term.parts();

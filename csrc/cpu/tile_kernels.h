@@ -541,18 +541,28 @@ inline void each_not_below(Ranked<T, Largest> ranked, int count, T bound, const 
     for (uint64_t bits = hits[word]; bits; bits &= bits - 1) found(word * kWord + __builtin_ctzll(bits));
 }
 
+// What a rounded number has more than the exact one. If it is next to nothing, the exact one was itself off by as much.
+template <class R>
+inline R lost_in_rounding(R rounded, R exact) {
+  const R lost = rounded - exact;
+  return lost * lost < 0x1p-92 * exact * exact ? R{} : lost;
+}
+
 // The gradient in a logit: es * (student + tilt * (gap - mean_gap)) - et * teacher. Gaps are of logits, and count from
 // their mean, since of large ones nothing else is left where one class is sure.
 template <class T>
 struct LogitCoefficients {
   T student = 0, tilt = 0, teacher = 0, mean_gap = 0;
 
-  // From those for gaps of exponents that count from 0 (see evaluate.h), their mean, and the exponent of a logit of 1.
-  static LogitCoefficients from(const GroupCoefficients<double>& by, double mean_gap, double exponent) {
-    if (by.tilt == 0) return {static_cast<T>(by.student), 0, static_cast<T>(by.teacher)};
-    const T mean = static_cast<T>(mean_gap / exponent);  // rounded, which `student` makes good
-    const double tilt = by.tilt * exponent;
-    return {static_cast<T>(by.student + tilt * mean), static_cast<T>(tilt), static_cast<T>(by.teacher), mean};
+  // From one sample's result; `unit` is what gaps of logits count there.
+  static LogitCoefficients from(const TermResult<Doubles>& result, int g, int sample, double unit) {
+    const auto student = static_cast<T>(result.student_level[g][sample]);
+    const auto teacher = static_cast<T>(result.group[g].teacher[sample]);
+    const double tilt = result.group[g].tilt[sample] * unit, mean_gap = result.mean_gap[g][sample] / unit;
+    if (tilt == 0) return {student, 0, teacher};
+    const double lost = lost_in_rounding<double>(static_cast<T>(mean_gap), mean_gap);
+    return {static_cast<T>(result.student_level[g][sample] + tilt * lost), static_cast<T>(tilt), teacher,
+            static_cast<T>(mean_gap)};
   }
 };
 
