@@ -520,7 +520,11 @@ def gradient_size(crossing: Crossing, inputs: Inputs, valid: Tensor) -> Tensor:
     terms *= 1 + largest[:, None] / min(term.temperature for term in objective.terms)
     counted = sides[0][valid] if objective.standardize == "class" else sides[0]
     deviation = torch.from_numpy(oracle.deviation(objective, counted.numpy()))
-    return size + terms / deviation.where(deviation != 0, math.inf)
+    deviation = deviation.where(deviation != 0, math.inf)
+    if F64 in crossing.dtypes:  # float32's kernels have their moments in double
+        known = sides[0].where(sides[0].isfinite(), 0.0)
+        terms *= 1 + known.abs().amax(0 if objective.standardize == "class" else 1, keepdim=True) / deviation
+    return size + terms / deviation
 
 
 def _term_size(term: Term, a: Tensor, b: Tensor, groups: list[Tensor]) -> Tensor:
