@@ -18,8 +18,10 @@ struct TermResult {
   R loss;
   R parts[1 + kMaxGroups];  // mass, then the groups; unweighted, with the scale
   GroupCoefficients<R> group[kMaxGroups];
-  // On the way: logsumexps of the groups, and the inverse of the student's sums.
+  // On the way: logsumexps of the groups, and the inverse of the student's sums. What remains of the student's
+  // coefficients if gaps are counted from the student's mean gap (as in stats.h), and that mean.
   R student_lse[kMaxGroups], teacher_lse[kMaxGroups], student_inverse[kMaxGroups];
+  R student_level[kMaxGroups], mean_gap[kMaxGroups];
 };
 
 // Both directions by their weights; one without weight drops out even where it is infinite.
@@ -87,7 +89,9 @@ KDK_HOST_DEVICE void add_masses(const Term& term, TermResult<R>& result) {
       const R difference = (log_qs[g] - log_qt[g]) - (log_qs[h] - log_qt[h]);
       reverse_pull += weight == 0 ? R{} : weight * difference;
     }
-    result.group[g].student += slope * result.student_inverse[g] * weighed(term.mass, qs[g] - qt[g], reverse_pull);
+    const R pull = slope * result.student_inverse[g] * weighed(term.mass, qs[g] - qt[g], reverse_pull);
+    result.group[g].student += pull;
+    result.student_level[g] += pull;
   }
   result.loss += weighed(term.mass, forward, reverse);
   result.parts[0] = scale * weighed(term.mass_part, forward, reverse);
@@ -128,6 +132,8 @@ KDK_HOST_DEVICE void evaluate_group(const Term& term, int g, const GroupStats<R>
   result.loss += weighed(weights, forward, reverse);
   result.parts[1 + slot] = scale * weighed(term.group_part[g], forward, reverse);
   result.group[slot].student = slope * student_inverse * weighed(weights, one, student_mean_gap);
+  result.student_level[slot] = slope * Number<R>(weights.forward) * student_inverse;
+  result.mean_gap[slot] = s.student_gap * student_inverse;
   result.group[slot].tilt = -slope * ln2 * Number<R>(weights.reverse) * student_inverse;
   result.group[slot].teacher = slope * Number<R>(weights.forward) * teacher_inverse;
 }

@@ -63,6 +63,8 @@ struct Term {
       if (group[g].reverse != 0) return true;
     return false;
   }
+  // The same of the last group.
+  KDK_HOST_DEVICE bool tilted_rest() const { return group[groups() - 1].reverse != 0; }
 };
 
 enum class Standardize : int { none = 0, by_class = 1, by_sample = 2 };
@@ -81,6 +83,12 @@ struct Objective {
     return count;
   }
   KDK_HOST_DEVICE bool has_ce() const { return ce_weight != 0; }
+  // Whether a sample's target is one of the classes, not only a mark of samples to ignore.
+  KDK_HOST_DEVICE bool has_target() const {
+    bool any = has_ce();
+    for (int t = 0; t < terms; ++t) any = any || term[t].kind == PartitionKind::target;
+    return any;
+  }
   // The cross entropy's weight in the gradient: of one class it has none, whatever is rounded.
   KDK_HOST_DEVICE double ce_slope(int64_t classes) const { return classes > 1 ? ce_weight : 0; }
   // Of two terms.
@@ -100,10 +108,11 @@ struct Objective {
 };
 
 // Numbers that a sample's gradient needs besides the logits: its weight, the cross entropy's maximum and inverse sum,
-// for each group of each term both origins and the coefficients, and what standardises the sample.
+// for each group of each term both origins and the coefficients (the last of them is the CPU's only), and what
+// standardises the sample.
 KDK_HOST_DEVICE int64_t saved_size(const Objective& objective) {
   int64_t size = objective.standardize == Standardize::by_sample ? 3 + 7 : 3;
-  for (int t = 0; t < objective.terms; ++t) size += 5 * objective.term[t].groups();
+  for (int t = 0; t < objective.terms; ++t) size += 6 * objective.term[t].groups();
   return size;
 }
 

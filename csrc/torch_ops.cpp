@@ -204,6 +204,7 @@ Forward forward_cpu(const Tensor& student, const Tensor& teacher, const std::opt
 struct Backward {
   Problem problem;
   Arguments arguments;
+  int64_t valid = 0;  // samples that counted in forward
 
   Backward(const Tensor& grad_loss, const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& target,
            const Tensor& saved, const Tensor& members, const std::vector<int64_t>& structure, const Tensor& numbers,
@@ -217,20 +218,41 @@ struct Backward {
     const double* upstream = arguments.array<double>(grad_loss);
     if (grad_loss.dim() == 0) problem.weight.factor = *upstream;
     if (grad_loss.dim() != 0) problem.weight.given = upstream;
+    const ScalarType dtype = problem.double_arithmetic ? ScalarType::Double : ScalarType::Float;
+    check_saved("saved", saved, dtype, saved_size(problem.objective));
+    check_saved("members", members, ScalarType::Long, members_size(problem.objective));
     problem.saved = saved.data_ptr();
     problem.members = static_cast<int64_t*>(members.data_ptr());
+    problem.double_arithmetic ? check_classes(static_cast<const double*>(problem.saved))
+                              : check_classes(static_cast<const float*>(problem.saved));
   }
 
-  // Samples that counted in forward.
-  int64_t valid() const {
-    const int64_t step = by_pixels(problem) ? 1 : saved_size(problem.objective);
-    const auto count = [&](const auto* weight) {
-      int64_t valid = 0;
-      for (int64_t n = 0; n < problem.samples; ++n) valid += weight[n * step] != 0;
-      return valid;
-    };
-    return problem.double_arithmetic ? count(static_cast<const double*>(problem.saved))
-                                     : count(static_cast<const float*>(problem.saved));
+ private:
+  void check_saved(const char* name, const Tensor& tensor, ScalarType dtype, int64_t size) const {
+    STD_TORCH_CHECK(tensor.scalar_type() == dtype && tensor.is_contiguous() && tensor.numel() == problem.samples * size,
+                    "ValueError: ", name, " must be what forward returned, got ", tensor.numel(), " numbers for ",
+                    problem.samples, " samples");
+  }
+
+  // Counts the valid samples. Their classes are checked once more, since a target can be changed behind autograd's
+  // back: nothing outside the logits may be read.
+  template <class T>
+  void check_classes(const T* weight) {
+    const bool pixels = by_pixels(problem);  // of which only weights are saved
+    const int64_t step = pixels ? 1 : saved_size(problem.objective);
+    const int64_t ranks = pixels ? 0 : members_size(problem.objective);
+    const int64_t* target = problem.objective.has_target() ? problem.target : nullptr;
+    for (int64_t n = 0; n < problem.samples; ++n) {
+      if (weight[n * step] == 0) continue;
+      ++valid;
+      if (target) check_class("target", target[n], n);
+      for (int64_t i = 0; i < ranks; ++i) check_class("members", problem.members[n * ranks + i], n);
+    }
+  }
+
+  void check_class(const char* name, int64_t index, int64_t sample) const {
+    STD_TORCH_CHECK(0 <= index && index < problem.classes, "IndexError: ", name, " must be in [0, ", problem.classes,
+                    ") in backward as it was in forward, got ", index, " for sample ", sample);
   }
 };
 
@@ -245,7 +267,7 @@ Tensor backward_cpu(const Tensor& grad_loss, const Tensor& student, const Tensor
   set_class_statistics(step.problem, step.arguments, moments, sums);
   STD_TORCH_CHECK(moments.has_value() == (step.problem.objective.standardize == Standardize::by_class),
                   "ValueError: moments must be given where, and only where, logits are standardised by class");
-  skip_zeros(step.problem, gradient, step.valid());
+  skip_zeros(step.problem, gradient, step.valid);
   STD_TORCH_CHECK(moments.has_value() == sums.has_value(), "ValueError: sums must be given with moments");
   backward(step.problem, parallel());
   return gradient;

@@ -15,12 +15,16 @@ from kdkernels.objective import Objective, Partition
 from kdkernels.validation import Call
 
 
-def distillation_loss(call: Call) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss and detached parts of a checked call; the loss is differentiable in ``call.student``."""
+def distillation_loss(call: Call, arithmetic: torch.dtype | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss and detached parts of a checked call; the loss is differentiable in ``call.student``.
+
+    ``arithmetic`` is the dtype to compute in, by default the widest that the device has.
+    """
     objective = call.objective
     double = torch.float64 in (call.student.dtype, call.teacher.dtype)
     loss_dtype = torch.float64 if double else torch.float32
-    dtype = torch.float32 if call.student.device.type == "mps" else torch.float64
+    widest = torch.float32 if call.student.device.type == "mps" else torch.float64
+    dtype = arithmetic or widest
     samples = call.student.shape[: call.class_dim] + call.student.shape[call.class_dim + 1 :]
     student, teacher = (
         logits.narrow(call.class_dim, 0, call.num_classes).movedim(call.class_dim, -1).flatten(0, -2).to(dtype)
@@ -47,10 +51,14 @@ def distillation_loss(call: Call) -> tuple[Tensor, dict[str, Tensor]]:
         assert target is not None
         parts["ce"] = torch.nn.functional.cross_entropy(student, target, reduction="none")
         loss = loss + objective.ce_weight * parts["ce"]
+    # Standardised by sample, logits keep their order; beside finfo.min their differences are lost to rounding.
+    ranked = teacher if objective.standardize == "sample" else None
     student, teacher = (standardize(logits, valid, objective, call.process_group) for logits in (student, teacher))
+    ranked = teacher if ranked is None else ranked
     for term, names in zip(objective.terms, objective.part_names(), strict=True):
-        groups = partition_masks(term.partition, teacher, target)
-        a, b = student / term.temperature, teacher / term.temperature
+        groups = partition_masks(term.partition, ranked, target)
+        # Less the maximum before the quotient: that of large logits would lose their digits.
+        a, b = ((logits - _largest(logits)) / term.temperature for logits in (student, teacher))
         kls = [_mass_kls(a, b, groups), *(_group_kls(a, b, group) for group in groups)]
         mixes = term.part_mixes()
         for name, (forward, reverse), weights, mix in zip(names, kls, (term.mass, *term.groups), mixes, strict=True):
@@ -85,9 +93,16 @@ def standardize(
     assert objective.eps is not None
     count = total(there.to(logits.dtype))
     known = torch.where(there, logits, 0.0)
-    centred = torch.where(there, known - total(known) / count.clamp(min=1), 0.0)
+    # In a unit near their size, a power of two for exact quotients, logits near finfo.min and tiny ones have squares.
+    unit = total(known.detach().abs() / (2 * count.clamp(min=1)))
+    unit = torch.exp2(torch.where((unit > 0) & (unit < torch.inf), unit, 1.0).log2().floor())
+    eps = objective.eps / unit
+    known = known / unit
+    mean = total(known) / count.clamp(min=1)
+    mean = mean + total(torch.where(there, known - mean, 0.0)) / count.clamp(min=1)  # exact where all are equal
+    centred = torch.where(there, known - mean, 0.0)
     variance = total(centred.square()) / (count - objective.correction).clamp(min=1)
-    deviation = _root(variance + objective.eps) if by_class else _root(variance) + objective.eps
+    deviation = _root(variance + eps / unit) if by_class else _root(variance) + eps
     scaled = torch.where(deviation == 0, 0.0, centred / torch.where(deviation == 0, 1.0, deviation))
     return torch.where(logits == -torch.inf, logits, scaled)
 
@@ -122,17 +137,24 @@ def _mass_kls(a: Tensor, b: Tensor, groups: list[Tensor]) -> tuple[Tensor, Tenso
 
 def _group_kls(a: Tensor, b: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
     """Forward and reverse KL between the softmaxes inside one group; exactly 0 inside a single class."""
-    log_ps, log_pt = (_log_softmax(x, group) for x in (a, b))
-    single = group.sum(1) == 1
-    forward, reverse = _kl(log_pt, log_ps), _kl(log_ps, log_pt)
-    return torch.where(single, 0.0, forward), torch.where(single, 0.0, reverse)
+    # A single class is left out before the divergence: behind it, an infinite one's gradient would be NaN.
+    several = group & (group.sum(1, keepdim=True) > 1)
+    log_ps, log_pt = (_log_softmax(x, several) for x in (a, b))
+    return _kl(log_pt, log_ps), _kl(log_ps, log_pt)
 
 
 def _log_softmax(x: Tensor, group: Tensor) -> Tensor:
     """log_softmax over a group; -inf outside it, and in all of it where it has no finite class."""
+    x = x - _largest(x.masked_fill(~group, -torch.inf))
     lse = _logsumexp(x, group)[:, None]
     empty = lse == -torch.inf
     return torch.where(group & ~empty, x - torch.where(empty, 0.0, lse), -torch.inf)
+
+
+def _largest(x: Tensor) -> Tensor:
+    """Each row's maximum: less that, no softmax changes, and logits of any size leave room for its logarithms."""
+    largest = x.detach().amax(1, keepdim=True)
+    return torch.where(largest.isfinite(), largest, 0.0)
 
 
 def _logsumexp(x: Tensor, group: Tensor) -> Tensor:

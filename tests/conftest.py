@@ -25,6 +25,13 @@ from helpers import (
 )
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Options of tests/test_fuzz.py."""
+    group = parser.getgroup("fuzz", "random cases (pytest -m fuzz)")
+    group.addoption("--fuzz-cases", type=int, help="number of random cases; 300 with -m fuzz, otherwise 40")
+    group.addoption("--fuzz-seed", type=int, default=0, help="another seed, other cases; 0 by default")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leaves out marked tests unless ``-m`` asks for them, and under Triton's interpreter all but its own."""
     left_out = [name for name in ("large", "cuda") if name not in config.getoption("markexpr")]

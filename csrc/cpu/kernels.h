@@ -107,7 +107,8 @@ void class_moments(const Problem& problem, const Parallel& parallel, double* mom
 // 2 x classes. backward needs them, over all processes, where logits are standardised by class.
 void class_sums(const Problem& problem, const Parallel& parallel, double* sums);
 
-// gradient *= factor, one factor for all samples or one a sample.
+// gradient *= factor, one factor for all samples or one a sample. A gradient of 0 stays 0 whatever the factor, NaN and
+// infinities included: it may be that of a sample that does not count, or of a class that is not compared.
 void scale(const Problem& problem, const double* factor, bool per_sample, const Parallel& parallel);
 
 // Instruction sets of this build, slowest first. -1 stands for the best that the CPU has.

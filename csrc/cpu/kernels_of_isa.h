@@ -109,7 +109,10 @@ inline void scale(const Problem& p, const double* factor, bool per_sample, const
         T by[kMostPixels];
         for (int i = 0; i < runs.size(run); ++i) by[i] = static_cast<T>(factor[per_sample ? first + i : 0]);
         // The inner loop is along memory.
-        const auto scale_one = [](Element& value, T factor) INLINED { narrow(widen(value) * factor, value); };
+        const auto scale_one = [](Element& value, T factor) INLINED {
+          const T gradient = widen(value);
+          narrow(gradient == 0 ? gradient : gradient * factor, value);
+        };
         for (int64_t j = 0; j < p.gradient_classes && planes; ++j)
           for (int i = 0; i < runs.size(run); ++i) scale_one(samples[j * matrix.class_stride + i], by[i]);
         const bool alike = !per_sample && is_dense(p, matrix, p.gradient_classes);  // then the run is one row

@@ -65,6 +65,12 @@ inline void store_narrowed(float* to, Doubles v) {
   __builtin_memcpy(to, &narrowed, sizeof narrowed);
 }
 inline void store_narrowed(double* to, Doubles v) { store(to, v); }
+inline Doubles load_widened(const float* from) {
+  typename VecOfLanes<float, kLanes<double>>::type narrow;
+  __builtin_memcpy(&narrow, from, sizeof narrow);
+  return __builtin_convertvector(narrow, Doubles);
+}
+inline Doubles load_widened(const double* from) { return load(from); }
 template <class T>
 inline Vec<T> load_narrowed(const double* from) {
   T lanes[kLanes<T>];
@@ -85,9 +91,9 @@ struct WideSum {
       high += doubles_of(v, 1);
     }
   }
-  void write(double* to) const {
-    store(to, low);
-    if constexpr (sizeof(T) == 4) store(to + kLanes<double>, high);
+  void write(double* to, double factor = 1) const {
+    store(to, low * factor);
+    if constexpr (sizeof(T) == 4) store(to + kLanes<double>, high * factor);
   }
 };
 
@@ -125,7 +131,7 @@ struct PixelLeaders {
 // What the gradient of one group multiplies exponentials by, a pixel a lane.
 template <class T>
 struct PixelCoefficients {
-  alignas(64) T student[kMostPixels], tilt[kMostPixels], teacher[kMostPixels];
+  alignas(64) T student[kMostPixels], tilt[kMostPixels], teacher[kMostPixels], mean_gap[kMostPixels];
 };
 
 constexpr int groups_of(PartitionKind kind) {
@@ -371,7 +377,7 @@ class PixelWorker {
   void each_chunk(const Body& body) {
     for (int64_t begin = 0; begin < p_.classes; begin += chunk_) body(begin, std::min(begin + chunk_, p_.classes));
   }
-  double unit(int t) const { return origin_unit(exponent(t)); }
+  double unit(int t) const { return exponent(t); }
   T exponent(int t) const { return static_cast<T>(o_.term[t].exponent()); }
 
   void place(int64_t first, int count) {
@@ -486,9 +492,17 @@ class PixelWorker {
             mean[i] = static_cast<T>(static_cast<T>(mean[i]) + sum[i] / std::max(count[i], 1.0));
       }
       for (int i = 0; i < tile_; ++i) {
-        const double there = std::max(count[i], 1.0), m2 = std::max(square[i] - sum[i] * sum[i] / there, 0.0);
+        const double there = std::max(count[i], 1.0);
+        double m2 = std::max(square[i] - sum[i] * sum[i] / there, 0.0);
+        mean[i] = static_cast<T>(mean[i]) + sum[i] / there;
+        if (i < count_ && !(square[i] >= kLeastSquare * there && square[i] < INFINITY)) {
+          const Moments<double> exact = sample_moments(side, i);
+          count[i] = exact.count;
+          mean[i] = exact.mean;
+          m2 = exact.m2;
+        }
         const double factor = o_.factor(count[i], m2);
-        const Affine<T> affine(static_cast<T>(mean[i]) + sum[i] / there, factor);
+        const Affine<T> affine(mean[i], factor);
         scratch_.high[side][i] = affine.high;
         scratch_.factor[side][i] = affine.factor;
         scratch_.offset[side][i] = affine.offset;
@@ -498,6 +512,16 @@ class PixelWorker {
         }
       }
     }
+  }
+
+  // The moments of one pixel of the tile, slowly, whatever the size of its logits.
+  Moments<double> sample_moments(int side, int i) const {
+    const Matrix& matrix = side ? p_.teacher : p_.student;
+    const void* pixel = element(p_, matrix, first_ + i);
+    return moments_in_double(p_.classes, [&](int64_t j) {
+      T held;
+      return *read_classes(matrix, pixel, j, 1, &held);
+    });
   }
 
   // Selects the leading classes of a term by the teacher.
@@ -623,17 +647,10 @@ class PixelWorker {
         }
       }
       for (int g = 0; g < G; ++g) {
-        store_origin(stats[g].student_origin + i, student_top[g], exponent(t), single[g]);
-        store_origin(stats[g].teacher_origin + i, teacher_top[g], exponent(t), single[g]);
+        store_widened(stats[g].student_origin + i, student_top[g]);
+        store_widened(stats[g].teacher_origin + i, teacher_top[g]);
       }
     }
-  }
-
-  // An origin is rounded to T, but for a single class: its own exponent then, in double precision.
-  static void store_origin(double* to, Vec<T> top, T k, bool single) {
-    store_widened(to, single ? top : origin_at(top, broadcast(k)));
-    for (int l = 0; l < W && single; l += kLanes<double>)
-      store(to + l, origin_at(load(to + l), broadcast(static_cast<double>(k))));
   }
 
   void settle_single(PixelStats& stats) const {
@@ -666,9 +683,9 @@ class PixelWorker {
         const int at = j * pitch_ + i;
         const Vec<T> teacher = load(logits_[1] + at);
         const auto members = groups.of(static_cast<T>(begin_ + j), teacher);
-        const Vec<T> xs = exponents(load(logits_[0] + at), members.pick(student_start), k);
-        const Vec<T> xt = exponents(teacher, members.pick(teacher_start), k);
-        const Vec<T> es = exp2(xs), et = exp2(xt), gap = xt - xs;
+        const Vec<T> xs = load(logits_[0] + at) - members.pick(student_start);
+        const Vec<T> xt = teacher - members.pick(teacher_start);
+        const Vec<T> es = exp2(xs * k), et = exp2(xt * k), gap = xt - xs;
         store(exps_[t][0] + at, es);
         store(exps_[t][1] + at, et);
         if constexpr (!Sums) continue;
@@ -687,8 +704,8 @@ class PixelWorker {
       for (int g = 0; g < G; ++g) {
         student_sum[g].write(stats[g].student_sum + i);
         teacher_sum[g].write(stats[g].teacher_sum + i);
-        teacher_gap[g].write(stats[g].teacher_gap + i);
-        student_gap[g].write(stats[g].student_gap + i);
+        teacher_gap[g].write(stats[g].teacher_gap + i, k);
+        student_gap[g].write(stats[g].student_gap + i, k);
       }
     }
   }
@@ -763,13 +780,21 @@ class PixelWorker {
         const Term& term = o_.term[t];
         GroupStats<Doubles> stats[kMaxGroups];
         for (int g = 0; g < term.groups(); ++g) stats[g] = scratch_.stats[t][g].lanes(i);
-        TermResult<Doubles> result;
-        evaluate(term, stats, p_.classes, unit(t), result);
+        const TermResult<Doubles> result = evaluated(term, stats, p_.classes, unit(t));
         loss += result.loss;
         for (int g = 0; g < term.groups(); ++g) {
-          keep(scratch_.by[t][g].student, result.group[g].student);
-          keep(scratch_.by[t][g].tilt, result.group[g].tilt);
-          keep(scratch_.by[t][g].teacher, result.group[g].teacher);
+          PixelCoefficients<T>& by = scratch_.by[t][g];
+          Doubles student = result.student_level[g], tilt{}, mean_gap{};
+          if (term.group[g].reverse != 0) {
+            tilt = result.group[g].tilt * unit(t);
+            mean_gap = result.mean_gap[g] / unit(t);
+            store_narrowed(by.mean_gap + i, mean_gap);
+            student += tilt * lost_in_rounding(load_widened(by.mean_gap + i), mean_gap);
+          }
+          store_narrowed(by.mean_gap + i, mean_gap);
+          keep(by.student, student);
+          keep(by.tilt, tilt);
+          keep(by.teacher, result.group[g].teacher);
         }
         store_values(i, first_part, result.parts, term.parts());
         first_part += term.parts();
@@ -807,14 +832,14 @@ class PixelWorker {
   template <PartitionKind Kind, bool Tilt>
   void add_gradient(int t) const {
     constexpr int G = groups_of(Kind);
-    const T k = exponent(t);
     for (int i = 0; i < tile_; i += W) {
       const PixelGroups<T, Kind> groups(scratch_.leaders[t], o_.term[t].largest, i);
-      Vec<T> student[G], tilt[G], teacher[G], origin[2][G];
+      Vec<T> student[G], tilt[G], teacher[G], mean_gap[G], origin[2][G];
       for (int g = 0; g < G; ++g) {
         student[g] = load(scratch_.by[t][g].student + i);
         tilt[g] = load(scratch_.by[t][g].tilt + i);
         teacher[g] = load(scratch_.by[t][g].teacher + i);
+        mean_gap[g] = load(scratch_.by[t][g].mean_gap + i);
         origin[0][g] = load_narrowed<T>(scratch_.stats[t][g].student_origin + i);
         origin[1][g] = load_narrowed<T>(scratch_.stats[t][g].teacher_origin + i);
         for (Vec<T>& start : {std::ref(origin[0][g]), std::ref(origin[1][g])})
@@ -827,9 +852,10 @@ class PixelWorker {
         const Vec<T> es = load(exps_[t][0] + at), et = load(exps_[t][1] + at);
         Vec<T> by = members.pick(student);
         if constexpr (Tilt) {
-          const Vec<T> xs = exponents(load(logits_[0] + at), members.pick(origin[0]), k);
-          const Vec<T> xt = exponents(logit, members.pick(origin[1]), k);
-          by = es == 0 ? Vec<T>{} : by + members.pick(tilt) * (xt - xs);
+          // A class without probability has no gradient, and one without tilt no gap, however infinite that is.
+          const Vec<T> gap = (logit - members.pick(origin[1])) - (load(logits_[0] + at) - members.pick(origin[0]));
+          const Vec<T> tilted = members.pick(tilt);
+          by = es == 0 ? Vec<T>{} : tilted == 0 ? by : by + tilted * (gap - members.pick(mean_gap));
         }
         const Vec<T> gradient = es * by - et * members.pick(teacher);
         store(gradient_ + at, t == 0 ? gradient : gradient + load(gradient_ + at));

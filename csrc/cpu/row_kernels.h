@@ -28,6 +28,25 @@ struct BatchStats {
   SoftmaxStats<Doubles> ce;
 };
 
+// The result of a term from some samples' statistics, with `unit` as that of their origins. Masses depend on
+// differences of origins only: taken first, they are exact however large the logits are.
+inline TermResult<Doubles> evaluated(const Term& term, const GroupStats<Doubles>* stats, int64_t classes, double unit) {
+  GroupStats<Doubles> relative[kMaxGroups];
+  const int groups = term.groups();
+  const auto set_origins = [&](Doubles GroupStats<Doubles>::* origin) {
+    Doubles top = stats[0].*origin;
+    for (int g = 1; g < groups; ++g) top = stats[g].*origin > top ? stats[g].*origin : top;
+    top = top - top == 0 ? top : Doubles{};
+    for (int g = 0; g < groups; ++g) relative[g].*origin = stats[g].*origin - top;
+  };
+  std::copy_n(stats, groups, relative);
+  set_origins(&GroupStats<Doubles>::student_origin);
+  set_origins(&GroupStats<Doubles>::teacher_origin);
+  TermResult<Doubles> result;
+  evaluate(term, relative, classes, unit, result);
+  return result;
+}
+
 inline void set_lane(GroupStats<Doubles>& batch, int lane, const GroupStats<double>& stats) {
   batch.student_origin[lane] = stats.student_origin;
   batch.teacher_origin[lane] = stats.teacher_origin;
@@ -93,7 +112,8 @@ struct Sweeps {
   // What is wanted of the sweep of a term.
   Also served(int t) const { return softmax() && t > 0 ? Also::nothing : also; }
   bool reverse(int t) const { return any(t, &Term::wants_reverse); }
-  bool tilted(int t) const { return any(t, &Term::tilted); }
+  // Whether the rest's gradient depends on each class's own gap. Else a gap is not looked at: it may be infinite.
+  bool tilted(int t) const { return any(t, &Term::tilted_rest); }
 
  private:
   bool any(int t, bool (Term::*wants)() const) const {
@@ -152,13 +172,15 @@ class Worker {
           add_rest_[t][careful][keep] = problem.moments ? choose_add_sums<T, true>(rest, keep, careful)
                                                         : choose_add_sums<T, false>(rest, keep, careful);
       }
-      const WantedGradient leads{false, term.tilted(), Also::nothing};
       const WantedGradient rest{t > 0 && sweeps_.has(0), sweeps_.tilted(t), sweeps_.served(t)};
-      lead_gradient_[t] = {choose_gradient_of_exps<double>(leads), choose_gradient_of_logits<double, false>(leads)};
       rest_gradient_[t] = {choose_gradient_of_exps<T>(rest), problem.moments
                                                                  ? choose_gradient_of_logits<T, true>(rest)
                                                                  : choose_gradient_of_logits<T, false>(rest)};
       if (term.groups() > 1) kept_leads_size_ = std::max(kept_leads_size_, padded<double>(term.leads()));
+    }
+    for (const bool tilt : {false, true}) {
+      const WantedGradient leads{false, tilt, Also::nothing};
+      lead_gradient_[tilt] = {choose_gradient_of_exps<double>(leads), choose_gradient_of_logits<double, false>(leads)};
     }
     if (keeps(problem)) {
       const int64_t size = padded<T>(p_.classes);
@@ -341,7 +363,7 @@ class Worker {
   }
 
   // That of the origins in the statistics of a term (see stats.h).
-  double unit(int t) const { return origin_unit(exponent_[t]); }
+  double unit(int t) const { return exponent_[t]; }
 
   bool selects(int t) const { return o_.term[t].by_rank() && !repeats(t); }
 
@@ -454,13 +476,10 @@ class Worker {
   template <class R>
   void count_from_maxima(int t, const Tile<R>& tile, const Classes& classes, const SumsTo& to) const {
     GroupStats<double>& stats = to.stats;
-    const double student = origin_at(static_cast<T>(tile_max(tile.student, classes)), exponent_[t]);
-    const double teacher = origin_at(static_cast<T>(tile_max(tile.teacher, classes)), exponent_[t]);
+    const double student = tile_max(tile.student, classes), teacher = tile_max(tile.teacher, classes);
     rebase(stats, std::max(stats.student_origin, student), std::max(stats.teacher_origin, teacher), unit(t));
-    if (to.squares)
-      rebase(*to.squares, origin_of_squares(stats.student_origin), origin_of_squares(stats.teacher_origin),
-             unit(sweeps_.follower));
-    if (to.softmax) rebase(*to.softmax, logit_at(stats.student_origin, exponent_[t]), kLog2E);
+    if (to.squares) rebase(*to.squares, stats.student_origin, stats.teacher_origin, unit(sweeps_.follower));
+    if (to.softmax) rebase(*to.softmax, stats.student_origin, kLog2E);
   }
 
   void merge_into(PartialStats& into, const PartialStats& part) const {
@@ -526,19 +545,17 @@ class Worker {
     int64_t first_part = 2;
     for (int t = 0; t < o_.terms; ++t) {
       const Term& term = o_.term[t];
-      TermResult<Doubles> result, of_others;
-      evaluate(term, stats.group[t], p_.classes, unit(t), result);
-      if (&of_losses != &stats) evaluate(term, of_losses.group[t], p_.classes, unit(t), of_others);
-      const TermResult<Doubles>& losses = &of_losses != &stats ? of_others : result;
+      const TermResult<Doubles> result = evaluated(term, stats.group[t], p_.classes, unit(t));
+      const TermResult<Doubles> losses =
+          &of_losses != &stats ? evaluated(term, of_losses.group[t], p_.classes, unit(t)) : result;
       for (int i = 0; i < count; ++i) {
         Row<T>& row = rows[i];
         *values(row) += losses.loss[i];
         for (int j = 0; j < term.parts() && p_.parts; ++j) values(row)[first_part + j] = losses.parts[j][i];
         for (int g = 0; g < term.groups(); ++g) {
-          const GroupCoefficients<Doubles>& by = result.group[g];
-          row.group[t][g] = {T(stats.group[t][g].student_origin[i]),
-                             T(stats.group[t][g].teacher_origin[i]),
-                             {T(by.student[i]), T(by.tilt[i]), T(by.teacher[i])}};
+          const GroupStats<Doubles>& of = stats.group[t][g];
+          row.group[t][g] = {T(of.student_origin[i]), T(of.teacher_origin[i]),
+                             LogitCoefficients<T>::from(result, g, i, unit(t))};
         }
       }
       first_part += term.parts();
@@ -589,12 +606,10 @@ class Worker {
       const GroupGradient<T>& rest = row.group[t][o_.term[t].groups() - 1];
       GradientBy<T> by{coefficients(t)};
       if (sweeps_.follower >= 0) add(sweeps_.squares() ? by.squares : by.by, coefficients(sweeps_.follower));
-      by.squares.tilt *= 2;  // their exponents' gap is twice as large
       by.squarings = sweeps_.squarings;
-      if (sweeps_.served(t) == Also::softmax) {
-        const double origin = kept_row_ ? kept_origin_[t][row.lane + begin / kTile].first : double(rest.student_origin);
-        by.softmax = softmax_factor(row, logit_at(start(origin), exponent_[t]));
-      }
+      if (sweeps_.served(t) == Also::softmax)
+        by.softmax = softmax_factor(
+            row, kept_row_ ? kept_origin_[t][row.lane + begin / kTile].first : double(rest.student_origin));
       if (kept_row_) {
         rest_gradient_[t].exps(kept(row, t, begin), tile.count, by, out);
       } else {
@@ -680,14 +695,18 @@ class Worker {
     return t > 0 && term.by_rank() && first.by_rank() && term.k == first.k && term.largest == first.largest;
   }
 
-  // What the softmax's exponential of a class is multiplied by in the gradient, if it counts from a logit.
+  // What the softmax's exponential of a class is multiplied by in the gradient, if it counts from a logit. Where that
+  // is -inf, all classes that count from it are masked.
   T softmax_factor(const Row<T>& row, double logit) const {
+    if (logit == -INFINITY) return 0;
     const double factor = std::exp2(kLog2E * (logit - start(double(row.ce_origin))));
     return static_cast<T>(o_.ce_weight) * row.weight * row.ce_inverse * static_cast<T>(factor);
   }
 
-  static void add(GroupCoefficients<T>& to, const GroupCoefficients<T>& other) {
-    to = {to.student + other.student, to.tilt + other.tilt, to.teacher + other.teacher};
+  // Of two terms at one temperature, or of one and nothing: their gaps, where they have any, have the same mean.
+  static void add(LogitCoefficients<T>& to, const LogitCoefficients<T>& other) {
+    to = {to.student + other.student, to.tilt + other.tilt, to.teacher + other.teacher,
+          to.tilt != 0 ? to.mean_gap : other.mean_gap};
   }
 
   void write(const Matrix& matrix, void* row, int64_t begin, int count, const T* from) const {
@@ -813,13 +832,13 @@ class Worker {
     return {next, next + size, o_.term[t].wants_reverse() ? next + 2 * size : nullptr};
   }
 
-  // Statistics of a group of one class. Its own exponents, in double precision, are the origins.
-  GroupStats<double> single(int t, T student, T teacher) const {
+  // Statistics of a group of one class, whose own logits are the origins.
+  static GroupStats<double> single(double student, double teacher) {
     GroupStats<double> stats;
-    stats.student_origin = origin_at<double>(student, exponent_[t]);
-    stats.teacher_origin = origin_at<double>(teacher, exponent_[t]);
-    stats.student_sum = single_sum(stats.student_origin);
-    stats.teacher_sum = single_sum(stats.teacher_origin);
+    stats.student_origin = student;
+    stats.teacher_origin = teacher;
+    stats.student_sum = single_sum(student);
+    stats.teacher_sum = single_sum(teacher);
     return stats;
   }
 
@@ -827,14 +846,15 @@ class Worker {
   GroupStats<double> only_rest(const Row<T>& row, int t) const {
     int64_t j = p_.classes * (p_.classes - 1) / 2;
     for (int rank = 0; p_.classes > 1 && rank < o_.term[t].leads(); ++rank) j -= row.members[t][rank];
-    return single(t, *source(row, 0, j, 1).logits, *source(row, 1, j, 1).logits);
+    const auto seen = [](const Source<T>& of) { return of.affine.high ? of.affine(0, *of.logits) : *of.logits; };
+    return single(seen(source(row, 0, j, 1)), seen(source(row, 1, j, 1)));
   }
 
   // Step 1 for a leading group, which it returns.
   Tile<double> add_leads(const Row<T>& row, int t, int g, GroupStats<double>& stats) {
     const Tile<double> leads = gather(row, t, g);
     if (leads.count == 1) {
-      stats = single(t, static_cast<T>(*leads.student.logits), static_cast<T>(*leads.teacher.logits));
+      stats = single(*leads.student.logits, *leads.teacher.logits);
     } else {
       add_few(t, leads, {leads.count}, kept_leads(row, t, g), stats);
     }
@@ -870,12 +890,13 @@ class Worker {
         double* out = scratch_.leads.data(3 * size) + 2 * size;
         const Exps<double> exps = kept_leads(row, t, g);
         const Tile<double> leads = !exps.student || in_softmax ? gather(row, t, g) : Tile<double>{};
-        const GradientBy<double> by{{group.by.student, group.by.tilt, group.by.teacher}};
+        const GradientBy<double> by{{group.by.student, group.by.tilt, group.by.teacher, group.by.mean_gap}};
+        const GradientOfTerm<double>& gradient = lead_gradient_[term.group[g].reverse != 0];
         if (exps.student) {
-          lead_gradient_[t].exps(exps, count, by, out);
+          gradient.exps(exps, count, by, out);
         } else {
-          lead_gradient_[t].logits(leads.student, leads.teacher, {count}, exponent_[t], group.student_origin,
-                                   group.teacher_origin, by, out, {});
+          gradient.logits(leads.student, leads.teacher, {count}, exponent_[t], group.student_origin,
+                          group.teacher_origin, by, out, {});
         }
         if (in_softmax)
           add_softmax_gradient<double>(leads.student.logits, count, row.ce_origin, softmax_factor(row, row.ce_origin),
@@ -887,24 +908,21 @@ class Worker {
 
   GroupGradient<T> weighed_group(const Row<T>& row, int t, int g) const {
     GroupGradient<T> group = row.group[t][g];
-    group.by = {group.by.student * row.weight, group.by.tilt * row.weight, group.by.teacher * row.weight};
+    for (T* factor : {&group.by.student, &group.by.tilt, &group.by.teacher}) *factor *= row.weight;
     return group;
   }
 
   // Coefficients for a tile's kept exponentials, which count from the origins of when they were computed.
-  GroupCoefficients<T> from_tile_origin(const Row<T>& row, const GroupGradient<T>& group, int t, int64_t begin) const {
-    auto [student_origin, teacher_origin] = kept_origin_[sweeps_.leader(t)][row.lane + begin / kTile];
-    if (!sweeps_.has(t) && sweeps_.squares()) {
-      student_origin = origin_of_squares(student_origin);
-      teacher_origin = origin_of_squares(teacher_origin);
-    }
+  LogitCoefficients<T> from_tile_origin(const Row<T>& row, const GroupGradient<T>& group, int t, int64_t begin) const {
+    const auto [student_origin, teacher_origin] = kept_origin_[sweeps_.leader(t)][row.lane + begin / kTile];
     const double student_to = group.student_origin, teacher_to = group.teacher_origin;
     const double student = rebase_factor(student_origin, student_to, unit(t));
     const double teacher = rebase_factor(teacher_origin, teacher_to, unit(t));
-    const double gap = rebase_gap(student_origin, student_to, teacher_origin, teacher_to, unit(t));
-    const GroupCoefficients<T>& by = group.by;
-    const double level = by.tilt == 0 ? by.student : by.student + by.tilt * gap;
-    return {T(student * level), T(student * by.tilt), T(teacher * by.teacher)};
+    const LogitCoefficients<T>& by = group.by;
+    if (by.tilt == 0) return {T(student * by.student), 0, T(teacher * by.teacher)};
+    const double mean = by.mean_gap - rebase_gap(student_origin, student_to, teacher_origin, teacher_to, 1.0);
+    const double level = by.student + by.tilt * (T(mean) - mean);
+    return {T(student * level), T(student * by.tilt), T(teacher * by.teacher), T(mean)};
   }
 
   double* values(const Row<T>& row) const { return p_.values + row.sample * value_count(p_); }
@@ -919,8 +937,9 @@ class Worker {
     for (int t = 0; t < o_.terms; ++t)
       for (int g = 0; g < o_.term[t].groups(); ++g) {
         const GroupGradient<T>& group = row.group[t][g];
-        const GroupCoefficients<T>& by = group.by;
-        for (const T number : {group.student_origin, group.teacher_origin, by.student, by.tilt, by.teacher})
+        const LogitCoefficients<T>& by = group.by;
+        for (const T number :
+             {group.student_origin, group.teacher_origin, by.student, by.tilt, by.teacher, by.mean_gap})
           *out++ = number;
       }
     if (o_.standardize != Standardize::by_sample) return;
@@ -937,7 +956,8 @@ class Worker {
     row.ce_origin = *in++;
     row.ce_inverse = *in++;
     for (int t = 0; t < o_.terms; ++t)
-      for (int g = 0; g < o_.term[t].groups(); ++g, in += 5) row.group[t][g] = {in[0], in[1], {in[2], in[3], in[4]}};
+      for (int g = 0; g < o_.term[t].groups(); ++g, in += 6)
+        row.group[t][g] = {in[0], in[1], {in[2], in[3], in[4], in[5]}};
     if (o_.standardize == Standardize::by_sample) {
       for (Affine<T>& affine : row.affine) {
         affine.high = *in++;
@@ -959,10 +979,10 @@ class Worker {
   AddSumsOfTerm add_rest_[kMaxTerms];
   std::array<AddSums<double>, 2> add_few_[kMaxTerms];  // by whether to keep
   GradientOfTerm<T> rest_gradient_[kMaxTerms];
-  GradientOfTerm<double> lead_gradient_[kMaxTerms];
-  Exps<T> kept_[kMaxTerms];  // of the batch's first row
-  int64_t kept_row_ = 0;     // from row to row
-  int kept_leads_size_ = 0;  // of one array of a leading group
+  GradientOfTerm<double> lead_gradient_[2];  // by whether there is a tilt
+  Exps<T> kept_[kMaxTerms];                  // of the batch's first row
+  int64_t kept_row_ = 0;                     // from row to row
+  int kept_leads_size_ = 0;                  // of one array of a leading group
   // What they count from, a tile; only a batch of one has more than one tile.
   std::array<std::pair<double, double>, kKeptClasses / kTile> kept_origin_[kMaxTerms];
 };

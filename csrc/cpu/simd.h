@@ -278,36 +278,6 @@ inline V exp2(V x, Which) {
   return exp2(x);
 }
 
-// The exponents of a group of classes, k * logit - origin, where `origin` is that of a logit near their maximum.
-//
-// With fused multiply-add the product is not rounded, so an origin is itself an exponent (of unit 1); without, the
-// difference of logits is what is exact, so an origin is a logit (of unit k). Either way nothing large is rounded.
-#if defined(KDK_AVX512) || defined(KDK_AVX2)
-template <class T>
-inline T origin_at(T maximum, T k) {
-  return maximum * k;
-}
-inline double origin_unit(double) { return 1; }
-inline double origin_of_squares(double origin) { return 2 * origin; }  // of the exponentials
-inline double logit_at(double origin, double k) { return origin / k; }
-template <class R, class T>
-inline R exponents(R logits, R origin, T k) {
-  return logits * k - origin;
-}
-#else
-template <class T>
-inline T origin_at(T maximum, T) {
-  return maximum;
-}
-inline double origin_unit(double k) { return k; }
-inline double origin_of_squares(double origin) { return origin; }
-inline double logit_at(double origin, double) { return origin; }
-template <class R, class T>
-inline R exponents(R logits, R origin, T k) {
-  return (logits - origin) * k;
-}
-#endif
-
 // Natural logarithms and exponentials of doubles, for step 2 on several samples at a time.
 
 inline Vec<double> exp(Vec<double> x) { return exp2(x * kLog2E); }

@@ -104,6 +104,31 @@ inline void add_widened(double* to, Vec<float> v) {
 }
 inline void add_widened(double* to, Vec<double> v) { store(to, load(to) + v); }
 
+// A mean square below this may have lost squares that are too small for a float.
+constexpr double kLeastSquare = 1e-30;
+
+// Moments of the numbers logit(0) to logit(count - 1), all in double precision: slowly, but of numbers of any size.
+// Equal ones deviate by exactly 0.
+template <class Logit>
+Moments<double> moments_in_double(int64_t count, const Logit& logit) {
+  int64_t first = 0;
+  while (first < count && logit(first) == -INFINITY) ++first;
+  if (first == count) return {};
+  double centre = logit(first), there = 0, sum = 0, square = 0;
+  for (const bool centred : {false, true}) {
+    if (centred) centre += sum / there;
+    there = sum = square = 0;
+    for (int64_t i = first; i < count; ++i) {
+      const double v = logit(i), d = v - centre;
+      if (v == -INFINITY) continue;
+      ++there;
+      sum += d;
+      square += d * d;
+    }
+  }
+  return {there, centre + sum / there, std::max(square - sum * sum / there, 0.0)};
+}
+
 // Moments of some classes of one sample.
 template <class T>
 Moments<double> moments_of(const T* logits, int count) {
@@ -127,6 +152,8 @@ Moments<double> moments_of(const T* logits, int count) {
   // The second time from close to the mean, so that nothing cancels in the squares.
   const T centre = static_cast<T>((logits[0] == -INFINITY ? T(0) : logits[0]) + sum / there);
   centred_sums(centre, missing, sum, square);
+  if (!(square >= kLeastSquare * there && square < INFINITY))
+    return moments_in_double(count, [logits](int64_t i) { return logits[i]; });
   return {there, centre + sum / there, std::max(square - sum * sum / there, 0.0)};
 }
 
@@ -233,10 +260,10 @@ struct Deviations {
         s += d;
         q += d * d;
       }
-      // What is no number may be a masked class, or have no centre yet.
+      // What is no number may be a masked class, have no centre yet, or be too large for its square.
       const int end = std::min(i + kLanes<T>, count);
       const Lanes there = (uint64_t{1} << (end - i)) - 1;
-      if ((equal<T>(s - s, Vec<T>{}) & there) == there) {
+      if ((equal<T>(q - q, Vec<T>{}) & there) == there) {
         add_widened(sum + i, s);
         add_widened(square + i, q);
       } else {
@@ -300,8 +327,16 @@ void class_moments_of(const Problem& p, const Matrix& matrix, int64_t begin, int
     counts[j] = static_cast<double>(valid) - deviations.missing[j];
     const double there = std::max(counts[j], 1.0), sum = deviations.sum[j];
     means[j] = counts[j] == 0 ? 0 : deviations.centre[j] + sum / there;
-    const double m2 = deviations.square[j] - sum * sum / there;
-    m2s[j] = m2 < 0 ? 0 : m2;
+    m2s[j] = std::max(deviations.square[j] - sum * sum / there, 0.0);
+    if (!(deviations.square[j] < kLeastSquare * there)) continue;
+    const auto logit = [&](int64_t n) {
+      T held;
+      if (p.weight(first + n) == 0) return T(-INFINITY);
+      return *read_classes(matrix, element(p, matrix, first + n), begin + j, 1, &held);
+    };
+    const Moments<double> moments = moments_in_double(last - first, logit);
+    means[j] = moments.mean;
+    m2s[j] = moments.m2;
   }
 }
 

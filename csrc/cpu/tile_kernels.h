@@ -314,7 +314,11 @@ class SumsBefore {
   SoftmaxStats<double> softmax_;
 };
 
-// Adds a tile's sums to statistics. `Careful` is right for every logit, if the origins are no smaller than the tile's
+// Adds a tile's sums to statistics. A class's exponential is 2^(k * (logit - origin)), with a logit near the maximum as
+// origin: the difference of logits that are close is exact, however large they are. Gaps are differences of logits
+// here, which stay finite where an exponent does not.
+//
+// `Careful` is right for every logit, if the origins are no smaller than the tile's
 // maxima; without, sums that pass `plausible` are right, for any origins.
 template <class T, bool ByClass, bool Reverse, Also Serves, bool Keep, bool Careful>
 void add_sums(const Source<T>& student, const Source<T>& teacher, const Classes& classes, T k, const SumsTo& to,
@@ -327,9 +331,9 @@ void add_sums(const Source<T>& student, const Source<T>& teacher, const Classes&
       classes,
       [&, student, teacher, ahead, exps, times = to.squarings](int i, auto lanes, int chain) INLINED {
         ahead.fetch(i, chain);
-        const Vec<T> xs = exponents(student.template seen_at<ByClass>(i, lanes), student_start, k);
-        const Vec<T> xt = exponents(teacher.template seen_at<ByClass>(i, lanes), teacher_start, k);
-        const Vec<T> es = exp2(xs, lanes), et = exp2(xt, lanes), gap = xt - xs;
+        const Vec<T> xs = student.template seen_at<ByClass>(i, lanes) - student_start;
+        const Vec<T> xt = teacher.template seen_at<ByClass>(i, lanes) - teacher_start;
+        const Vec<T> es = exp2(xs * k, lanes), et = exp2(xt * k, lanes), gap = xt - xs;
         constexpr bool may_be_zero = Careful || std::is_same_v<decltype(lanes), Lanes>;
         sums.template add<may_be_zero>(chain, es, et, gap);
         if constexpr (Serves == Also::squares) squares.template add<may_be_zero>(chain, es * es, et * et, gap);
@@ -345,8 +349,8 @@ void add_sums(const Source<T>& student, const Source<T>& teacher, const Classes&
         if constexpr (Serves == Also::squares) squares.flush();
         if constexpr (Serves == Also::softmax) softmax.flush();
       });
-  sums.add_to(to.stats, 1);
-  if constexpr (Serves == Also::squares) squares.add_to(*to.squares, 2);
+  sums.add_to(to.stats, k);
+  if constexpr (Serves == Also::squares) squares.add_to(*to.squares, 2 * double(k));
   if constexpr (Serves == Also::softmax) to.softmax->sum += softmax.total();
 }
 
@@ -542,12 +546,37 @@ inline void each_not_below(Ranked<T, Largest> ranked, int count, T bound, const 
     for (uint64_t bits = hits[word]; bits; bits &= bits - 1) found(word * kWord + __builtin_ctzll(bits));
 }
 
-// What the gradient of one group needs: where its exponentials count from, and the coefficients.
+// What a rounded number has more than the exact one. If it is next to nothing, the exact one was itself off by as much.
+template <class R>
+inline R lost_in_rounding(R rounded, R exact) {
+  const R lost = rounded - exact;
+  return lost * lost < 0x1p-92 * exact * exact ? R{} : lost;
+}
+
+// The gradient in a logit: es * (student + tilt * (gap - mean_gap)) - et * teacher. Gaps are of logits, and count from
+// their mean, since of large ones nothing else is left where one class is sure.
+template <class T>
+struct LogitCoefficients {
+  T student = 0, tilt = 0, teacher = 0, mean_gap = 0;
+
+  // From one sample's result; `unit` is what gaps of logits count there.
+  static LogitCoefficients from(const TermResult<Doubles>& result, int g, int sample, double unit) {
+    const auto student = static_cast<T>(result.student_level[g][sample]);
+    const auto teacher = static_cast<T>(result.group[g].teacher[sample]);
+    const double tilt = result.group[g].tilt[sample] * unit, mean_gap = result.mean_gap[g][sample] / unit;
+    if (tilt == 0) return {student, 0, teacher};
+    const double lost = lost_in_rounding<double>(static_cast<T>(mean_gap), mean_gap);
+    return {static_cast<T>(result.student_level[g][sample] + tilt * lost), static_cast<T>(tilt), teacher,
+            static_cast<T>(mean_gap)};
+  }
+};
+
+// What the gradient of one group needs: the logits its exponentials count from, and the coefficients.
 template <class T>
 struct GroupGradient {
   T student_origin;
   T teacher_origin;
-  GroupCoefficients<T> by;
+  LogitCoefficients<T> by;
 };
 
 // Writes a vector, or adds it, where `there` classes are left.
@@ -571,17 +600,17 @@ inline __attribute__((always_inline)) void write_vectors(const Classes& classes,
 // What a gradient's exponentials are multiplied by: those of the term and of what else it serves.
 template <class T>
 struct GradientBy {
-  GroupCoefficients<T> by{};
-  GroupCoefficients<T> squares{};
+  LogitCoefficients<T> by{};
+  LogitCoefficients<T> squares{};
   T softmax = 0;
   int squarings = 0;
 };
 
 template <class T, bool Tilt, Also Serves>
 inline Vec<T> gradient_at(Vec<T> es, Vec<T> et, Vec<T> gap, const GradientBy<T>& c) {
-  const auto of = [gap](Vec<T> s, Vec<T> t, const GroupCoefficients<T>& by) INLINED {
+  const auto of = [gap](Vec<T> s, Vec<T> t, const LogitCoefficients<T>& by) INLINED {
     if constexpr (!Tilt) return s * by.student - t * by.teacher;
-    return (s == 0 ? Vec<T>{} : s * (by.student + by.tilt * gap)) - t * by.teacher;
+    return (s == 0 ? Vec<T>{} : s * (by.student + by.tilt * (gap - by.mean_gap))) - t * by.teacher;
   };
   const Vec<T> gradient = of(es, et, c.by);
   if constexpr (Serves == Also::squares) return gradient + of(es * es, et * et, c.squares);
@@ -598,16 +627,16 @@ void gradient_of_exps(const Exps<T>& exps, int count, const GradientBy<T>& by, T
   });
 }
 
-// The same from the logits, whose exponents count from the given origins.
+// The same from the logits, whose exponentials count from the given origins.
 template <class T, bool ByClass, bool Add, bool Tilt, Also Serves>
 void gradient_of_logits(const Source<T>& student, const Source<T>& teacher, const Classes& classes, T k,
                         T student_origin, T teacher_origin, const GradientBy<T>& by, T* out, const Ahead& ahead) {
   const Vec<T> student_start = broadcast(start(student_origin)), teacher_start = broadcast(start(teacher_origin));
   write_vectors<T, Add>(classes, out, [&, student, teacher, by, ahead](int i, auto lanes, int chain) INLINED {
     ahead.fetch(i, chain);
-    const Vec<T> xs = exponents(student.template seen_at<ByClass>(i, lanes), student_start, k);
-    const Vec<T> xt = exponents(teacher.template seen_at<ByClass>(i, lanes), teacher_start, k);
-    return gradient_at<T, Tilt, Serves>(exp2(xs, lanes), exp2(xt, lanes), xt - xs, by);
+    const Vec<T> xs = student.template seen_at<ByClass>(i, lanes) - student_start;
+    const Vec<T> xt = teacher.template seen_at<ByClass>(i, lanes) - teacher_start;
+    return gradient_at<T, Tilt, Serves>(exp2(xs * k, lanes), exp2(xt * k, lanes), xt - xs, by);
   });
 }
 
