@@ -491,26 +491,36 @@ class PixelWorker {
           for (int i = 0; i < tile_; ++i)
             mean[i] = static_cast<T>(static_cast<T>(mean[i]) + sum[i] / std::max(count[i], 1.0));
       }
-      for (int i = 0; i < tile_; ++i) {
-        const double there = std::max(count[i], 1.0);
-        double m2 = std::max(square[i] - sum[i] * sum[i] / there, 0.0);
-        mean[i] = static_cast<T>(mean[i]) + sum[i] / there;
-        if (i < count_ && !(square[i] >= kLeastSquare * there && square[i] < INFINITY)) {
-          const Moments<double> exact = sample_moments(side, i);
-          count[i] = exact.count;
-          mean[i] = exact.mean;
-          m2 = exact.m2;
-        }
-        const double factor = o_.factor(count[i], m2);
-        const Affine<T> affine(mean[i], factor);
-        scratch_.high[side][i] = affine.high;
-        scratch_.factor[side][i] = affine.factor;
-        scratch_.offset[side][i] = affine.offset;
-        if (side == 0) {
-          const double degrees = o_.degrees(count[i]), deviation = std::sqrt(m2 / degrees);
-          scratch_.unit_slope[i] = static_cast<T>(deviation == 0 ? 0 : 1 / (deviation * factor * degrees));
-        }
-      }
+      set_affines(side);
+    }
+  }
+
+  // What standardises each pixel of a side, from the sums of deviations from the means so far, and of their squares.
+  void set_affines(int side) {
+    auto& [count, mean, sum, square] = scratch_.moments;
+    bool right[kMostPixels];
+    for (int i = 0; i < tile_; ++i) {
+      const double there = std::max(count[i], 1.0);
+      right[i] = square[i] >= kLeastSquare * there && square[i] < INFINITY;
+      square[i] = std::max(square[i] - sum[i] * sum[i] / there, 0.0);
+      mean[i] = static_cast<T>(mean[i]) + sum[i] / there;
+    }
+    for (int i = 0; i < count_; ++i) {
+      if (right[i]) continue;
+      const Moments<double> exact = sample_moments(side, i);
+      count[i] = exact.count;
+      mean[i] = exact.mean;
+      square[i] = exact.m2;
+    }
+    for (int i = 0; i < tile_; ++i) {
+      const double factor = o_.factor(count[i], square[i]);
+      const Affine<T> affine(mean[i], factor);
+      scratch_.high[side][i] = affine.high;
+      scratch_.factor[side][i] = affine.factor;
+      scratch_.offset[side][i] = affine.offset;
+      if (side == 1) continue;
+      const double degrees = o_.degrees(count[i]), deviation = std::sqrt(square[i] / degrees);
+      scratch_.unit_slope[i] = static_cast<T>(deviation == 0 ? 0 : 1 / (deviation * factor * degrees));
     }
   }
 
