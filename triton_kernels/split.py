@@ -237,7 +237,7 @@ def merge_kernel(
     samples = block.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     there = samples < count
     targets, weights, valid = read_samples(target, weight, samples, there, class_count, ignore_index, dtype)
-    weights = weights * read_factor(scale, divisor).to(dtype)
+    weights = tl.where(valid, weights * read_factor(scale, divisor).to(dtype), 0.0)
     part = tl.arange(0, PARTS)
     row = samples[:, None] * parts + part[None, :]
     mask = there[:, None] & (part < parts)[None, :]
@@ -260,7 +260,8 @@ def merge_kernel(
     first = tl.full((), 0, tl.int32)
     for i in tl.static_range(len(TERMS)):
         exponent = number(numbers, low, TERMS[i][5] + EXPONENT)
-        of_rest = merge_along(load_parts(stats, row, mask, PART, part_column(TERMS, i, ASIDE, _REST), TERMS[i], dtype))
+        of_rest = load_parts(stats, row, mask, PART, part_column(TERMS, i, ASIDE, _REST), TERMS[i], dtype)
+        of_rest = merge_along(of_rest, exponent)
         of_single = of_rest
         of_top = of_rest
         if by_rank(TERMS[i][0]) and ASIDE:
@@ -287,7 +288,7 @@ def merge_kernel(
             of_top, of_others, _ = statistics(
                 (s,), (t,), (single,), (top & inside,), exponent, TERMS[i][0], TERMS[i][2], TERMS[i][3]
             )
-            of_rest = merge(of_rest, of_others)
+            of_rest = merge(of_rest, of_others, exponent)
             if has_single(TERMS[i][0]):
                 of_single = statistics_of_single(only((s,), (single,)), only((t,), (single,)))
             # Parts may have more equals of the k-th than they have candidates: those come after the last one taken.
@@ -303,9 +304,8 @@ def merge_kernel(
                 )
                 of_single = statistics_of_single(tl.sum(of_student, 1).to(dtype), tl.sum(of_teacher, 1).to(dtype))
             if by_rank(TERMS[i][0]):
-                of_top = merge_along(
-                    load_parts(stats, row, mask, PART, part_column(TERMS, i, ASIDE, _TOP), TERMS[i], dtype)
-                )
+                of_top = load_parts(stats, row, mask, PART, part_column(TERMS, i, ASIDE, _TOP), TERMS[i], dtype)
+                of_top = merge_along(of_top, exponent)
         groups = groups_with(of_single, of_top, of_rest, TERMS[i][0])
         of_term, of_parts, coefficients = evaluate(
             groups,
@@ -322,7 +322,7 @@ def merge_kernel(
         values = values + of_parts
         save_term(saved, samples, there, groups, coefficients, COLUMNS[1], TERMS[i][6])
 
-    store_columns(saved, (tl.where(valid, weights, 0.0),) + softmax, samples, there, COLUMNS[1], 0)
+    store_columns(saved, (weights,) + softmax, samples, there, COLUMNS[1], 0)
     write_results(tl.where(valid, loss * weights, 0.0), 0, losses, block, samples, there, 1, EACH)
     if part_losses is not None:
         for i in tl.static_range(len(values)):
