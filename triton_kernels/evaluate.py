@@ -7,7 +7,6 @@ masses and coefficients are in the arithmetic's type.
 import triton
 import triton.language as tl
 from kdkernels.triton_kernels.objective import EXPONENT, GROUP, MASS, groups_of, has_single, number
-from kdkernels.triton_kernels.stats import start
 
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -58,19 +57,10 @@ def log_of_one_plus(x, most: tl.constexpr):
 
 
 @triton.jit
-def largest_origin(stats, SIDE: tl.constexpr):
-    """The largest origin of the groups, of the student (0) or the teacher (1); 0 where every class is masked."""
-    largest = stats[0][SIDE]
-    for g in tl.static_range(1, len(stats)):
-        largest = tl.maximum(largest, stats[g][SIDE])
-    return start(largest)
-
-
-@triton.jit
-def log_sum_exp(origin, largest, nats, empty, log_sum):
-    """A group's logsumexp less the largest origin's, in float64; a logit is ``nats``. -inf without any probability."""
-    distance = tl.where(empty, 0.0, origin.to(tl.float64) - largest.to(tl.float64))
-    return tl.where(empty, float("-inf"), tl.fma(distance, tl.full(distance.shape, nats, tl.float64), log_sum))
+def log_sum_exp(origin, nats, empty, log_sum):
+    """A group's logsumexp, in float64: origins, so many nats each, may be large. -inf without any probability."""
+    origin = tl.where(empty, 0.0, origin).to(tl.float64)
+    return tl.where(empty, float("-inf"), tl.fma(origin, tl.full(origin.shape, nats, tl.float64), log_sum))
 
 
 @triton.jit
@@ -161,14 +151,13 @@ def evaluate(
     student_lses = ()
     teacher_lses = ()
     student_inverses = ()
-    student_largest, teacher_largest = largest_origin(stats, 0), largest_origin(stats, 1)
     for g in tl.static_range(GROUPS):
         student_origin, teacher_origin, student_sum, teacher_sum, teacher_gap, student_gap = stats[g]
         no_student, no_teacher = student_sum == 0, teacher_sum == 0
         if g == 0 and has_single(KIND):  # its sums are 1, and inside it there is no divergence
             student_inverse = student_sum.to(dtype)
-            student_lse = log_sum_exp(student_origin, student_largest, nats, no_student, 0.0)
-            teacher_lse = log_sum_exp(teacher_origin, teacher_largest, nats, no_teacher, 0.0)
+            student_lse = log_sum_exp(student_origin, nats, no_student, 0.0)
+            teacher_lse = log_sum_exp(teacher_origin, nats, no_teacher, 0.0)
             of_groups = of_groups + ((zero, zero),)
             coefficients = coefficients + ((zero, zero, zero),)
         else:
@@ -200,8 +189,8 @@ def evaluate(
             coefficients = coefficients + ((student, tilt, slope * forward_weight * teacher_inverse),)
             if GROUPS > 1:
                 log_sum = log(tl.where(no_student, 1.0, student_sum), LOG_TERMS)
-                student_lse = log_sum_exp(student_origin, student_largest, nats, no_student, log_sum)
-                teacher_lse = log_sum_exp(teacher_origin, teacher_largest, nats, no_teacher, log_sum + log_ratio)
+                student_lse = log_sum_exp(student_origin, nats, no_student, log_sum)
+                teacher_lse = log_sum_exp(teacher_origin, nats, no_teacher, log_sum + log_ratio)
         if GROUPS > 1:
             student_lses = student_lses + (student_lse,)
             teacher_lses = teacher_lses + (teacher_lse,)
