@@ -369,9 +369,9 @@ def test_finite_masks_standardised_by_sample(name: str, layout: str) -> None:
     """The masks are logits like the others, but their squares overflow."""
     case = ALL[name]
     student, teacher, _ = make_inputs(LAYOUTS[layout])
-    for value in (-1e20, -1e30):
-        student[:, 3:8], teacher[:, 6:9] = value, value
-        check(case, student, teacher, FUSED, LAST)
+    # So far down that the other logits tie in float64, too: their ranks are the same in every precision.
+    student[:, 3:8], teacher[:, 6:9] = -1e30, -1e30
+    check(case, student, teacher, FUSED, LAST)
     # The gradient is of the smallest numbers that there are.
     student[:, 3:8], teacher[:, 6:9] = LOWEST, LOWEST
     want = expected(case.objective, student, teacher)
