@@ -120,6 +120,10 @@ KINDS = [
     Call("gdkd", (2, 128256), BF16),
     Call("gdkd", (2, 21, 5, 7)),
     Call("kd", (2, 19, 16, 16), BF16),
+    # Two selections, of split rows and pixels.
+    Call("best_and_worst", (2, 33000)),
+    Call("best_and_worst", (1, 150, 16, 16)),
+    Call("best_and_worst", (2, 4097), F64),
     Call("pr_dkd", (64, 1000), BF16),
     Call("dkd", (64, 1000), BF16, options={**RECOMPUTE, "reduction": "none"}),
     Call("kd", (64, 1000), options={"reduction": "none"}),

@@ -83,7 +83,7 @@ def statistics_again(held, matrices, row, k, nothing, TILES: tl.constexpr, TERMS
     for c in tl.static_range(1, TILES):
         if c * TILE < row[0]:
             largest = with_maxima(largest, look(held, matrices, row, nothing, c, TERMS), TERMS)
-    of_top, of_rest = origins_from(largest, k)
+    of_top, of_rest = origins_from(largest)
     nothing = 2 * nothing
     sums = with_sums((), look(held, matrices, row, nothing, 0, TERMS), of_top, of_rest, k, TERMS)
     for c in tl.static_range(1, TILES):

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from kdkernels.triton_kernels.layout import CLASSES, SAMPLES, load_tile, locate, multiple, offsets, reveal
 from kdkernels.triton_kernels.samples import read_samples
+from kdkernels.triton_kernels.stats import square_scale
 from kdkernels.triton_kernels.sweep import read_kept, standardized_tile, term_gradients
 
 
@@ -15,24 +16,29 @@ from kdkernels.triton_kernels.sweep import read_kept, standardized_tile, term_gr
 def tile_moments(tiles):
     """Count, mean and sum of squared deviations over the tiles, at each place of them, without masked logits."""
     zero = tl.zeros_like(tiles[0])
+    largest = zero
+    for c in tl.static_range(len(tiles)):
+        largest = tl.maximum(largest, tl.where(tiles[c] != float("-inf"), tl.abs(tiles[c]), 0.0))
+    scale, unit = square_scale(largest)
     count = zero
     sum_ = zero
     for c in tl.static_range(len(tiles)):
         counted = tiles[c] != float("-inf")
         count += tl.where(counted, 1.0, 0.0).to(zero.dtype)
-        sum_ += tl.where(counted, tiles[c], 0.0)
+        sum_ += tl.where(counted, tiles[c] * scale, 0.0)
     some = tl.maximum(count, 1.0)
     centre = sum_ / some
     # From close to the mean, so that nothing cancels in the squares.
     sum_ = zero
     square = zero
     for c in tl.static_range(len(tiles)):
-        deviation = tl.where(tiles[c] != float("-inf"), tiles[c] - centre, 0.0)
+        deviation = tl.where(tiles[c] != float("-inf"), tl.fma(tiles[c], scale, -centre), 0.0)
         sum_ += deviation
         square = tl.fma(deviation, deviation, square)
     rest = sum_ / some
     square = tl.maximum(square - sum_ * rest, 0.0)
-    return count, centre.to(tl.float64) + rest.to(tl.float64), square.to(tl.float64)
+    unit = unit.to(tl.float64)
+    return count, (centre.to(tl.float64) + rest.to(tl.float64)) * unit, square.to(tl.float64) * unit * unit
 
 
 @triton.jit

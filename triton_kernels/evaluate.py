@@ -57,10 +57,10 @@ def log_of_one_plus(x, most: tl.constexpr):
 
 
 @triton.jit
-def log_sum_exp(origin, unit, empty, log_sum):
+def log_sum_exp(origin, nats, empty, log_sum):
     """A group's logsumexp, in float64: origins, so many nats each, may be large. -inf without any probability."""
     origin = tl.where(empty, 0.0, origin).to(tl.float64)
-    return tl.where(empty, float("-inf"), tl.fma(origin, tl.full(origin.shape, unit, tl.float64), log_sum))
+    return tl.where(empty, float("-inf"), tl.fma(origin, tl.full(origin.shape, nats, tl.float64), log_sum))
 
 
 @triton.jit
@@ -189,8 +189,8 @@ def evaluate(
             coefficients = coefficients + ((student, tilt, slope * forward_weight * teacher_inverse),)
             if GROUPS > 1:
                 log_sum = log(tl.where(no_student, 1.0, student_sum), LOG_TERMS)
-                student_lse = log_sum_exp(student_origin, LN2, no_student, log_sum)
-                teacher_lse = log_sum_exp(teacher_origin, LN2, no_teacher, log_sum + log_ratio)
+                student_lse = log_sum_exp(student_origin, nats, no_student, log_sum)
+                teacher_lse = log_sum_exp(teacher_origin, nats, no_teacher, log_sum + log_ratio)
         if GROUPS > 1:
             student_lses = student_lses + (student_lse,)
             teacher_lses = teacher_lses + (teacher_lse,)

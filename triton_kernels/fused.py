@@ -136,7 +136,7 @@ def fused_kernel(
     block = tl.program_id(0)
     outer, within, samples, there = locate(block, sizes, BLOCK_N)
     targets, weights, valid = read_samples(target, weight, samples, there, class_count, ignore_index, dtype)
-    weights = weights * read_factor(scale, divisor).to(dtype)
+    weights = tl.where(valid, weights * read_factor(scale, divisor).to(dtype), 0.0)
     classes = ()
     raw = ()
     t = ()
@@ -260,7 +260,7 @@ def fused_kernel(
         slope, level = slope * product.to(dtype), level * sum_.to(dtype)
         of_student = (high, factor, offset, slope, level)
     if saved is not None:
-        header = (tl.where(valid, weights, 0.0),) + softmax + of_student + of_teacher
+        header = (weights,) + softmax + of_student + of_teacher
         store_columns(saved, header, samples, there, COLUMNS[1], 0)
     if gradient is not None:
         ending = (gradient_strides, gradient_classes, targets, softmax, of_entropy)

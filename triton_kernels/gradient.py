@@ -44,7 +44,9 @@ def gradient_of(
         teacher = tl.where(top, of_top[2][:, None], teacher)
     result = et * -teacher
     if TILT:
-        result += tl.where(es > 0, es * tl.fma(gap, tilt, student), es)
+        # The gap is infinite at a class that only the teacher masks: a group without reverse weight leaves it out.
+        tilted = tl.where(tilt == 0, student, tl.fma(gap, tilt, student))
+        result += tl.where(es > 0, es * tilted, es)
     else:
         result = tl.fma(es, student, result)
     if has_single(KIND) and WITH_SINGLE:

@@ -79,7 +79,10 @@ def scale_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Multiplies one tile of a gradient in place; a factor of 1 for all touches no memory."""
+    """Multiplies one tile of a gradient in place; a factor of 1 for all touches no memory.
+
+    What is 0 stays 0 even if the factor is infinite or NaN: samples that do not count and padding have no gradient.
+    """
     dtype: tl.constexpr = tl.float64 if gradient.dtype.element_ty == tl.float64 else tl.float32
     if not EACH and tl.load(factor) == 1:
         return
@@ -95,4 +98,5 @@ def scale_kernel(
     if AXIS == CLASSES:
         inside = classes < multiple(class_count, WIDE)
     mask = there[:, None] & inside[None, :]
-    tl.store(at, tl.load(at, mask=mask, other=0.0).to(dtype) * by[:, None], mask=mask)
+    values = tl.load(at, mask=mask, other=0.0).to(dtype)
+    tl.store(at, tl.where(values == 0, values, values * by[:, None]), mask=mask)

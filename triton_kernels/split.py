@@ -83,6 +83,31 @@ def store_part(stats, of_group, row, there, PART: tl.constexpr, column: tl.const
         store_columns(stats, of_group[5:], row, there, PART, column + 4 + TERM[2])
 
 
+@triton.jit
+def set_aside(candidates, candidate_classes, slots, s, t, at, k, LARGEST: tl.constexpr):
+    """Writes the ``k`` best classes of each sample of a tile into its slots; True where a class is one of them.
+
+    The best class is taken out, and again; the first one of equals. Classes that do not exist are taken, too.
+    """
+    _, _, classes, class_count, _, there, _ = at
+    inside = (classes < class_count)[None, :]
+    keys = key_of(ranked(t, inside, LARGEST))
+    TAKEN: tl.constexpr = least_key(keys.dtype)
+    keys = tl.where(inside, keys, TAKEN)
+    for place in range(k):
+        best = tl.max(keys, 1)
+        index = tl.min(tl.where(keys == best[:, None], classes[None, :], 0x7FFFFFFF), 1)
+        is_class = best != TAKEN
+        taken = (classes[None, :] == index[:, None]) & is_class[:, None]
+        slot = slots + place
+        of_teacher = value_of(best) if LARGEST else -value_of(best)
+        tl.store(candidates + 2 * slot[:, None] + tl.zeros_like(keys), s, mask=taken & there[:, None])
+        tl.store(candidates + 2 * slot + 1, of_teacher, mask=there)
+        tl.store(candidate_classes + slot, tl.where(is_class, index, _NO_CLASS), mask=there)
+        keys = tl.where(taken, TAKEN, keys)
+    return keys == TAKEN
+
+
 @triton.jit(do_not_specialize=["ignore_index", "class_count", "candidate_count"])
 def split_kernel(
     student,
@@ -136,25 +161,9 @@ def split_kernel(
     for i in tl.static_range(len(TERMS)):
         exponent = number(numbers, low, TERMS[i][5] + EXPONENT)
         if by_rank(TERMS[i][0]) and ASIDE:
-            # The best one, taken out, and again: of equals the first.
-            inside = (classes < class_count)[None, :]
-            keys = key_of(ranked(t, inside, TERMS[i][1]))
-            TAKEN: tl.constexpr = least_key(keys.dtype)
-            keys = tl.where(inside, keys, TAKEN)
             slots = row * candidate_count + first
-            for place in range(reveal(ks[i])):
-                best = tl.max(keys, 1)
-                index = tl.min(tl.where(keys == best[:, None], classes[None, :], 0x7FFFFFFF), 1)
-                is_class = best != TAKEN
-                taken = (classes[None, :] == index[:, None]) & is_class[:, None]
-                slot = slots + place
-                of_teacher = value_of(best) if TERMS[i][1] else -value_of(best)
-                tl.store(candidates + 2 * slot[:, None] + tl.zeros_like(keys), s, mask=taken & there[:, None])
-                tl.store(candidates + 2 * slot + 1, of_teacher, mask=there)
-                tl.store(candidate_classes + slot, tl.where(is_class, index, _NO_CLASS), mask=there)
-                keys = tl.where(taken, TAKEN, keys)
+            aside = set_aside(candidates, candidate_classes, slots, s, t, at, reveal(ks[i]), TERMS[i][1])
             first += reveal(ks[i])
-            aside = keys == TAKEN
             kept_s, kept_t = tl.where(aside, float("-inf"), s), tl.where(aside, float("-inf"), t)
             _, of_rest, _ = statistics((kept_s,), (kept_t,), (aside,), (aside,), exponent, 0, TERMS[i][2], TERMS[i][3])
         else:
@@ -228,7 +237,7 @@ def merge_kernel(
     samples = block.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     there = samples < count
     targets, weights, valid = read_samples(target, weight, samples, there, class_count, ignore_index, dtype)
-    weights = weights * read_factor(scale, divisor).to(dtype)
+    weights = tl.where(valid, weights * read_factor(scale, divisor).to(dtype), 0.0)
     part = tl.arange(0, PARTS)
     row = samples[:, None] * parts + part[None, :]
     mask = there[:, None] & (part < parts)[None, :]
@@ -251,7 +260,8 @@ def merge_kernel(
     first = tl.full((), 0, tl.int32)
     for i in tl.static_range(len(TERMS)):
         exponent = number(numbers, low, TERMS[i][5] + EXPONENT)
-        of_rest = merge_along(load_parts(stats, row, mask, PART, part_column(TERMS, i, ASIDE, _REST), TERMS[i], dtype))
+        of_rest = load_parts(stats, row, mask, PART, part_column(TERMS, i, ASIDE, _REST), TERMS[i], dtype)
+        of_rest = merge_along(of_rest, exponent)
         of_single = of_rest
         of_top = of_rest
         if by_rank(TERMS[i][0]) and ASIDE:
@@ -278,7 +288,7 @@ def merge_kernel(
             of_top, of_others, _ = statistics(
                 (s,), (t,), (single,), (top & inside,), exponent, TERMS[i][0], TERMS[i][2], TERMS[i][3]
             )
-            of_rest = merge(of_rest, of_others)
+            of_rest = merge(of_rest, of_others, exponent)
             if has_single(TERMS[i][0]):
                 of_single = statistics_of_single(only((s,), (single,)), only((t,), (single,)))
             # Parts may have more equals of the k-th than they have candidates: those come after the last one taken.
@@ -294,9 +304,8 @@ def merge_kernel(
                 )
                 of_single = statistics_of_single(tl.sum(of_student, 1).to(dtype), tl.sum(of_teacher, 1).to(dtype))
             if by_rank(TERMS[i][0]):
-                of_top = merge_along(
-                    load_parts(stats, row, mask, PART, part_column(TERMS, i, ASIDE, _TOP), TERMS[i], dtype)
-                )
+                of_top = load_parts(stats, row, mask, PART, part_column(TERMS, i, ASIDE, _TOP), TERMS[i], dtype)
+                of_top = merge_along(of_top, exponent)
         groups = groups_with(of_single, of_top, of_rest, TERMS[i][0])
         of_term, of_parts, coefficients = evaluate(
             groups,
@@ -313,7 +322,7 @@ def merge_kernel(
         values = values + of_parts
         save_term(saved, samples, there, groups, coefficients, COLUMNS[1], TERMS[i][6])
 
-    store_columns(saved, (tl.where(valid, weights, 0.0),) + softmax, samples, there, COLUMNS[1], 0)
+    store_columns(saved, (weights,) + softmax, samples, there, COLUMNS[1], 0)
     write_results(tl.where(valid, loss * weights, 0.0), 0, losses, block, samples, there, 1, EACH)
     if part_losses is not None:
         for i in tl.static_range(len(values)):

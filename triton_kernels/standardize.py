@@ -5,7 +5,7 @@ Logits of -inf are no part of the moments and stay -inf: such a class is masked.
 
 import triton
 import triton.language as tl
-from kdkernels.triton_kernels.stats import total_pair, totals
+from kdkernels.triton_kernels.stats import maxima, square_scale, total_pair, totals
 
 
 @triton.jit
@@ -88,17 +88,17 @@ def standardize_by_class(logits, affines, side: tl.constexpr, classes, class_cou
 
 
 @triton.jit
-def deviation_sums(logits, centre):
+def deviation_sums(logits, scale, centre):
     """Sums over each row of deviations from its centre and of their squares, without masked classes; and the count.
 
-    ``logits`` in one or several tiles.
+    ``logits``, in one or several tiles, are multiplied by ``scale`` first.
     """
     counts = ()
     sums = ()
     squares = ()
     for c in tl.static_range(len(logits)):
         masked = logits[c] == float("-inf")
-        deviations = tl.where(masked, 0.0, logits[c] - centre[:, None])
+        deviations = tl.where(masked, 0.0, tl.fma(logits[c], scale[:, None], -centre[:, None]))
         counts = counts + (tl.where(masked, 0.0, 1.0).to(deviations.dtype),)
         sums = sums + (deviations,)
         squares = squares + (deviations * deviations,)
@@ -108,12 +108,18 @@ def deviation_sums(logits, centre):
 @triton.jit
 def sample_moments(logits):
     """Count, mean and sum of squared deviations of each row, in float64; ``logits`` in one or several tiles."""
-    count, sum_, _ = deviation_sums(logits, tl.zeros([logits[0].shape[0]], logits[0].dtype))
+    sizes = ()
+    for c in tl.static_range(len(logits)):
+        sizes = sizes + (tl.where(logits[c] == float("-inf"), 0.0, tl.abs(logits[c])),)
+    scale, unit = square_scale(maxima(sizes))
+    count, sum_, _ = deviation_sums(logits, scale, tl.zeros_like(scale))
     some = tl.maximum(count, 1.0)
     centre = (sum_ / some).to(logits[0].dtype)
     # The second time from close to the mean, so that nothing cancels in the squares.
-    _, sum_, square = deviation_sums(logits, centre)
-    return count, centre.to(tl.float64) + sum_ / some, tl.maximum(square - sum_ * sum_ / some, 0.0)
+    _, sum_, square = deviation_sums(logits, scale, centre)
+    mean, m2 = centre.to(tl.float64) + sum_ / some, tl.maximum(square - sum_ * sum_ / some, 0.0)
+    unit = unit.to(tl.float64)
+    return count, mean * unit, m2 * unit * unit
 
 
 @triton.jit

@@ -1,11 +1,11 @@
 """Step 1, group statistics: all that a loss needs to know of the classes of one group of one sample.
 
 With k = log2(e) / T, for the classes i of a group:
-    es_i = 2^(k * student_i - student_origin),  et_i = 2^(k * teacher_i - teacher_origin),
+    es_i = 2^(k * (student_i - student_origin)),  et_i = 2^(k * (teacher_i - teacher_origin)),
     gap_i = log2(et_i) - log2(es_i)
     statistics = (student_origin, teacher_origin, sum es, sum et, sum et * gap, sum es * gap)
-Origins are maxima, times k and rounded. Exponents are one multiply-add each, so that a constant added to all logits
-cancels before anything else is rounded. Statistics merge exactly, over any parts of a row.
+Origins are the maxima of the logits. They are subtracted before anything is rounded, so that a constant added to all
+logits cancels, however large it is. Statistics merge over any parts of a row.
 
 A tile is ``[samples, classes]``; rows may be in several, which are worked on one after the other: that needs fewer
 registers. There are up to three groups: ``single``, one class (the target, or the teacher's best),
@@ -27,6 +27,21 @@ LOADS, FOLD = tl.constexpr(4), tl.constexpr(4)
 def start(origin):
     """What exponents are counted from: a group without a finite class has no origin and counts from 0."""
     return tl.where(origin == float("-inf"), 0.0, origin)
+
+
+@triton.jit
+def square_scale(largest):
+    """``(scale, 1 / scale)``, powers of two: numbers up to ``largest``, times ``scale``, have squares within float32.
+
+    Both are 1 in float64, whose range has room for the squares of float32.
+    """
+    if largest.dtype == tl.float64:
+        one = tl.full(largest.shape, 1.0, tl.float64)
+        return one, one
+    else:
+        exponent = largest.to(tl.int32, bitcast=True) & 0x7F800000
+        exponent = tl.minimum(tl.maximum(exponent, 0x00800000), 0x7E800000)
+        return (0x7F000000 - exponent).to(tl.float32, bitcast=True), exponent.to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -87,7 +102,7 @@ def power_of_single(origin):
 
 @triton.jit
 def statistics_of_single(student, teacher):
-    """Statistics of a group of one class from its logits, which are its origins as they are, not times k."""
+    """Statistics of a group of one class from its logits, which are its origins."""
     zero = tl.zeros_like(student).to(tl.float64)
     student_sum, teacher_sum = power_of_single(student).to(tl.float64), power_of_single(teacher).to(tl.float64)
     return (student, teacher, student_sum, teacher_sum, zero, zero)
@@ -139,13 +154,11 @@ def larger(largest, logits):
 
 
 @triton.jit
-def origins_from(largest, k):
+def origins_from(largest):
     """Origins of the top group (where there is one) and of the rest, a pair of pairs, from all tiles' maxima."""
-    student, teacher = max_pair(largest[0], largest[1])
-    of_rest = (student * k, teacher * k)
+    of_rest = max_pair(largest[0], largest[1])
     if len(largest) > 2:
-        student, teacher = max_pair(largest[2], largest[3])
-        return (student * k, teacher * k), of_rest
+        return max_pair(largest[2], largest[3]), of_rest
     else:
         return of_rest, of_rest
 
@@ -159,7 +172,7 @@ def exponentials(student, teacher, single, top, of_top, of_rest, k, KIND: tl.con
     if by_rank(KIND):
         student_start = tl.where(top, start(of_top[0])[:, None], student_start)
         teacher_start = tl.where(top, start(of_top[1])[:, None], teacher_start)
-    student, teacher = tl.fma(student, k, -student_start), tl.fma(teacher, k, -teacher_start)
+    student, teacher = (student - student_start) * k, (teacher - teacher_start) * k
     return tl.exp2(student), tl.exp2(teacher), teacher - student
 
 
@@ -259,7 +272,7 @@ def statistics(student, teacher, single, top, k, KIND: tl.constexpr, FORWARD: tl
     largest = ()
     for c in tl.static_range(len(student)):
         largest = larger(largest, logits_of_groups(student[c], teacher[c], single[c], top[c], KIND))
-    of_top, of_rest = origins_from(largest, k)
+    of_top, of_rest = origins_from(largest)
     exps = ()
     sums = ()
     for c in tl.static_range(len(student)):
@@ -271,12 +284,13 @@ def statistics(student, teacher, single, top, k, KIND: tl.constexpr, FORWARD: tl
 
 
 @triton.jit
-def rebase(stats, student, teacher):
+def rebase(stats, student, teacher, k):
     """The sums of ``stats``, counted from the origins ``student`` and ``teacher``, which are at least as large."""
     student_origin, teacher_origin, student_sum, teacher_sum, teacher_gap, student_gap = stats
     # Without a class there is nothing to count anew, but the factor must not be infinite.
-    by_student = tl.where(student_origin == float("-inf"), 0.0, start(student_origin) - start(student)).to(tl.float64)
-    by_teacher = tl.where(teacher_origin == float("-inf"), 0.0, start(teacher_origin) - start(teacher)).to(tl.float64)
+    by_student = tl.where(student_origin == float("-inf"), 0.0, start(student_origin) - start(student))
+    by_teacher = tl.where(teacher_origin == float("-inf"), 0.0, start(teacher_origin) - start(teacher))
+    by_student, by_teacher = by_student.to(tl.float64) * k, by_teacher.to(tl.float64) * k
     student_factor, teacher_factor = tl.exp2(by_student), tl.exp2(by_teacher)
     gap = by_teacher - by_student
     teacher_gap = tl.where(teacher_factor == 0, 0.0, teacher_factor * (teacher_gap + gap * teacher_sum))
@@ -285,18 +299,18 @@ def rebase(stats, student, teacher):
 
 
 @triton.jit
-def merge_along(stats):
+def merge_along(stats, k):
     """The statistics of rows from those of their parts, ``[samples, parts]``."""
     student, teacher = tl.max(stats[0], 1), tl.max(stats[1], 1)
-    sums_ = rebase(stats, student[:, None], teacher[:, None])
+    sums_ = rebase(stats, student[:, None], teacher[:, None], k)
     return (student, teacher, tl.sum(sums_[0], 1), tl.sum(sums_[1], 1), tl.sum(sums_[2], 1), tl.sum(sums_[3], 1))
 
 
 @triton.jit
-def merge(a, b):
+def merge(a, b, k):
     """The statistics of two parts of a group together."""
     student, teacher = tl.maximum(a[0], b[0]), tl.maximum(a[1], b[1])
-    of_a, of_b = rebase(a, student, teacher), rebase(b, student, teacher)
+    of_a, of_b = rebase(a, student, teacher, k), rebase(b, student, teacher, k)
     return (student, teacher, of_a[0] + of_b[0], of_a[1] + of_b[1], of_a[2] + of_b[2], of_a[3] + of_b[3])
 
 

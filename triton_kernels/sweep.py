@@ -153,4 +153,6 @@ def gradient_kernel(
         of_entropy = (number(numbers, low, CE_WEIGHT) * weights)[:, None]
         result += softmax_gradient(raw, (origin[:, None], inverse[:, None]), of_entropy)
         result -= tl.where(classes[None, :] == targets[:, None], of_entropy, 0.0)
+    # Where nothing counts there may be 0 times an upstream gradient that is infinite or NaN.
+    result = tl.where(valid[:, None] & (classes < class_count)[None, :], result, 0.0)
     store_gradient(gradient, result, at, gradient_strides, gradient_classes, AXIS, WIDE)
