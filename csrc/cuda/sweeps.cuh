@@ -180,17 +180,24 @@ __device__ void add_up(const Block<X, kLayout, kUse>& block, Real<X> exponent, i
   block.put_four(column, total);
 }
 
+// An exponential of the student's softmax. It counts from a logit: the cross entropy takes the target's logit off that,
+// and nothing large may have been rounded before.
+template <class T>
+__device__ __forceinline__ T softmax_power(T logit, T origin) {
+  return power((logit - origin) * static_cast<T>(kLog2E));
+}
+
 // The sum of the student's softmax, in the first partial result.
 template <class X, Layout kLayout, Use kUse>
 __device__ void add_up_softmax(const Block<X, kLayout, kUse>& block) {
   using T = Real<X>;
-  const T exponent = static_cast<T>(kLog2E), origin = origin_of(block.sample().largest[2], exponent);
+  const T origin = start(block.sample().largest[2]);
   double total = 0;
   for (int v = block.member; v < block.vectors; v += block.team) {
     T s[block.kWidth], sum = 0;
     block.load(kStudent, v, s);
 #pragma unroll
-    for (int w = 0; w < block.kWidth; ++w) sum += power(fma(s[w], exponent, -origin));
+    for (int w = 0; w < block.kWidth; ++w) sum += softmax_power(s[w], origin);
     total += sum;
   }
   block.put(0, total);
@@ -216,7 +223,9 @@ __device__ __forceinline__ T slope_at(const GroupShare<T>& share, T exponent, bo
   const T a = fma(student, exponent, -share.student_origin), b = fma(teacher, exponent, -share.teacher_origin);
   const T es = power(a), push = power(b) * share.teacher;
   if (!tilted) return fma(es, share.student, push);
-  return (es > 0 ? es * fma(b - a, share.tilt, share.student) : es) + push;
+  // Where no reverse divergence has a weight, an infinite gap has none either.
+  const T slope = share.tilt == 0 ? share.student : fma(b - a, share.tilt, share.student);
+  return (es > 0 ? es * slope : es) + push;
 }
 
 // Adds the coefficients in a term's last group to those of its sweep.
@@ -288,7 +297,7 @@ __device__ __forceinline__ Real<X> chained(const Block<X, kLayout, kUse>& block,
 // The gradient of the cross entropy but for its target.
 template <class T>
 __device__ __forceinline__ T softmax_gradient(T origin, T factor, T logit) {
-  return power(fma(logit, static_cast<T>(kLog2E), -origin)) * factor;
+  return softmax_power(logit, origin) * factor;
 }
 template <class T>
 __device__ __forceinline__ T softmax_gradient(const Sample<T>& sample, T logit) {
