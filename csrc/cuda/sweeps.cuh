@@ -217,15 +217,19 @@ __device__ void statistics(const Block<X, kLayout, kUse>& block) {
   }
 }
 
-// The gradient of a group's class in the logit that the term sees.
+// Whether a group's gradient depends on its classes' gaps: where it does not, an infinite one must take no part.
+template <class T>
+__device__ __forceinline__ bool is_tilted(const Sweep& sweep, const GroupShare<T>& share) {
+  return sweep.tilted && share.tilt != 0;
+}
+
+// The gradient of a group's class in the logit that the term sees; `tilted` is is_tilted() of the group.
 template <class T>
 __device__ __forceinline__ T slope_at(const GroupShare<T>& share, T exponent, bool tilted, T student, T teacher) {
   const T a = fma(student, exponent, -share.student_origin), b = fma(teacher, exponent, -share.teacher_origin);
   const T es = power(a), push = power(b) * share.teacher;
   if (!tilted) return fma(es, share.student, push);
-  // Where no reverse divergence has a weight, an infinite gap has none either.
-  const T slope = share.tilt == 0 ? share.student : fma(b - a, share.tilt, share.student);
-  return (es > 0 ? es * slope : es) + push;
+  return (es > 0 ? es * fma(b - a, share.tilt, share.student) : es) + push;
 }
 
 // Adds the coefficients in a term's last group to those of its sweep.
@@ -255,8 +259,9 @@ struct GradientNumbers {
       add_rest(call, t, sample.share[t][call.objective.term[t].groups() - 1], rest);
       if (t >= call.sweeps) continue;
       exponent[t] = static_cast<T>(call.sweep[t].exponent);
-      tilted[t] = call.sweep[t].tilted;
     }
+#pragma unroll
+    for (int t = 0; t < kMaxTerms; ++t) tilted[t] = t < call.sweeps && is_tilted(call.sweep[t], rest[t]);
   }
 };
 
