@@ -297,6 +297,7 @@ struct Lane {
       save(rest, stats[0], kRest);
       if (term.by_rank()) write_members(number, term);
     } else if (call.gradient.data) {
+      const bool tilted = call.sweep[0].tilted;
       const GroupShare<T> others = share(stats[0], result.group[kRest], weight);
       GroupShare<T> of_leading;
       if constexpr (kRanks) {
@@ -309,12 +310,12 @@ struct Lane {
       T of_single = 0;
       if (single >= 0) {
         const GroupShare<T> own = share(first, result.group[kFirst], weight);
-        of_single = slope_at(own, exponent, is_tilted(call.sweep[0], own), student_at(single), teacher_at(single));
+        of_single = slope_of_any(own, exponent, tilted, student_at(single), teacher_at(single));
       }
       over_classes([&](int c, T s, T t, bool leads) {
         GroupShare<T> of_class = others;
         if (kRanks && leads) of_class = of_leading;
-        T slope = slope_at(of_class, exponent, is_tilted(call.sweep[0], of_class), s, t);
+        T slope = slope_of_any(of_class, exponent, tilted, s, t);
         if (c == single) slope = of_single;
         if (objective.has_ce()) {
           slope += softmax_gradient(softmax, s);

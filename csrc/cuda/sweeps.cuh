@@ -232,6 +232,16 @@ __device__ __forceinline__ T slope_at(const GroupShare<T>& share, T exponent, bo
   return (es > 0 ? es * fma(b - a, share.tilt, share.student) : es) + push;
 }
 
+// The same where classes of several groups take turns: `tilted` is the sweep's, and each class's group is asked.
+template <class T>
+__device__ __forceinline__ T slope_of_any(const GroupShare<T>& share, T exponent, bool tilted, T student, T teacher) {
+  const T a = fma(student, exponent, -share.student_origin), b = fma(teacher, exponent, -share.teacher_origin);
+  const T es = power(a), push = power(b) * share.teacher;
+  if (!tilted) return fma(es, share.student, push);
+  const T slope = share.tilt == 0 ? share.student : fma(b - a, share.tilt, share.student);
+  return (es > 0 ? es * slope : es) + push;
+}
+
 // Adds the coefficients in a term's last group to those of its sweep.
 template <class T>
 __device__ __forceinline__ void add_rest(const Call& call, int t, const GroupShare<T>& share,
