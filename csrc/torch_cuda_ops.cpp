@@ -143,6 +143,15 @@ struct Step {
 
   Call& call() { return parameters.values; }
 
+  // The tiling of kernels that look at any piece of a sample.
+  Tiling pieces() {
+    const auto tiling = piece_tiling(call(), device_limits());
+    STD_TORCH_CHECK(tiling,
+                    "ValueError: the leading classes of a sample do not fit in the GPU's shared memory, which has ",
+                    device_limits().shared_bytes, " bytes a block");
+    return *tiling;
+  }
+
   // The tensor in the kernels' type, which the parameters point at.
   template <class V>
   std::optional<Tensor> read(const char* name, V*& at, const std::optional<Tensor>& tensor, ScalarType as) {
@@ -293,7 +302,7 @@ Tensor backward(const Tensor& grad_loss, const Tensor& student, const Tensor& te
                     &gradient);
   if (step.call().samples == 0) return gradient;
   if (!step.affines(moments, sums)) {
-    step.call().tiling = piece_tiling(step.call(), device_limits());
+    step.call().tiling = step.pieces();
     step.launch("backward");
   } else if (const auto lanes = lane_tiling(step.call())) {
     step.call().tiling = *lanes;
@@ -401,6 +410,7 @@ Forward forward(const Tensor& student, const Tensor& teacher, const std::optiona
     if (parts) torch::stable::zero_(*part_values);
     if (gradient && by_class) grad = zeros(student, {2, num_classes});
   } else {
+    const Tiling of_pieces = step.pieces();  // nothing is launched where backward could not be
     const auto of_target = step.read("target", call.target, target, ScalarType::Long);
     const auto of_weight = step.read("weight", call.weight, sample_weight, ScalarType::Double);
     step.read("denominator", call.divisor, denominator, ScalarType::Double);
@@ -431,7 +441,7 @@ Forward forward(const Tensor& student, const Tensor& teacher, const std::optiona
     } else {
       tiling = fused_tiling(call, device_limits());
     }
-    call.tiling = tiling ? *tiling : piece_tiling(call, device_limits());
+    call.tiling = tiling ? *tiling : of_pieces;
     const int64_t blocks = tiling ? sample_blocks(call) : samples;
     Tensor block_losses = loss;
     std::optional<Tensor> block_parts = part_values;
@@ -462,7 +472,7 @@ void scale_(const Tensor& gradient, const Tensor& factor, int64_t class_dim) {
   Step step(gradient, gradient, gradient.size(class_dim), class_dim, nullptr);
   step.read("factor", step.call().upstream, factor, ScalarType::Double);
   step.call().upstream_each = factor.dim() > 0;
-  step.call().tiling = piece_tiling(step.call(), device_limits());
+  step.call().tiling = step.pieces();
   step.launch("scale");
 }
 
@@ -475,12 +485,24 @@ bool cuda_serves(int64_t capability) { return serves(static_cast<int>(capability
 
 bool cuda_simulated() { return simulated(); }
 
+int64_t cuda_most_leads(int64_t device) {
+  try {
+    if (!simulated()) use_device(static_cast<int>(device));
+    return most_leads(current_device());
+  } catch (const std::exception& error) {
+    STD_TORCH_CHECK(false, error.what());
+  }
+  return 0;
+}
+
 STABLE_TORCH_LIBRARY(kdkernels_cuda, m) {
   define_ops(m);
   // Compute capabilities that the kernels were compiled for; whether a device of some capability can run them.
   m.def("targets() -> int[]");
   m.def("serves(int capability) -> bool");
   m.def("simulated() -> bool");
+  // Leading classes of a sample that a device, the current one, has room for.
+  m.def("most_leads(int device) -> int");
 }
 
 // CPU tensors are for the simulator.
@@ -500,6 +522,7 @@ STABLE_TORCH_LIBRARY_IMPL(kdkernels_cuda, CompositeExplicitAutograd, m) {
   m.impl("targets", TORCH_BOX(&cuda_targets));
   m.impl("serves", TORCH_BOX(&cuda_serves));
   m.impl("simulated", TORCH_BOX(&cuda_simulated));
+  m.impl("most_leads", TORCH_BOX(&cuda_most_leads));
 }
 
 }  // namespace

@@ -31,8 +31,6 @@ _logged: set[str] = set()
 _PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 #: Dimensions of logits that the kernels' layouts hold.
 _MAX_DIMS = 9
-#: Leading classes that the CUDA kernels have room for.
-_MOST_LEADS = 1024
 
 
 def why_not(backend: str, device_type: str, dims: int = 2, objective: Objective | None = None) -> str | None:
@@ -67,14 +65,14 @@ def _why_not_cuda(device_type: str, dims: int, objective: Objective | None) -> s
         return ops.cuda_unavailable
     if dims > _MAX_DIMS:
         return f"it serves logits of up to {_MAX_DIMS} dimensions, and these have {dims}"
+    if device_type != "cuda" and not (device_type == "cpu" and ops.cuda_simulated()):
+        return f"it serves CUDA tensors, and the logits are on {device_type}"
+    reason = ops.why_not_this_gpu() if device_type == "cuda" else None
     leads = 0 if objective is None else sum(term.partition.k for term in objective.terms)
-    if leads > _MOST_LEADS:
-        return f"it ranks up to {_MOST_LEADS} leading classes, and these are {leads}"
-    if device_type == "cuda":
-        return ops.why_not_this_gpu()
-    if device_type == "cpu" and ops.cuda_simulated():
-        return None
-    return f"it serves CUDA tensors, and the logits are on {device_type}"
+    if reason is not None or leads == 0:
+        return reason
+    most = ops.cuda_most_leads()
+    return f"it ranks up to {most} leading classes on this GPU, and these are {leads}" if leads > most else None
 
 
 def preference(device_type: str) -> tuple[str, ...]:

@@ -195,6 +195,19 @@ def _why_not_gpu(index: int) -> str | None:
     return f"its kernels were compiled for compute capabilities {cuda_targets()}, and this GPU's is {capability}"
 
 
+@functools.cache
+def _most_leads_of_gpu(index: int) -> int:
+    return torch.ops.kdkernels_cuda.most_leads.default(index)
+
+
+@_constant_while_traced
+def cuda_most_leads() -> int:
+    """How many leading classes of a sample the CUDA kernels have room for on the current, or the simulated, GPU."""
+    if cuda_simulated():
+        return torch.ops.kdkernels_cuda.most_leads.default(0)
+    return _most_leads_of_gpu(torch.cuda.current_device())
+
+
 @_constant_while_traced
 def why_not_this_gpu() -> str | None:
     """Why the current GPU cannot run the CUDA kernels, or None."""

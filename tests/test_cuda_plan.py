@@ -12,7 +12,7 @@ from helpers import must_have_native, name_of
 from losses import LOSSES, STANDARDIZED
 
 import kdkernels
-from kdkernels import dispatch, ops
+from kdkernels import Objective, Partition, Term, dispatch, ops
 
 ALL = LOSSES | STANDARDIZED
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
@@ -140,7 +140,61 @@ def test_cuda_tensors_go_to_the_cuda_backend() -> None:
         assert dispatch.why_not("cuda", "cpu") is None
 
 
+#: Shapes, dtypes and leading classes of each term, which fill a block's shared memory.
+MANY_LEADS = [
+    ((1, 1025, 32), F32, (1024,)),
+    ((1, 1025, 32), F64, (1024,)),
+    ((1, 1025, 32), F32, (512, 512)),
+    ((1, 20000), F32, (1024,)),
+    ((1, 20000), F64, (512, 512)),
+    ((1, 128256), BF16, (1000,)),
+    ((1, 128256), F64, (1024,)),
+]
+
+
+def ranked(*ks: int) -> Objective:
+    """A term for each number of leading classes."""
+    return Objective(tuple(Term(4.0, Partition("topk", k), (1.0, 0.0), ((1.0, 0.0), (8.0, 0.0))) for k in ks))
+
+
+@pytest.mark.parametrize("arch", DEVICES)
+@pytest.mark.parametrize(("shape", "dtype", "ks"), MANY_LEADS, ids=name_of)
+def test_many_leading_classes_fit(shape: tuple[int, ...], dtype: torch.dtype, ks: tuple[int, ...], arch: int) -> None:
+    """Where whole pieces of a sample beside their leading classes are too much, blocks hold less of it."""
+    for mode in ("fused", "recompute"):
+        student = torch.zeros(shape, dtype=dtype, requires_grad=True)
+        with recorded(arch) as recorder:
+            kdkernels.distillation_loss(
+                student, torch.zeros_like(student), ranked(*ks), class_dim=1, backend="cuda", mode=mode
+            ).backward()
+        assert recorder.log
+        for launch in recorder.log:
+            assert launch.shared_bytes <= DEVICES[arch].shared_bytes, launch
+
+
 def test_too_many_leading_classes() -> None:
     student = torch.zeros(2, 2000)
-    with recorded(90), pytest.raises(RuntimeError, match="up to 1024 leading classes, and these are 1025"):
+    with recorded(90), pytest.raises(RuntimeError, match="up to 1024 leading classes on this GPU, and these are 1025"):
         kdkernels.gdkd_loss(student, student, k=1025, backend="cuda")
+
+
+def test_what_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the name of what does not, with the device's own limit, before anything is launched."""
+    student, target = torch.zeros(2, 2000, dtype=F64), torch.zeros(2, dtype=torch.int64)
+    little = {"shared_bytes": 24576, "shared_bytes_of_all": 25600}
+    with recorded(80, little) as recorder:
+        most = ops.cuda_most_leads()
+        assert 100 < most < 1024
+        kdkernels.gdkd_loss(student, student, k=most, target=target, ce_weight=1.0, backend="cuda")
+        assert recorder.log
+        assert max(launch.shared_bytes for launch in recorder.log) <= little["shared_bytes"]
+    with recorded(80, little) as recorder:
+        refused = f"up to {most} leading classes on this GPU, and these are {most + 1}"
+        with pytest.raises(RuntimeError, match=refused):
+            kdkernels.gdkd_loss(student, student, k=most + 1, backend="cuda")
+        assert refused in (dispatch.why_not("cuda", "cpu", objective=ranked(most + 1)) or "")
+        # The kernels' host code does not rely on that.
+        monkeypatch.setattr(ops, "cuda_most_leads", lambda: 2000)
+        with pytest.raises(ValueError, match="leading classes of a sample do not fit in the GPU's shared memory"):
+            kdkernels.gdkd_loss(student, student, k=1000, target=target, ce_weight=1.0, backend="cuda")
+        assert not recorder.log

@@ -72,8 +72,8 @@ __device__ __forceinline__ T slope_alone(const Call& call, int64_t number, T wei
 #pragma unroll 1
   for (int term = 0; term < call.objective.terms; ++term) {
     const Sweep& sweep = call.sweep[call.sweep_of(term)];
-    slope += slope_at(saved_share(saved + 5 * group_of(call, term, number, of_class), weight),
-                      static_cast<T>(sweep.exponent), sweep.tilted, s, t);
+    const GroupShare<T> share = saved_share(saved + 5 * group_of(call, term, number, of_class), weight);
+    slope += slope_at(share, static_cast<T>(sweep.exponent), is_tilted(sweep, share), s, t);
     saved += 5 * call.objective.term[term].groups();
   }
   return slope;
@@ -195,7 +195,7 @@ struct ClassGradients {
 #pragma unroll
             for (int w = 0; w < kClassesOfThread; ++w) slope[w] += slope_at(share, exponent, tilted, s[w], t[w]);
           };
-          if (call.sweep[k].tilted) add(true);
+          if (is_tilted(call.sweep[k], share)) add(true);
           else add(false);
         }
         each(i, samples[i], (there >> i & 1) != 0, alone, raw, s, slope);

@@ -47,7 +47,8 @@ struct LaneGradients {
 #pragma unroll
         for (int k = 0; k < kMaxTerms; ++k) {
           if (k >= call.sweeps) break;
-          slope += slope_at(rest[k], static_cast<T>(call.sweep[k].exponent), call.sweep[k].tilted, s, seen);
+          const Sweep& sweep = call.sweep[k];
+          slope += slope_at(rest[k], static_cast<T>(sweep.exponent), is_tilted(sweep, rest[k]), s, seen);
         }
         visit(first + i, raw[i], s, slope);
       }

@@ -65,7 +65,7 @@ __device__ __forceinline__ void class_statistics(const Call& call) {
       if (entropy) {
         const int64_t at = page.offset[kStudent][i] + target * call.student.class_stride;
         const T logit = valid ? load_as<T>(call.student.data, call.student.dtype, at) : T(0);
-        softmax_origin[i] = origin_of(logit, static_cast<T>(kLog2E));
+        softmax_origin[i] = start(logit);
       }
       return valid;
     });
@@ -144,8 +144,7 @@ __device__ __forceinline__ void class_statistics(const Call& call) {
           const T origin = softmax_origin[samples[at]];
 #pragma unroll
           for (int w = 0; w < kClassesOfThread; ++w)
-            of_two[half] +=
-                w == hidden || w >= count ? T(0) : power(fma(student.get(at, w), static_cast<T>(kLog2E), -origin));
+            of_two[half] += w == hidden || w >= count ? T(0) : softmax_power(student.get(at, w), origin);
         }
         sums[i] = shared_sum(of_two[0], of_two[1], kWarp / 2);
       }
@@ -186,8 +185,7 @@ __device__ void count_anew(const Block<X, Layout::rows, kUse>& block, bool wante
 #pragma unroll
   for (int column = 0; column < kPartials; ++column) total[column] = 0;
   over_classes([&](T raw, T s, T t) {
-    const T one = static_cast<T>(kLog2E);
-    total[0] += power(fma(raw, one, -origin_of(largest[2], one)));
+    total[0] += softmax_power(raw, start(largest[2]));
 #pragma unroll
     for (int k = 0; k < kMaxTerms; ++k) {
       if (k >= call.sweeps) break;

@@ -353,8 +353,8 @@ __device__ T entry_gradient(const Call& call, const Sample<T>& sample, const Ent
   for (int t = 0; t < kMaxTerms; ++t) {
     if (t >= call.objective.terms) break;
     const Sweep& sweep = call.sweep[call.sweep_of(t)];
-    sum += slope_at(sample.share[t][entry.group[t]], static_cast<T>(sweep.exponent), sweep.tilted, entry.student,
-                    entry.teacher);
+    const GroupShare<T>& share = sample.share[t][entry.group[t]];
+    sum += slope_at(share, static_cast<T>(sweep.exponent), is_tilted(sweep, share), entry.student, entry.teacher);
   }
   return sum;
 }

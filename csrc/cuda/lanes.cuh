@@ -266,7 +266,7 @@ struct Lane {
     T softmax_inverse = 0;
     softmax.softmax_origin = 0;
     if (objective.has_ce()) {
-      const T student_target = raw_at(target), one = static_cast<T>(kLog2E);
+      const T student_target = raw_at(target);
       T most = larger(largest[0][kStudent], student_target);
       if constexpr (kStandardized) {
         most = student_target;
@@ -274,11 +274,11 @@ struct Lane {
       } else if constexpr (kRanks) {
         most = larger(larger(most, largest[1][kStudent]), student_at(max(single, 0)));
       }
-      const double origin = most * one;
-      softmax.softmax_origin = static_cast<T>(start(origin));
+      softmax.softmax_origin = start(most);
       double sum = 0;
-      over_raw([&](T raw) { sum += power(fma(raw, one, -softmax.softmax_origin)); });
-      if (call.classes > 1) loss += objective.ce_weight * (log(sum) + (kLn2 * start(origin) - student_target));
+      over_raw([&](T raw) { sum += softmax_power(raw, softmax.softmax_origin); });
+      const double above_target = static_cast<double>(softmax.softmax_origin) - student_target;
+      if (call.classes > 1) loss += objective.ce_weight * (log(sum) + above_target);
       softmax.entropy_factor = static_cast<T>(objective.ce_slope(call.classes) * weight);
       softmax_inverse = static_cast<T>(inverse(sum));
       softmax.softmax_factor = softmax.entropy_factor * softmax_inverse;
@@ -308,13 +308,14 @@ struct Lane {
             weight);
       }
       T of_single = 0;
-      if (single >= 0)
-        of_single = slope_at(share(first, result.group[kFirst], weight), exponent, tilted, student_at(single),
-                             teacher_at(single));
+      if (single >= 0) {
+        const GroupShare<T> own = share(first, result.group[kFirst], weight);
+        of_single = slope_of_any(own, exponent, tilted, student_at(single), teacher_at(single));
+      }
       over_classes([&](int c, T s, T t, bool leads) {
         GroupShare<T> of_class = others;
         if (kRanks && leads) of_class = of_leading;
-        T slope = slope_at(of_class, exponent, tilted, s, t);
+        T slope = slope_of_any(of_class, exponent, tilted, s, t);
         if (c == single) slope = of_single;
         if (objective.has_ce()) {
           slope += softmax_gradient(softmax, s);

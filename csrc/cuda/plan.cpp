@@ -35,11 +35,13 @@ int power_of_two_from(int number) {
 int entry_count(const Call& call) { return call.first_entry(call.objective.terms); }
 
 // Room for the classes that a first look at a sample finds good enough to lead: most often a few more than will.
+int candidates_of(int leads) { return leads == 0 ? 0 : leads + std::min(leads, 24) + 8; }
+
 int candidate_count(const Call& call) {
   int leads = 0;
   for (int t = 0; t < call.objective.terms; ++t)
     if (call.objective.term[t].by_rank()) leads = std::max(leads, call.objective.term[t].k);
-  return leads == 0 ? 0 : leads + std::min(leads, 24) + 8;
+  return candidates_of(leads);
 }
 
 Regions regions_of(DType type, Layout layout, const Tiling& tiling) {
@@ -62,6 +64,7 @@ constexpr int kFewestPixels = 8;
 constexpr int kPixelElements = 16;  // of a thread: its pixel is shared where there are more classes
 constexpr int kMostClassWarps = 4;
 constexpr int kMostPieces = 8;  // blocks of a cluster that every device can hold
+constexpr int kFewestPieceClasses = 16;
 // Blocks of several pieces: three of them fit a multiprocessor, and load while others compute.
 constexpr int kBlocksAtATime = 3;
 constexpr int kReserved = 1024;  // bytes of a block that the device takes
@@ -171,15 +174,42 @@ int64_t lane_stretch_of(const Call& call, const Device& device) {
                              kMostSamplesOfLane * kWarp / call.tiling.samples);
 }
 
-Tiling piece_tiling(const Call& call, const Device& device) {
-  constexpr int kMostClasses = 4096, kFewestClasses = 16;
-  const int limit = device.shared_bytes_of_all / kBlocksAtATime - kReserved;
+namespace {
+
+// The largest piece, of no fewer classes than that, which fits in `bytes`; nothing if none does.
+std::optional<Tiling> largest_piece(const Call& call, const Device& device, int bytes, int fewest) {
+  constexpr int kMostClasses = 4096;
   for (int piece = static_cast<int>(std::min<int64_t>(call.classes, kMostClasses));;
-       piece = round_up(piece / 2, kFewestClasses)) {
+       piece = round_up(piece / 2, kFewestPieceClasses)) {
     const Tiling tiling = block_tiling(call, device, piece, static_cast<int>(ceil_div(call.classes, piece)));
-    const auto fits = fitting(call, tiling, limit, 1);
-    if (fits || piece <= kFewestClasses) return fits.value_or(tiling);
+    if (const auto fits = fitting(call, tiling, bytes, 1)) return fits;
+    if (piece <= fewest) return std::nullopt;
   }
+}
+
+}  // namespace
+
+std::optional<Tiling> piece_tiling(const Call& call, const Device& device) {
+  constexpr int kWorthwhileClasses = 256;  // rather fewer blocks at a time than pieces that are mostly entries
+  const int preferred = device.shared_bytes_of_all / kBlocksAtATime - kReserved;
+  const auto several = largest_piece(call, device, std::min(preferred, device.shared_bytes), kWorthwhileClasses);
+  return several ? several : largest_piece(call, device, device.shared_bytes, kFewestPieceClasses);
+}
+
+int most_leads(const Device& device) {
+  // In double precision, with a target, in the smallest piece of a pixel: what takes most.
+  Tiling tiling;
+  tiling.team = kPixels;
+  tiling.piece = kFewestPieceClasses;
+  tiling.pieces = 2;
+  int leads = 0;
+  for (int step = kMostLeads; step > 0; step /= 2) {
+    if (leads + step > kMostLeads) continue;
+    tiling.entries = 1 + leads + step;
+    tiling.candidates = candidates_of(leads + step);
+    if (regions_of(DType::f64, Layout::pixels, tiling).total <= device.shared_bytes) leads += step;
+  }
+  return leads;
 }
 
 Tiling class_tiling(const Call& call, const Device& device, int sides) {

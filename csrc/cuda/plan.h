@@ -39,8 +39,11 @@ std::optional<Tiling> fused_tiling(const Call& call, const Device& device);
 std::optional<Tiling> lane_tiling(const Call& call);
 std::optional<Tiling> lane_forward_tiling(const Call& call);
 int64_t lane_stretch_of(const Call& call, const Device& device);
-// How kernels that look at any piece of a sample share out a call.
-Tiling piece_tiling(const Call& call, const Device& device);
+// How kernels that look at any piece of a sample share out a call; nothing where not even the smallest piece fits.
+std::optional<Tiling> piece_tiling(const Call& call, const Device& device);
+// How many leading classes of a sample there is room for on a device, whatever the call; up to kMostLeads.
+constexpr int kMostLeads = 1024;
+int most_leads(const Device& device);
 // How kernels that keep to a few classes share out a call, each side's by themselves where there are two sides; how
 // many pages of samples go by one of their blocks; and their launch.
 Tiling class_tiling(const Call& call, const Device& device, int sides);

@@ -12,14 +12,14 @@ __device__ __forceinline__ double result_factor(const Call& call) {
 }
 
 // The weight of a sample in the result, 0 if it does not count, and its target. One out of range makes the weight NaN,
-// and so the loss; no access follows it.
+// and so the loss, where the objective takes one; no access follows it.
 __device__ __forceinline__ double given_weight(const Call& call, int64_t number, int64_t& target) {
   double weight = call.weight ? call.weight[number] : 1;
   target = call.target ? call.target[number] : 0;
   if (call.target && target == call.ignore_index) weight = 0;
   if (target >= 0 && target < call.classes) return weight;
   target = 0;
-  return weight == 0 ? 0 : NAN;
+  return weight == 0 || !call.target_is_entry() ? weight : NAN;
 }
 
 // The factor that comes from above.

@@ -1,9 +1,15 @@
-// Multiplies a gradient in place.
+// Multiplies a gradient in place. A gradient of 0 stays 0 whatever the factor, NaN and infinity included: that of
+// samples that do not count and of classes that are not compared.
 #pragma once
 
 #include "samples.cuh"
 
 namespace kdk::cuda {
+
+template <class T>
+__device__ __forceinline__ T scaled(T gradient, T factor) {
+  return gradient == 0 ? gradient : gradient * factor;
+}
 
 // Multiplies what a block of samples has.
 template <class X, Layout kLayout, Use kUse>
@@ -28,13 +34,13 @@ __device__ __forceinline__ void scale_block(const Call& call, int64_t which) {
       T values[kWide];
       widen<X>(vector, values);
 #pragma unroll
-      for (int w = 0; w < kWide; ++w) values[w] *= factor;
+      for (int w = 0; w < kWide; ++w) values[w] = scaled(values[w], factor);
       *at = narrow_all<X>(values);
     }
   }
   for (int c = block.member; c < block.count - (end - begin); c += block.team) {
     X& value = data[(c < begin ? c : c + end - begin) * call.student.class_stride];
-    value = narrow<X>(widen(value) * factor);
+    value = narrow<X>(scaled(widen(value), factor));
   }
 }
 

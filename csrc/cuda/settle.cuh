@@ -36,11 +36,11 @@ __device__ void piece_statistics(const Block<X, kLayout, kUse>& block, int of_sa
   for (int g = 0; g < rest; ++g) stats[g] = entry_statistics(call, entries, t, g, exponent);
 }
 
-// Adds an entry to the student's softmax.
+// Adds an entry to the student's softmax, whose origins are logits.
 template <class T>
 __device__ void add_entry(SoftmaxStats<double>& softmax, const Entry<T>& entry) {
-  const T exponent = static_cast<T>(kLog2E), origin = entry.raw * exponent;
-  merge(softmax, SoftmaxStats<double>{origin, power(fma(entry.raw, exponent, -start(origin)))}, 1.0);
+  const T origin = entry.raw;
+  merge(softmax, SoftmaxStats<double>{origin, softmax_power(origin, start(origin))}, kLog2E);
 }
 
 // The student's softmax over a sample's piece, and its target's logit if that is in it.
@@ -50,8 +50,7 @@ __device__ SoftmaxStats<double> piece_softmax(const Block<X, kLayout, kUse>& blo
   using T = Real<X>;
   const Call& call = block.call;
   const Entry<T>* entries = block.entries + (of_sample - block.own) * call.tiling.entries;
-  const T exponent = static_cast<T>(kLog2E);
-  SoftmaxStats<double> softmax{block.samples[of_sample].largest[2] * exponent, block.total(of_sample, 0)};
+  SoftmaxStats<double> softmax{block.samples[of_sample].largest[2], block.total(of_sample, 0)};
   for (int e = 0; e < call.tiling.entries; ++e) {
     if (entries[e].counts) add_entry(softmax, entries[e]);
   }
@@ -110,15 +109,15 @@ __device__ void settle(const Block<X, kLayout, kUse>& block) {
     } else {
       for (int piece = 0; piece < call.tiling.pieces; ++piece) {
         const Exchange& other = piece_exchange(block, own, piece);
-        merge(softmax, other.softmax, 1.0);
+        merge(softmax, other.softmax, kLog2E);
         target_logit += other.target_logit;
       }
     }
     softmax_origin = static_cast<T>(start(softmax.origin));
     softmax_inverse = static_cast<T>(inverse(softmax.sum));
-    // Of one class it is exactly 0; rounding the origin does not show.
-    entropy = call.classes == 1 ? target_logit - target_logit
-                                : log(softmax.sum) + (kLn2 * start(softmax.origin) - target_logit);
+    // Of one class it is exactly 0.
+    entropy =
+        call.classes == 1 ? target_logit - target_logit : log(softmax.sum) + (start(softmax.origin) - target_logit);
     loss = objective.ce_weight * entropy;
   }
   if (there) {

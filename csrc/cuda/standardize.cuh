@@ -96,22 +96,23 @@ __device__ void merge_rows(V* parts, int rows, int row_stride, int columns, int 
   }
 }
 
-// The moments of each sample's piece, by the first thread of its team; ends with a barrier.
-template <class X, Layout kLayout, Use kUse>
-__device__ void sample_moments(const Block<X, kLayout, kUse>& block, Moments<double>* moments) {
+// The moments of each sample's piece, known to its team, from deviations of type A; ends with a barrier.
+template <class A, class X, Layout kLayout, Use kUse>
+__device__ void moments_by(const Block<X, kLayout, kUse>& block, Moments<double>* moments) {
   using T = Real<X>;
-  T centre[2] = {};
+  A centre[2] = {};
   // The second time from close to the mean, so that nothing cancels in the squares.
   for (int round = 0; round < 2; ++round) {
     for (int side = kStudent; side <= kTeacher; ++side) {
       double count = 0, sum = 0, square = 0;
       for (int v = block.member; v < block.vectors; v += block.team) {
-        T values[block.kWidth], of_vector = 0, squares = 0;
+        T values[block.kWidth];
+        A of_vector = 0, squares = 0;
         block.load(side, v, values);
 #pragma unroll
         for (int w = 0; w < block.kWidth; ++w) {
           const bool masked = values[w] == minus_infinity<T>();
-          const T away = masked ? T(0) : values[w] - centre[side];
+          const A away = masked ? A(0) : values[w] - centre[side];
           count += masked ? 0 : 1;
           of_vector += away;
           squares += away * away;
@@ -129,9 +130,29 @@ __device__ void sample_moments(const Block<X, kLayout, kUse>& block, Moments<dou
       const double shift = block.total(block.own, 3 * side + 1) / some;
       const double m2 = block.total(block.own, 3 * side + 2) - shift * shift * count;
       moments[side] = {count, static_cast<double>(centre[side]) + shift, m2 > 0 ? m2 : m2 == m2 ? 0 : m2};
-      centre[side] = static_cast<T>(moments[side].mean);
+      centre[side] = static_cast<A>(moments[side].mean);
     }
     __syncthreads();
+  }
+}
+
+// Whether squares of deviations are in the range of float32.
+__device__ __forceinline__ bool in_range(const Moments<double>& moments) {
+  return moments.count <= 1 || (moments.m2 > 1e-30 && moments.m2 < 1e37);
+}
+
+// The moments of each sample's piece, known to its team; ends with a barrier. Logits so large (masks) or small that
+// their squares leave the range of float32 are counted anew, in double precision.
+template <class X, Layout kLayout, Use kUse>
+__device__ void sample_moments(const Block<X, kLayout, kUse>& block, Moments<double>* moments) {
+  moments_by<Real<X>>(block, moments);
+  if constexpr (sizeof(X) < 8) {
+    const bool anew = !in_range(moments[kStudent]) || !in_range(moments[kTeacher]);
+    if (!__syncthreads_or(anew)) return;
+    Moments<double> exact[2];
+    moments_by<double>(block, exact);
+    for (int side = kStudent; side <= kTeacher; ++side)
+      if (anew) moments[side] = exact[side];
   }
 }
 

@@ -180,17 +180,24 @@ __device__ void add_up(const Block<X, kLayout, kUse>& block, Real<X> exponent, i
   block.put_four(column, total);
 }
 
+// An exponential of the student's softmax. It counts from a logit: the cross entropy takes the target's logit off that,
+// and nothing large may have been rounded before.
+template <class T>
+__device__ __forceinline__ T softmax_power(T logit, T origin) {
+  return power((logit - origin) * static_cast<T>(kLog2E));
+}
+
 // The sum of the student's softmax, in the first partial result.
 template <class X, Layout kLayout, Use kUse>
 __device__ void add_up_softmax(const Block<X, kLayout, kUse>& block) {
   using T = Real<X>;
-  const T exponent = static_cast<T>(kLog2E), origin = origin_of(block.sample().largest[2], exponent);
+  const T origin = start(block.sample().largest[2]);
   double total = 0;
   for (int v = block.member; v < block.vectors; v += block.team) {
     T s[block.kWidth], sum = 0;
     block.load(kStudent, v, s);
 #pragma unroll
-    for (int w = 0; w < block.kWidth; ++w) sum += power(fma(s[w], exponent, -origin));
+    for (int w = 0; w < block.kWidth; ++w) sum += softmax_power(s[w], origin);
     total += sum;
   }
   block.put(0, total);
@@ -210,13 +217,29 @@ __device__ void statistics(const Block<X, kLayout, kUse>& block) {
   }
 }
 
-// The gradient of a group's class in the logit that the term sees.
+// Whether a group's gradient depends on its classes' gaps: where it does not, an infinite one must take no part.
+template <class T>
+__device__ __forceinline__ bool is_tilted(const Sweep& sweep, const GroupShare<T>& share) {
+  return sweep.tilted && share.tilt != 0;
+}
+
+// The gradient of a group's class in the logit that the term sees; `tilted` is is_tilted() of the group.
 template <class T>
 __device__ __forceinline__ T slope_at(const GroupShare<T>& share, T exponent, bool tilted, T student, T teacher) {
   const T a = fma(student, exponent, -share.student_origin), b = fma(teacher, exponent, -share.teacher_origin);
   const T es = power(a), push = power(b) * share.teacher;
   if (!tilted) return fma(es, share.student, push);
   return (es > 0 ? es * fma(b - a, share.tilt, share.student) : es) + push;
+}
+
+// The same where classes of several groups take turns: `tilted` is the sweep's, and each class's group is asked.
+template <class T>
+__device__ __forceinline__ T slope_of_any(const GroupShare<T>& share, T exponent, bool tilted, T student, T teacher) {
+  const T a = fma(student, exponent, -share.student_origin), b = fma(teacher, exponent, -share.teacher_origin);
+  const T es = power(a), push = power(b) * share.teacher;
+  if (!tilted) return fma(es, share.student, push);
+  const T slope = share.tilt == 0 ? share.student : fma(b - a, share.tilt, share.student);
+  return (es > 0 ? es * slope : es) + push;
 }
 
 // Adds the coefficients in a term's last group to those of its sweep.
@@ -246,8 +269,9 @@ struct GradientNumbers {
       add_rest(call, t, sample.share[t][call.objective.term[t].groups() - 1], rest);
       if (t >= call.sweeps) continue;
       exponent[t] = static_cast<T>(call.sweep[t].exponent);
-      tilted[t] = call.sweep[t].tilted;
     }
+#pragma unroll
+    for (int t = 0; t < kMaxTerms; ++t) tilted[t] = t < call.sweeps && is_tilted(call.sweep[t], rest[t]);
   }
 };
 
@@ -288,7 +312,7 @@ __device__ __forceinline__ Real<X> chained(const Block<X, kLayout, kUse>& block,
 // The gradient of the cross entropy but for its target.
 template <class T>
 __device__ __forceinline__ T softmax_gradient(T origin, T factor, T logit) {
-  return power(fma(logit, static_cast<T>(kLog2E), -origin)) * factor;
+  return softmax_power(logit, origin) * factor;
 }
 template <class T>
 __device__ __forceinline__ T softmax_gradient(const Sample<T>& sample, T logit) {
