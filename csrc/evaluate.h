@@ -131,8 +131,9 @@ KDK_HOST_DEVICE void evaluate_group(const Term& term, int g, const GroupStats<R>
   result.student_inverse[slot] = student_inverse;
   result.loss += weighed(weights, forward, reverse);
   result.parts[1 + slot] = scale * weighed(term.group_part[g], forward, reverse);
-  result.group[slot].student = slope * student_inverse * weighed(weights, one, student_mean_gap);
-  result.student_level[slot] = slope * Number<R>(weights.forward) * student_inverse;
+  const R pull = s.teacher_sum == 0 ? R{} : one;  // of a teacher that masks the whole group the forward KL is 0
+  result.group[slot].student = slope * student_inverse * weighed(weights, pull, student_mean_gap);
+  result.student_level[slot] = slope * Number<R>(weights.forward) * student_inverse * pull;
   result.mean_gap[slot] = s.student_gap * student_inverse;
   result.group[slot].tilt = -slope * ln2 * Number<R>(weights.reverse) * student_inverse;
   result.group[slot].teacher = slope * Number<R>(weights.forward) * teacher_inverse;

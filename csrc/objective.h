@@ -171,6 +171,16 @@ inline void weigh(Term& term, double weight) {
   }
 }
 
+// Takes the weights from groups of one of the classes: inside these there is no divergence, and no gap, which may be
+// infinite, is to be looked at.
+inline void drop_single_groups(Objective& objective, int64_t classes) {
+  for (int t = 0; t < objective.terms; ++t) {
+    Term& term = objective.term[t];
+    for (int g = 0; g < term.groups(); ++g)
+      if (term.group_size(g, classes) == 1) term.group[g] = {0, 0};
+  }
+}
+
 // Reads the numbers that go with a structure; false if their count does not fit it.
 inline bool decode_numbers(const double* next, int64_t count, Objective& objective) {
   int64_t expected = kNumbersHeader;

@@ -46,13 +46,15 @@ inline Objective decoded(const std::vector<int64_t>& structure) {
   return objective;
 }
 
-// An objective from what Objective.encode() returns; its numbers are on the CPU, whatever device the logits are on.
-inline Objective decoded(const std::vector<int64_t>& structure, const Tensor& numbers) {
+// An objective from what Objective.encode() returns, for so many classes. Its numbers are on the CPU, whatever device
+// the logits are on.
+inline Objective decoded(const std::vector<int64_t>& structure, const Tensor& numbers, int64_t classes) {
   Objective objective = decoded(structure);
   STD_TORCH_CHECK(numbers.scalar_type() == ScalarType::Double && numbers.is_cpu() && numbers.is_contiguous() &&
                       decode_numbers(static_cast<const double*>(numbers.data_ptr()), numbers.numel(), objective),
                   "ValueError: numbers must be the float64 CPU tensor that Objective.encode() returns, got ",
                   numbers.numel(), " numbers");
+  drop_single_groups(objective, classes);
   return objective;
 }
 

@@ -283,7 +283,7 @@ struct BackwardStep : Step {
                const std::vector<int64_t>& structure, const Tensor& numbers, int64_t class_dim, int64_t num_classes,
                const Tensor* gradient)
       : Step(student, teacher, num_classes, class_dim, gradient) {
-    call().set(decoded(structure, numbers));
+    call().set(decoded(structure, numbers, num_classes));
     read("target", call().target, target, ScalarType::Long);
     read("grad_loss", call().upstream, grad_loss, ScalarType::Double);
     call().upstream_each = grad_loss && grad_loss->dim() > 0;
@@ -387,7 +387,7 @@ Forward forward(const Tensor& student, const Tensor& teacher, const std::optiona
   if (gradient && !by_class) grad = torch::stable::empty_like(student);
   Step step(student, teacher, num_classes, class_dim, grad ? &*grad : nullptr);
   Call& call = step.call();
-  call.set(decoded(structure, numbers));
+  call.set(decoded(structure, numbers, num_classes));
   call.ignore_index = ignore_index;
   call.scale = scale;
   call.each = each;

@@ -134,7 +134,7 @@ Forward forward_cpu(const Tensor& student, const Tensor& teacher, const std::opt
                     bool gradient, bool save, bool parts, const std::optional<std::string>&) {
   const auto reduction = static_cast<Reduction>(reduction_index);
   Problem problem = compared(student, teacher, num_classes, class_dim);
-  problem.objective = decoded(structure, numbers);
+  problem.objective = decoded(structure, numbers, num_classes);
   const ScalarType dtype = problem.double_arithmetic ? ScalarType::Double : ScalarType::Float;
 
   const bool own_moments = problem.objective.standardize == Standardize::by_class && !moments;
@@ -210,7 +210,7 @@ struct Backward {
            const Tensor& saved, const Tensor& members, const std::vector<int64_t>& structure, const Tensor& numbers,
            int64_t class_dim, int64_t num_classes, Tensor* gradient)
       : problem(compared(student, teacher, num_classes, class_dim)) {
-    problem.objective = decoded(structure, numbers);
+    problem.objective = decoded(structure, numbers, num_classes);
     std::vector<std::pair<Matrix*, const Tensor*>> sides{{&problem.student, &student}, {&problem.teacher, &teacher}};
     if (gradient) sides.emplace_back(&problem.gradient, gradient);
     set_layout(problem, sides, class_dim);
