@@ -90,14 +90,16 @@ def checks_samples(backend: str, call: Call) -> bool:
 def choose(call: Call, requested: str = "auto") -> str:
     """The backend that serves ``call``.
 
-    ``"auto"`` means the environment's choice, then the first of :func:`preference` that can; it logs once why it passed
-    over a faster one. A backend asked for by name serves the call or raises RuntimeError with the reason.
+    ``"auto"`` means the environment's choice, then the reference for float64 on either side, else the first of
+    :func:`preference` that can; it logs once why it passed over a faster one. A backend asked for by name serves the call or raises RuntimeError with the reason.
     """
     check_choice("backend", requested, BACKENDS)
     if requested == "auto" and default_backend != "auto":
         requested = default_backend
         check_choice(f"the environment variable {ENVIRONMENT}", requested, BACKENDS)
     student = call.student
+    if requested == "auto" and torch.float64 in (student.dtype, call.teacher.dtype):
+        return "reference"
     device_type = student.device.type
     for backend in preference(device_type) if requested == "auto" else (requested,):
         reason = why_not(backend, device_type, student.dim(), call.objective)

@@ -55,8 +55,14 @@ def test_a_named_backend_serves(backend: str, served: list[str]) -> None:
 def test_auto_takes_the_kernels(served: list[str]) -> None:
     require("cpu")
     kdkernels.kd_loss(STUDENT, TEACHER)
-    kdkernels.dkd_loss(STUDENT.double(), TEACHER.half(), Y, mode="recompute")
+    kdkernels.dkd_loss(STUDENT.bfloat16(), TEACHER.half(), Y, mode="recompute")
     assert served == ["native", "native"]
+
+
+@pytest.mark.parametrize("sides", [(torch.float64, torch.float32), (torch.float16, torch.float64)], ids=str)
+def test_auto_leaves_float64_to_the_reference(sides: tuple[torch.dtype, torch.dtype], served: list[str]) -> None:
+    kdkernels.kd_loss(STUDENT.to(sides[0]), TEACHER.to(sides[1]))
+    assert served == ["reference"]
 
 
 @pytest.mark.usefixtures("no_extension")
