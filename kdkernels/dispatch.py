@@ -91,7 +91,8 @@ def choose(call: Call, requested: str = "auto") -> str:
     """The backend that serves ``call``.
 
     ``"auto"`` means the environment's choice, then the reference for float64 on either side, else the first of
-    :func:`preference` that can; it logs once why it passed over a faster one. A backend asked for by name serves the call or raises RuntimeError with the reason.
+    :func:`preference` that can; it logs once why it passed over a faster one. A backend asked for by name serves the
+    call or raises RuntimeError with the reason.
     """
     check_choice("backend", requested, BACKENDS)
     if requested == "auto" and default_backend != "auto":

@@ -492,7 +492,8 @@ def _compare_gradients(
         smallest = torch.finfo(dtype).smallest_normal * (torch.finfo(dtype).eps if dtype == F16 else 1)
         bound += 2 * (eager - want)[known].norm().nan_to_num(0.0, 0.0).item()
         if crossing.standardize == "sample":
-            smallest = max(smallest, 1e-29)  # without deviation the kernels multiply by 1e-30, which keeps -inf what it is
+            # Without deviation the kernels multiply by 1e-30, which keeps -inf what it is.
+            smallest = max(smallest, 1e-29)
         bound += 4 * unit * size + smallest * math.sqrt(got.numel())
     assert error <= bound, f"gradient: error {error:.3g} of {norm:.3g} is {error / bound:.3g} times the bound"
 
