@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from covering import covering, quickest
 from helpers import (
     BACKENDS,
     CPU_PATHS,
@@ -32,8 +33,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--fuzz-seed", type=int, default=0, help="another seed, other cases; 0 by default")
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m looks at the marks
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out marked tests unless ``-m`` asks for them, and under Triton's interpreter all but its own."""
+    """Leaves out what does not run by default, and under Triton's interpreter all but its own tests."""
     left_out = [name for name in ("large", "cuda") if name not in config.getoption("markexpr")]
     if not GPU_BACKENDS:
         left_out.append("gpu")
@@ -42,6 +44,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     chosen = [item for item in chosen if not item.get_closest_marker("of_gpus") or backend_of(item) in of_gpus]
     if INTERPRETED:
         chosen = [item for item in chosen if backend_of(item) == "triton"]
+    for item in chosen:
+        item.add_marker("full")
+    named = any("::" in argument for argument in config.args)
+    if not (named or "full" in config.getoption("markexpr")):
+        default = covering(chosen)
+        chosen = [item for item in chosen if item in default]
+    for item in quickest(chosen):
+        item.add_marker("quick")
     config.hook.pytest_deselected(items=list(set(items) - set(chosen)))
     items[:] = chosen
 
