@@ -1,8 +1,8 @@
 """Which cases of a test run by default: together every value of every parameter, not every combination.
 
-A test function with several parameters is a product of cases, most of which say the same. By default so many run that each
-value of each parameter occurs, combined at random, and differently in each function; pairs of features are crossed on
-purpose by test_crossings.py. ``pytest -m full`` runs the whole products, and a test asked for by its name runs whole.
+A test function with several parameters is a product of cases, most of which say the same. By default so many run that
+each value of each parameter occurs, combined at random, and differently in each function; pairs of features are crossed
+on purpose by test_crossings.py. ``pytest -m full`` runs the whole products, and a test asked for by name runs whole.
 """
 
 from __future__ import annotations
