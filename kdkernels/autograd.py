@@ -331,8 +331,12 @@ def _register(ops: Ops) -> None:
     """Gives the ops of a namespace the derivative of eager losses, and batching rules."""
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
-        keep(ctx, ops, Arguments(*inputs), output)
-        _mark_constants(ctx, output)
+        call = Arguments(*inputs)
+        if call.gradient or call.save:
+            keep(ctx, ops, call, output)
+            _mark_constants(ctx, output)
+        else:
+            ctx.mark_non_differentiable(*(tensor for tensor in output if tensor is not None))
 
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         return gradient_of(ctx, grads[0]), *_NO_OTHERS

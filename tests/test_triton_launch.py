@@ -18,6 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 #: Operations that neither read a tensor's values on the host nor copy logits.
 HARMLESS = {"empty", "empty_like", "new_empty", "zero_", "ones", "fill_", "view", "_unsafe_view", "reshape", "detach"}
+# Below autograd, where the ops run, these are not taken apart; what they copy is counted.
+HARMLESS |= {"to", "contiguous", "resolve_conj", "resolve_neg"}
 CASES = {name: (LOSSES | STANDARDIZED)[name] for name in ("kd", "dkd", "gdkd", "everything", "pr_gdkd", "ls_gdkd")}
 HOST = ("forward", "backward", "class_moments", "class_sums", "scale_")
 

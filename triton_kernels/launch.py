@@ -154,12 +154,13 @@ def _weight_sum(target: Tensor | None, weight: Tensor | None, samples: int, igno
 
 
 def _unpacked(structure: list[int], numbers: Tensor, parts: bool, double: bool) -> Problem:
-    return unpack(tuple(structure), tuple(numbers.tolist()), parts, double)
+    # The tensor is on the CPU whatever device the logits are on; numpy reads it without an op of torch's.
+    return unpack(tuple(structure), tuple(numbers.numpy().tolist()), parts, double)
 
 
 def _standardisation(structure: list[int], numbers: Tensor) -> tuple[float, float]:
     """Bessel's correction and eps of an encoded objective."""
-    return float(structure[1]), numbers[2].item()
+    return float(structure[1]), numbers.numpy()[2].item()
 
 
 def _affines(matrices: Matrices, moments: Tensor, sums: Tensor | None, standardisation: tuple[float, float]) -> Tensor:
