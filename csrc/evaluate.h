@@ -18,10 +18,21 @@ struct TermResult {
   R loss;
   R parts[1 + kMaxGroups];  // mass, then the groups; unweighted, with the scale
   GroupCoefficients<R> group[kMaxGroups];
-  // On the way: logsumexps of the groups, and the inverse of the student's sums. What remains of the student's
-  // coefficients if gaps are counted from the student's mean gap (as in stats.h), and that mean.
+  // On the way: logsumexps of the groups, and the inverse of the student's sums.
   R student_lse[kMaxGroups], teacher_lse[kMaxGroups], student_inverse[kMaxGroups];
+
+  KDK_HOST_DEVICE void set_level(int, R, R) {}
+  KDK_HOST_DEVICE void add_level(int, R) {}
+};
+
+// The same for gaps that are counted from the student's mean gap (as in stats.h): that mean, and what remains of the
+// student's coefficients then.
+template <class R>
+struct CentredTermResult : TermResult<R> {
   R student_level[kMaxGroups], mean_gap[kMaxGroups];
+
+  KDK_HOST_DEVICE void set_level(int g, R level, R mean) { student_level[g] = level, mean_gap[g] = mean; }
+  KDK_HOST_DEVICE void add_level(int g, R level) { student_level[g] += level; }
 };
 
 // Both directions by their weights; one without weight drops out even where it is infinite.
@@ -68,8 +79,8 @@ KDK_HOST_DEVICE Masses<R, kGroups> group_masses(const R* logsumexp) {
 }
 
 // Adds the divergence of the groups' masses to a term's result.
-template <int kGroups, class R>
-KDK_HOST_DEVICE void add_masses(const Term& term, TermResult<R>& result) {
+template <int kGroups, template <class> class Result, class R>
+KDK_HOST_DEVICE void add_masses(const Term& term, Result<R>& result) {
   const Number<R> scale = term.scale, slope = term.slope;
   const Masses<R, kGroups> student = group_masses<kGroups>(result.student_lse);
   const Masses<R, kGroups> teacher = group_masses<kGroups>(result.teacher_lse);
@@ -91,7 +102,7 @@ KDK_HOST_DEVICE void add_masses(const Term& term, TermResult<R>& result) {
     }
     const R pull = slope * result.student_inverse[g] * weighed(term.mass, qs[g] - qt[g], reverse_pull);
     result.group[g].student += pull;
-    result.student_level[g] += pull;
+    result.add_level(g, pull);
   }
   result.loss += weighed(term.mass, forward, reverse);
   result.parts[0] = scale * weighed(term.mass_part, forward, reverse);
@@ -99,9 +110,9 @@ KDK_HOST_DEVICE void add_masses(const Term& term, TermResult<R>& result) {
 
 // Group `g` of a term, whose results are to be at `slot`. `unit` is that of the origins (see stats.h).
 // Inside a group of a single one of the classes there is no divergence, and its sums are single_sum() of stats.h.
-template <class R>
+template <template <class> class Result, class R>
 KDK_HOST_DEVICE void evaluate_group(const Term& term, int g, const GroupStats<R>& s, int64_t classes, Number<R> unit,
-                                    TermResult<R>& result, int slot) {
+                                    Result<R>& result, int slot) {
   const Number<R> scale = term.scale, slope = term.slope, ln2 = kLn2;
   const Number<R> nats = ln2 * unit;
   const R one = R{} + 1, infinite = R{} + INFINITY;
@@ -133,16 +144,15 @@ KDK_HOST_DEVICE void evaluate_group(const Term& term, int g, const GroupStats<R>
   result.parts[1 + slot] = scale * weighed(term.group_part[g], forward, reverse);
   const R pull = s.teacher_sum == 0 ? R{} : one;  // of a teacher that masks the whole group the forward KL is 0
   result.group[slot].student = slope * student_inverse * weighed(weights, pull, student_mean_gap);
-  result.student_level[slot] = slope * Number<R>(weights.forward) * student_inverse * pull;
-  result.mean_gap[slot] = s.student_gap * student_inverse;
+  result.set_level(slot, slope * Number<R>(weights.forward) * student_inverse * pull, s.student_gap * student_inverse);
   result.group[slot].tilt = -slope * ln2 * Number<R>(weights.reverse) * student_inverse;
   result.group[slot].teacher = slope * Number<R>(weights.forward) * teacher_inverse;
 }
 
 // One term of at most `kMostGroups` groups.
-template <int kMostGroups = kMaxGroups, class R>
+template <int kMostGroups = kMaxGroups, template <class> class Result, class R>
 KDK_HOST_DEVICE void evaluate(const Term& term, const GroupStats<R>* stats, int64_t classes, Number<R> unit,
-                              TermResult<R>& result) {
+                              Result<R>& result) {
   const int groups = term.groups();
   result.loss = R{};
   KDK_ONE_BY_ONE

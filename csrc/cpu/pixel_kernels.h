@@ -790,7 +790,7 @@ class PixelWorker {
         const Term& term = o_.term[t];
         GroupStats<Doubles> stats[kMaxGroups];
         for (int g = 0; g < term.groups(); ++g) stats[g] = scratch_.stats[t][g].lanes(i);
-        const TermResult<Doubles> result = evaluated(term, stats, p_.classes, unit(t));
+        const CentredTermResult<Doubles> result = evaluated(term, stats, p_.classes, unit(t));
         loss += result.loss;
         for (int g = 0; g < term.groups(); ++g) {
           PixelCoefficients<T>& by = scratch_.by[t][g];

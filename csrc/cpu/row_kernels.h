@@ -30,7 +30,8 @@ struct BatchStats {
 
 // The result of a term from some samples' statistics, with `unit` as that of their origins. Masses depend on
 // differences of origins only: taken first, they are exact however large the logits are.
-inline TermResult<Doubles> evaluated(const Term& term, const GroupStats<Doubles>* stats, int64_t classes, double unit) {
+inline CentredTermResult<Doubles> evaluated(const Term& term, const GroupStats<Doubles>* stats, int64_t classes,
+                                            double unit) {
   GroupStats<Doubles> relative[kMaxGroups];
   const int groups = term.groups();
   const auto set_origins = [&](Doubles GroupStats<Doubles>::* origin) {
@@ -42,7 +43,7 @@ inline TermResult<Doubles> evaluated(const Term& term, const GroupStats<Doubles>
   std::copy_n(stats, groups, relative);
   set_origins(&GroupStats<Doubles>::student_origin);
   set_origins(&GroupStats<Doubles>::teacher_origin);
-  TermResult<Doubles> result;
+  CentredTermResult<Doubles> result;
   evaluate(term, relative, classes, unit, result);
   return result;
 }
@@ -545,8 +546,8 @@ class Worker {
     int64_t first_part = 2;
     for (int t = 0; t < o_.terms; ++t) {
       const Term& term = o_.term[t];
-      const TermResult<Doubles> result = evaluated(term, stats.group[t], p_.classes, unit(t));
-      const TermResult<Doubles> losses =
+      const CentredTermResult<Doubles> result = evaluated(term, stats.group[t], p_.classes, unit(t));
+      const CentredTermResult<Doubles> losses =
           &of_losses != &stats ? evaluated(term, of_losses.group[t], p_.classes, unit(t)) : result;
       for (int i = 0; i < count; ++i) {
         Row<T>& row = rows[i];

@@ -560,7 +560,7 @@ struct LogitCoefficients {
   T student = 0, tilt = 0, teacher = 0, mean_gap = 0;
 
   // From one sample's result; `unit` is what gaps of logits count there.
-  static LogitCoefficients from(const TermResult<Doubles>& result, int g, int sample, double unit) {
+  static LogitCoefficients from(const CentredTermResult<Doubles>& result, int g, int sample, double unit) {
     const auto student = static_cast<T>(result.student_level[g][sample]);
     const auto teacher = static_cast<T>(result.group[g].teacher[sample]);
     const double tilt = result.group[g].tilt[sample] * unit, mean_gap = result.mean_gap[g][sample] / unit;

@@ -191,7 +191,7 @@ KDK_HOST_DEVICE int round_up(unsigned number, unsigned step) {
 }
 
 // Numbers of a TermResult (evaluate.h).
-constexpr int kResults = 1 + 1 + kMaxGroups + 3 * kMaxGroups + 5 * kMaxGroups;
+constexpr int kResults = 1 + 1 + kMaxGroups + 3 * kMaxGroups + 3 * kMaxGroups;
 
 // Threads that take all classes of a side.
 KDK_HOST_DEVICE int64_t class_units(int64_t classes) { return (classes + kClassesOfThread - 1) / kClassesOfThread; }
