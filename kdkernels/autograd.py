@@ -27,6 +27,8 @@ _ONCE = (
     "reverse-mode) is not supported. backend='reference' differentiates twice"
 )
 
+_STUDENT_ONLY = "kdkernels losses have a forward-mode derivative in student_logits only: detach the rest"
+
 
 def fused_loss(call: Call, ops: Ops, *, recompute: bool, parts: bool) -> tuple[Tensor, Tensor | None]:
     """``(loss, parts)`` of a checked call by a backend's ops, differentiable in the student's logits if asked for.
@@ -39,8 +41,8 @@ def fused_loss(call: Call, ops: Ops, *, recompute: bool, parts: bool) -> tuple[T
     if not (forward_mode or (student.requires_grad and torch.is_grad_enabled())):
         outputs = _run(ops.forward, _arguments(call, ops, parts, gradient=False, save=False))
         return outputs[0], outputs[1]
-    if forward_mode and student.dtype in (torch.float16, torch.bfloat16):
-        call = call._replace(student=student.float())  # the tangent is a sum over gradients, which they would round
+    if forward_mode:
+        call = _in_forward_mode(call)
     # Under a transform the gradient is an op of its own, whose derivative raises.
     save = recompute or _transformed() or _must_recompute(call, ops)
     # By class the gradient needs sums over all samples, which forward adds up if one upstream factor applies to all.
@@ -52,11 +54,21 @@ def fused_loss(call: Call, ops: Ops, *, recompute: bool, parts: bool) -> tuple[T
         elif _transformed():
             outputs = TransformableLossFunction.apply(ops, *arguments)
         else:
-            result = LossFunction.apply(student, ops, arguments)
+            result = LossFunction.apply(call.student, ops, arguments)
             return result if parts else (result, None)
     except RuntimeError as error:
         raise translated(error) from None
     return outputs[0], outputs[1]
+
+
+def _in_forward_mode(call: Call) -> Call:
+    """A call whose tangent is right: in float32, as it is a sum over gradients, and of the student's alone."""
+    if not _transformed():
+        others = (call.teacher, call.sample_weight, call.denominator)
+        if any(other is not None and forward_ad.unpack_dual(other).tangent is not None for other in others):
+            raise RuntimeError(_STUDENT_ONLY)
+    half = call.student.dtype in (torch.float16, torch.bfloat16)
+    return call._replace(student=call.student.float()) if half else call
 
 
 def _arguments(call: Call, ops: Ops, parts: bool, *, gradient: bool, save: bool) -> Arguments:
@@ -192,7 +204,7 @@ def _mark_constants(ctx: Any, outputs: tuple[Tensor | None, ...]) -> None:
 def _tangent_of_loss(ctx: Any, tangent: Tensor | None, others: tuple[Any, ...] = ()) -> Tensor:
     """<gradient, tangent of the student>: the derivative of the loss in that direction."""
     if tangent is None or any(isinstance(other, Tensor) for other in others):
-        raise RuntimeError("kdkernels losses have a forward-mode derivative in student_logits only: detach the rest")
+        raise RuntimeError(_STUDENT_ONLY)
     ones = ctx.ones
     if ones.dim() and ctx.by_class:
         raise RuntimeError(

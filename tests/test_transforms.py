@@ -135,6 +135,8 @@ def test_forward_mode_that_is_refused(native_path: Path) -> None:
         torch.func.jvp(loss_by(native_path, "class_none"), (STUDENT,), (VECTOR,))
     with pytest.raises(RuntimeError, match="in student_logits only"):
         torch.func.jvp(lambda z: kdkernels.kd_loss(STUDENT, z, **native_path.options), (TEACHER,), (VECTOR,))
+    with pytest.raises(RuntimeError, match="in student_logits only"):
+        dual_tangent(lambda z: kdkernels.kd_loss(STUDENT, z, **native_path.options), TEACHER, VECTOR)
 
 
 # torch.func and batched gradients -----------------------------------------------------------------------------------
