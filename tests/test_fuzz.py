@@ -45,7 +45,11 @@ def _features(numbers: random.Random) -> dict[str, Any]:
         features["classes"] = min(features["classes"], 200)
     features["temperature"] = numbers.choice((*FEATURES["temperature"], _log_uniform(numbers, *TEMPERATURES)))
     features["ratio"] = numbers.choice((1.0, numbers.uniform(0.3, 3.0)))
-    features["ratio"] = min(max(features["ratio"], TEMPERATURES[0] / features["temperature"]), 3.0)
+    if features["standardize"]:
+        # Standardised logits are rounded, and a temperature divides the rounding, too.
+        features["temperature"] = max(features["temperature"], 0.02)
+    least, most = (limit / features["temperature"] for limit in TEMPERATURES)
+    features["ratio"] = min(max(features["ratio"], least * (1 + 1e-12)), most * (1 - 1e-12))
     features["spread"] = numbers.choice((3.0, _log_uniform(numbers, 1e-3, 1e4)))
     features["gap"] = numbers.choice((None, None, _log_uniform(numbers, 1e-4, 1.0)))
     features["offset"] = numbers.choice((0.0, 0.0, numbers.uniform(-1e4, 1e4)))
