@@ -82,9 +82,9 @@ def preference(device_type: str) -> tuple[str, ...]:
 
 def checks_samples(backend: str, call: Call) -> bool:
     """Whether to check targets and weights before the call: the backend does not, it costs little and can be done."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if backend == "cpu" or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
-    return backend != "cpu" and (debug or (backend == "reference" and call.student.is_cpu))
+    return debug or (backend == "reference" and call.student.is_cpu)
 
 
 def choose(call: Call, requested: str = "auto") -> str:
