@@ -40,7 +40,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
 _KINDS = tuple(GROUPS)
 STANDARDIZE = (None, "class", "sample")
 _STANDARDIZE_DEFAULTS = {None: (0, 0.0), "class": (0, 1e-5), "sample": (1, 1e-7)}
-KL_TYPES = {"forward": (1.0, 0.0), "reverse": (0.0, 1.0), "both": (0.5, 0.5)}
+KL_TYPES = ("forward", "reverse", "both")
 STRATEGIES = {"best": True, "worst": False}
 
 
@@ -560,9 +560,9 @@ def ls_gdkd(
 
 
 def _weigh(weight: float, kl_type: str) -> tuple[float, float]:
-    check_choice("kl_type", kl_type, tuple(KL_TYPES))
-    forward, reverse = KL_TYPES[kl_type]
-    return weight * forward, weight * reverse
+    check_choice("kl_type", kl_type, KL_TYPES)
+    # No product with 0 or 1, for which torch.compile would take the weight for a constant.
+    return {"forward": (weight, 0.0), "reverse": (0.0, weight), "both": (0.5 * weight, 0.5 * weight)}[kl_type]
 
 
 def _largest(strategy: str) -> bool:

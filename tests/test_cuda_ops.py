@@ -59,6 +59,8 @@ def forward_arguments(
 def opcheck(op: object, arguments: tuple[Any, ...], requires_grad: bool = False) -> None:
     """All of torch's checks of an op; that of the autograd registration needs an input that requires grad."""
     skipped = () if requires_grad else ("test_autograd_registration",)
+    if requires_grad and torch.__version__.startswith("2.10."):
+        skipped = ("test_schema",)  # it copies tensors that have no storage there
     every = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(op, arguments, test_utils=[name for name in every if name not in skipped])
 

@@ -251,6 +251,11 @@ def test_numbers_that_change_do_not_recompile(name: str, native_path: Path) -> N
     assert counter.frame_count <= 2
 
 
+@pytest.mark.xfail(
+    torch.__version__.startswith("2.10."),
+    strict=False,
+    reason="torch 2.10 compiles no second derivative, and says nothing",
+)
 def test_a_compiled_second_derivative_raises(native_path: Path) -> None:
     compiled = torch.compile(loss_by(native_path, "mean"), fullgraph=True, backend="aot_eager")
     with pytest.raises(RuntimeError):
