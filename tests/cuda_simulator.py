@@ -14,7 +14,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -130,7 +130,7 @@ def _built(name: str, arch: int) -> str | None:
         return next((file.read_text() for file in Path(folder).glob("*.ptx")), None)
 
 
-@cache
+@lru_cache(maxsize=4)  # parsed, a file of kernels takes a quarter of a gigabyte
 def module_of(name: str, arch: int) -> Module:
     """The kernels of a file for an architecture: those of the build or compiled now, and kept for other processes."""
     folder = Path(tempfile.gettempdir()) / f"kdkernels-ptx-{os.getuid()}"

@@ -7,6 +7,7 @@ replaced, by one that reports a GPU and "launches" into the simulator.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,7 +30,11 @@ MAX_SHARED = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 
 #: Functions that return memory nobody has written yet.
 _ALLOCATORS = [(torch, name) for name in ("empty", "empty_like", "empty_strided")]
 _ALLOCATORS += [(torch.Tensor, name) for name in ("new_empty", "new_empty_strided")]
-_modules: dict[str, Module] = {}
+
+
+@functools.lru_cache(maxsize=16)  # a parsed module takes tens of megabytes
+def _module_of(ptx: str) -> Module:
+    return Module(ptx)
 
 
 class Launch(NamedTuple):
@@ -115,9 +120,7 @@ class SimDriver(_Driver):
         metadata, name = compiled.metadata, compiled.metadata.name
         if 0 in grid:
             return
-        if metadata.hash not in _modules:
-            _modules[metadata.hash] = Module(compiled.asm["ptx"])
-        module = _modules[metadata.hash]
+        module = _module_of(compiled.asm["ptx"])
         values, names = [], []
         source = compiled.src
         for parameter, signature, value in zip(source.fn.arg_names, source.signature.values(), args, strict=True):
