@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from kdkernels import distributed
-from kdkernels.ops import OPS, Arguments, Ops, translated
+from kdkernels.ops import OPS, Arguments, Ops, Outputs, translated
 from kdkernels.validation import REDUCTIONS, Call
 
 _ONCE = (
@@ -192,7 +192,7 @@ class TransformableLossFunction(torch.autograd.Function):
 
 
 #: Of the outputs but the loss, and of the arguments but the student.
-_NO_TANGENTS = (None,) * 4
+_NO_TANGENTS = (None,) * (len(Outputs._fields) - 1)
 _NO_OTHERS = (None,) * (len(Arguments._fields) - 1)
 
 

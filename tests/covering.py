@@ -27,8 +27,8 @@ def covering(items: Sequence[pytest.Item]) -> set[pytest.Item]:
 
 
 def _cover(cases: list[pytest.Item], order: random.Random) -> set[pytest.Item]:
-    """Greedily the case with most values that are new."""
-    if not hasattr(cases[0], "callspec"):
+    """Greedily the case with most values that are new; all of a test that is marked whole."""
+    if not hasattr(cases[0], "callspec") or cases[0].get_closest_marker("whole"):
         return set(cases)
     values = {case: {(name, id(value)) for name, value in case.callspec.params.items()} for case in cases}
     left = set().union(*values.values())

@@ -8,13 +8,14 @@ from typing import Any
 from covering import covering
 
 
-def case(name: str, **params: Any) -> Any:
+def case(name: str, whole: bool = False, **params: Any) -> Any:
     callspec = {"callspec": SimpleNamespace(params=params)} if params else {}
 
     class Item(SimpleNamespace):
         __hash__ = object.__hash__
 
-    return Item(nodeid=f"{name}[{params}]" if params else name, **callspec)
+    nodeid = f"{name}[{params}]" if params else name
+    return Item(nodeid=nodeid, get_closest_marker=lambda marker: whole or None, **callspec)
 
 
 def product(name: str) -> list[Any]:
@@ -27,6 +28,11 @@ def test_every_value_of_every_parameter_runs() -> None:
     assert {item.callspec.params["b"] for item in chosen} == {1, 2, 3}
     assert {item.callspec.params["c"] for item in chosen} == {True, False}
     assert len(chosen) <= 9
+
+
+def test_a_test_marked_whole_runs_whole() -> None:
+    cases = [case("f", whole=True, a=a, b=b) for a in (1, 2) for b in (1, 2)]
+    assert covering(cases) == set(cases)
 
 
 def test_functions_are_covered_each_for_itself_and_differently() -> None:

@@ -96,9 +96,10 @@ def covering_array() -> list[Crossing]:
 ARRAY = covering_array()
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("index", range(len(ARRAY)))
-def test_crossing(index: int, backend: str) -> None:
-    check_crossing(ARRAY[index], backend)
+def test_crossing(index: int, native_backend: str) -> None:
+    check_crossing(ARRAY[index], native_backend)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="of the reference only")

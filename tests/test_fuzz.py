@@ -13,7 +13,7 @@ import pytest
 from crossings import LAYOUTS, PARTITIONS, Crossing, check_crossing, legal
 from test_crossings import FEATURES
 
-pytestmark = pytest.mark.fuzz
+pytestmark = [pytest.mark.fuzz, pytest.mark.whole]
 #: How many cases: in the whole suite, and by ``-m fuzz``.
 FEW, MANY = 40, 300
 #: The documented range of temperatures.
@@ -68,9 +68,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize("index", range(count))
 
 
-def test_random_call(index: int, backend: str, request: pytest.FixtureRequest) -> None:
+def test_random_call(index: int, native_backend: str, request: pytest.FixtureRequest) -> None:
     seed = request.config.getoption("fuzz_seed")
     try:
-        check_crossing(crossing_of(seed, index), backend)
+        check_crossing(crossing_of(seed, index), native_backend)
     except Exception as error:
         raise AssertionError(f"--fuzz-seed {seed}, index {index}: {error}") from error
