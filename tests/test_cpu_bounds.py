@@ -16,7 +16,7 @@ from torch import Tensor
 
 import kdkernels
 
-pytestmark = pytest.mark.skipif(not hasattr(mmap, "PROT_READ"), reason="needs mprotect")
+pytestmark = [pytest.mark.whole, pytest.mark.skipif(not hasattr(mmap, "PROT_READ"), reason="needs mprotect")]
 
 #: Classes of a row, or pixels of a line: tails of all lengths, alone and after whole vectors, unrolled and not.
 SIZES = [*range(2, 40), 63, 64, 65, 99, 100, 127, 128, 129, 200, 1000, 2047, 2049]
