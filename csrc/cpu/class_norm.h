@@ -65,8 +65,7 @@ struct SampleBlocks {
 
   explicit SampleBlocks(const Problem& p, int64_t least_logits = 1 << 13) : samples(p.samples) {
     constexpr int64_t most = 16, most_sums = 1 << 20;
-    while (2 * count <= most && 2 * count * least_logits <= samples * p.classes &&
-           2 * count * p.classes <= most_sums)
+    while (2 * count <= most && 2 * count * least_logits <= samples * p.classes && 2 * count * p.classes <= most_sums)
       count *= 2;
   }
   int64_t begin(int64_t block) const { return block * samples / count; }
@@ -178,8 +177,7 @@ inline Moments<double> moments_of(const float* logits, int count) {
   const CentredSums sums(logits, count, centre);
   if (!(sums.square >= kLeastSquare * sums.there && sums.square < INFINITY))
     return moments_in_double(count, [logits](int64_t i) { return logits[i]; });
-  return {sums.there, centre + sums.sum / sums.there,
-          std::max(sums.square - sums.sum * sums.sum / sums.there, 0.0)};
+  return {sums.there, centre + sums.sum / sums.there, std::max(sums.square - sums.sum * sums.sum / sums.there, 0.0)};
 }
 
 // Moments of some classes over rows: sums of deviations from a centre, and of their squares, class by class.
@@ -361,6 +359,26 @@ class NormBackward {
   Buffer<float> data_;
   float *level_, *slope_;
 };
+
+// All rows; the last, which may be still in cache, first.
+inline void row_norm_backward(const Problem& p, const NormBackward& backward, const Parallel& parallel) {
+  const int64_t grain = std::max<int64_t>((1 << 14) / (p.classes + 64), 1);
+  parallel.run(0, p.samples, grain, [&](int64_t first, int64_t last) {
+    alignas(64) float logits[kTile], gradient[kTile];
+    for (int64_t n = last; n-- > first;) {
+      if (p.weight(n) == 0) continue;
+      const void* student = element(p, p.student, n);
+      void* row = element(p, p.gradient, n);
+      for (int64_t begin = 0; begin < p.classes; begin += kTile) {
+        const int count = static_cast<int>(std::min<int64_t>(kTile, p.classes - begin));
+        const float* z = read_classes(p.student, student, begin, count, logits);
+        float* g = const_cast<float*>(read_classes(p.gradient, row, begin, count, gradient));
+        backward.classes(begin, count, z, g);
+        if (g == gradient) write_classes(p.gradient, row, begin, count, g);
+      }
+    }
+  });
+}
 
 }  // namespace
 }  // namespace KDK_NAMESPACE

@@ -90,8 +90,9 @@ struct Kernels {
   void (*class_moments)(const Problem&, const Parallel&, double* moments);
   // Makes problem.gradient, of the samples that count, the gradient in the student's logits, times a factor.
   void (*class_norm_backward)(const Problem&, const double* sums, double factor, const Parallel&);
-  // problem.gradient *= factor, one factor for all samples or one a sample. A gradient of 0 stays 0 whatever the factor,
-  // NaN and infinities included: it may be that of a sample that does not count, or of a class that is not compared.
+  // problem.gradient *= factor, one factor for all samples or one a sample. A gradient of 0 stays 0 whatever the
+  // factor, NaN and infinities included: it may be that of a sample that does not count, or of a class that is not
+  // compared.
   void (*scale)(const Problem&, const double* factor, bool per_sample, const Parallel&);
 };
 

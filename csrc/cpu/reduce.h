@@ -13,9 +13,7 @@ struct Exps {
   float* gap = nullptr;  // where reverse KL is wanted
   float* ce = nullptr;   // where a cross entropy is: those at T = 1
 
-  Exps from(int64_t i) const {
-    return {student + i, teacher + i, gap ? gap + i : nullptr, ce ? ce + i : nullptr};
-  }
+  Exps from(int64_t i) const { return {student + i, teacher + i, gap ? gap + i : nullptr, ce ? ce + i : nullptr}; }
 };
 
 // Memory that the next tile will come from, and that the gradient will soon go to: fetched while the arithmetic on this

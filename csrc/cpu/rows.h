@@ -1,8 +1,8 @@
 // Samples whose classes are side by side in memory, or of any strides: one sample after the other, tile by tile.
 //
-// load -> select -> reduce -> finalize -> apply -> store. Rows are spread over threads and, where they are few and long,
-// their chunks are. A chunk has a fixed number of classes and statistics merge in the order of the classes, so that
-// results depend neither on the number of threads nor on who computed what.
+// load -> select -> reduce -> finalize -> apply -> store. Rows are spread over threads and, where they are few and
+// long, their chunks are. A chunk has a fixed number of classes and statistics merge in the order of the classes, so
+// that results depend neither on the number of threads nor on who computed what.
 #pragma once
 
 #include "apply.h"
@@ -13,11 +13,11 @@
 namespace KDK_NAMESPACE {
 namespace {
 
-constexpr int64_t kChunk = 8 * kTile;        // classes of a chunk, the unit of work where a row is split over threads
-constexpr int64_t kKeptFloats = 1 << 17;     // of a row's exponentials that are kept for the gradient (they fit in L2)
-constexpr int64_t kSplitSamples = 16;        // fewer samples than this may be split over threads
+constexpr int64_t kChunk = 8 * kTile;     // classes of a chunk, the unit of work where a row is split over threads
+constexpr int64_t kKeptFloats = 1 << 17;  // of a row's exponentials that are kept for the gradient (they fit in L2)
+constexpr int64_t kSplitSamples = 16;     // fewer samples than this may be split over threads
 constexpr int64_t kBatchClasses = 16 * kTile;  // of the rows that finalize takes together, at most
-constexpr int64_t kGrainClasses = 16384;     // least work that is worth a thread
+constexpr int64_t kGrainClasses = 16384;       // least work that is worth a thread
 
 // Whether rows are few and long enough to be split over threads, if those are more. Samples that are standardised each
 // by its own moments are not.
@@ -49,8 +49,8 @@ struct RowStats {
 
 // Memory that a thread keeps from call to call.
 struct RowScratch {
-  alignas(64) float student[kTile], teacher[kTile];              // logits as they are read
-  alignas(64) float tile_student[kTile], tile_teacher[kTile];    // dense
+  alignas(64) float student[kTile], teacher[kTile];            // logits as they are read
+  alignas(64) float tile_student[kTile], tile_teacher[kTile];  // dense
   alignas(64) float exps[4][kTile], gradient[kTile];
   Buffer<float> kept, columns;
   std::vector<int64_t> selected;
@@ -291,9 +291,7 @@ class RowWorker {
     return row.lane * ceil_div(p_.classes, kTile) + begin / kTile;
   }
   bool tilted_rest(int s) const { return o_.sweep[s].tilted(o_.sweep[s].groups() - 1); }
-  Reduction reduction(int s) const {
-    return {o_.sweep[s].inv_t(), o_.sweep[s].reverse, s == 0 && o_.ce_in_sweep()};
-  }
+  Reduction reduction(int s) const { return {o_.sweep[s].inv_t(), o_.sweep[s].reverse, s == 0 && o_.ce_in_sweep()}; }
 
   // Where the exponentials of a tile go.
   Exps exps_of(const Row& row, int s, int64_t begin) const {
@@ -303,8 +301,7 @@ class RowWorker {
 
   // Classes of one side (0 student, 1 teacher) as the terms see them: in place, or in `to`.
   const float* source(const Row& row, int side, int64_t begin, int count, float* to) const {
-    const float* raw =
-        read_classes(side ? p_.teacher : p_.student, side ? row.teacher : row.student, begin, count, to);
+    const float* raw = read_classes(side ? p_.teacher : p_.student, side ? row.teacher : row.student, begin, count, to);
     if (o_.standardize == Standardize::none) return raw;
     if (o_.standardize == Standardize::by_class) {
       standardize(raw, count, norms_[side].from(begin), to);
@@ -320,8 +317,9 @@ class RowWorker {
       Moments<double> moments;
       each_tile(0, p_.classes, [&](int64_t begin, int count) {
         const Matrix& matrix = side ? p_.teacher : p_.student;
-        merge(moments, moments_of(read_classes(matrix, side ? row.teacher : row.student, begin, count,
-                                               scratch_.teacher), count));
+        merge(
+            moments,
+            moments_of(read_classes(matrix, side ? row.teacher : row.student, begin, count, scratch_.teacher), count));
       });
       const double inv_std = o_.inv_std(moments);
       row.norm[side] = {moments.mean, inv_std};
@@ -551,13 +549,14 @@ class RowWorker {
   RowScratch& scratch_;
   int64_t first_column_[kMaxTerms], ce_column_;  // of the statistics and of the coefficients
   SampleLanes lanes_;
-  Columns by_{};              // coefficients of the row at hand
-  Exps kept_[kMaxTerms];      // of the first row
-  int64_t kept_row_ = 0;      // from row to row; 0 if none are kept
+  Columns by_{};          // coefficients of the row at hand
+  Exps kept_[kMaxTerms];  // of the first row
+  int64_t kept_row_ = 0;  // from row to row; 0 if none are kept
   std::vector<KeptShifts> kept_shifts_[kMaxTerms];
 };
 
-// The steps over all rows ----------------------------------------------------------------------------------------------
+// The steps over all rows
+// ----------------------------------------------------------------------------------------------
 
 inline int64_t row_grain(const Problem& p) { return std::max<int64_t>(kGrainClasses / (p.classes + 64), 1); }
 
@@ -601,9 +600,8 @@ class RowRunner {
     if (sums) {
       each_block(sums, [&](RowWorker& worker, int64_t begin, int64_t end) { worker.fused(values, begin, end); });
     } else {
-      parallel_.run(0, p_.samples, row_grain(p_), [&](int64_t begin, int64_t end) {
-        RowWorker(p_, norms_).fused(values, begin, end);
-      });
+      parallel_.run(0, p_.samples, row_grain(p_),
+                    [&](int64_t begin, int64_t end) { RowWorker(p_, norms_).fused(values, begin, end); });
     }
   }
 

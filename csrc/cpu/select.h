@@ -97,7 +97,8 @@ inline void each_not_below(Ranked<Largest> ranked, int count, float bound, const
   const int whole = count / kWord;
   for (int word = 0; word < whole; ++word) {
     uint64_t bits = 0;
-    for (int j = 0; j < kWord; j += W) bits |= static_cast<uint64_t>(not_less(ranked.at(word * kWord + j), bounds)) << j;
+    for (int j = 0; j < kWord; j += W)
+      bits |= static_cast<uint64_t>(not_less(ranked.at(word * kWord + j), bounds)) << j;
     hits[word] = bits;
   }
   if (count % kWord) hits[whole] = 0;

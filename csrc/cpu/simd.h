@@ -150,8 +150,8 @@ inline void add_widened(double* to, Vec v) {
   store(to + kLanes / 2, load(to + kLanes / 2) + doubles_of(v, 1));
 }
 
-// 2^f for f in [-1/2, 1/2]: minimax in the relative error, 2e-9 before rounding. Degree 5 would do for 8e-8, which shows
-// in the losses of single samples.
+// 2^f for f in [-1/2, 1/2]: minimax in the relative error, 2e-9 before rounding. Degree 5 would do for 8e-8, which
+// shows in the losses of single samples.
 inline Vec exp2_fraction(Vec f) {
   Vec p = broadcast(1.5345812e-4f);
   p = p * f + 1.3399931e-3f;
@@ -174,7 +174,7 @@ inline Vec exp2(Vec x) {
 // From -127 down, where the exponent's bits are all 0, so is the fraction: 0. The least exponentials above are not
 // exact: less than the smallest normal number, and off by no more than that.
 inline Vec exp2(Vec x) {
-  constexpr float shifter = 12582912.0f;                              // 1.5 * 2^23
+  constexpr float shifter = 12582912.0f;                                   // 1.5 * 2^23
   const Vec clamped = min(broadcast(128.0f), max(broadcast(-127.0f), x));  // else the exponent's bits would wrap around
   const Vec shifted = clamped + shifter;  // rounds to an integer, which ends up in the lowest bits
   const Vec power = exp2_fraction(clamped - (shifted - shifter));

@@ -61,8 +61,8 @@ inline void store_pieces(float* const* rows, int at, typename VecOf<float, Lanes
 template <int High, int... I>
 inline Vec interleaved(Vec a, Vec b, std::integer_sequence<int, I...>) {
   constexpr int P = kPiece;
-  return shuffled<Vec>(
-      a, b, std::integer_sequence<int, I / P * P + High * P / 2 + I % P / 2 + (I % 2 ? kLanes : 0)...>());
+  return shuffled<Vec>(a, b,
+                       std::integer_sequence<int, I / P * P + High * P / 2 + I % P / 2 + (I % 2 ? kLanes : 0)...>());
 }
 inline void interleave(Vec& a, Vec& b) {
   constexpr std::make_integer_sequence<int, kLanes> lanes;
