@@ -13,11 +13,11 @@
 namespace KDK_NAMESPACE {
 namespace {
 
-constexpr int64_t kChunk = 8 * kTile;     // classes of a chunk, the unit of work where a row is split over threads
-constexpr int64_t kKeptFloats = 1 << 17;  // of a row's exponentials that are kept for the gradient (they fit in L2)
-constexpr int64_t kSplitSamples = 16;     // fewer samples than this may be split over threads
-constexpr int64_t kBatchClasses = 16 * kTile;  // of the rows that finalize takes together, at most
-constexpr int64_t kGrainClasses = 16384;       // least work that is worth a thread
+constexpr int64_t kChunk = 4 * kTile;         // classes of a chunk, the unit of work where a row is split over threads
+constexpr int64_t kKeptFloats = 1 << 17;      // of a row's exponentials that are kept for the gradient (they fit in L2)
+constexpr int64_t kSplitSamples = 16;         // fewer samples than this may be split over threads
+constexpr int64_t kBatchClasses = 8 * kTile;  // of the rows that finalize takes together, at most
+constexpr int64_t kGrainClasses = 16384;      // least work that is worth a thread
 
 // Whether rows are few and long enough to be split over threads, if those are more. Samples that are standardised each
 // by its own moments are not.

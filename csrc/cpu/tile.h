@@ -7,7 +7,7 @@
 namespace KDK_NAMESPACE {
 namespace {
 
-constexpr int kTile = 1024;  // classes of a tile of a row: both sides, exponentials and gradient stay in L1
+constexpr int kTile = 2048;  // classes of a tile of a row: both sides, exponentials and gradient stay in L1
 
 // A selected class in the tile of the rest, or what is behind its end: as a logit far below all others its exponential
 // is 0 and its gap finite.
@@ -178,11 +178,15 @@ inline Maxima load_tile(const float* student, const float* teacher, int count, c
     }
     for (; i < whole; i += W) look_at(load(student + i), load(teacher + i), 0);
     if (i >= count) break;
-    float *s = patches.student + patches.count * W, *t = patches.teacher + patches.count * W;
-    store(s, load_first(student + i, count - i, absent));
-    store(t, load_first(teacher + i, count - i, absent));
-    for (; hole < holes.count && holes.at[hole] < i + W; ++hole) s[holes.at[hole] - i] = t[holes.at[hole] - i] = absent;
-    look_at(load(s), load(t), 1);
+    Vec s = load_first(student + i, count - i, absent), t = load_first(teacher + i, count - i, absent);
+    for (; hole < holes.count && holes.at[hole] < i + W; ++hole) {
+      const Ints gone = kLaneIndex == holes.at[hole] - i;  // a store to a lane would have to be waited for
+      s = gone ? broadcast(absent) : s;
+      t = gone ? broadcast(absent) : t;
+    }
+    store(patches.student + patches.count * W, s);
+    store(patches.teacher + patches.count * W, t);
+    look_at(s, t, 1);
     patches.at[patches.count++] = i;
     i += W;
   }
