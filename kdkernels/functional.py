@@ -8,9 +8,9 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from kdkernels import autograd, dispatch, objective, reference
+from kdkernels.backends import BACKENDS
 from kdkernels.distributed import ProcessGroup
 from kdkernels.objective import Objective, check_choice
-from kdkernels.ops import OPS
 from kdkernels.validation import MODES, check_call, check_sample_values
 
 Loss = Tensor | tuple[Tensor, dict[str, Tensor]]
@@ -140,7 +140,7 @@ def distillation_loss(
     if backend == "reference":
         loss, parts = reference.distillation_loss(call)
         return (loss, parts) if return_parts else loss
-    loss, values = autograd.fused_loss(call, OPS[backend], recompute=mode == "recompute", parts=return_parts)
+    loss, values = autograd.loss_of(call, BACKENDS[backend], recompute=mode == "recompute", parts=return_parts)
     return loss if values is None else (loss, _named_parts(call.objective, values))
 
 
