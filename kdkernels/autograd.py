@@ -209,7 +209,7 @@ def _gradient(ctx: Any, grad_loss: Tensor) -> Tensor:
     if ctx.inference:
         kept = [ctx.inference.get(i, tensor) for i, tensor in enumerate(kept)]
     if ctx.way.recomputes and _watched():
-        return OnceFunction.apply(ctx.way, ctx.settings, grad_loss, *kept)
+        return OnceFunction.apply(ctx.way, len(kept), grad_loss, *kept, *ctx.settings)
     return ctx.way.gradient(ctx.settings, kept, grad_loss, again=_graph_is_kept(), ours=ctx.ours)
 
 
@@ -219,13 +219,13 @@ def _watched() -> bool:
 
 
 class OnceFunction(torch.autograd.Function):
-    """``(way, settings, grad_loss, *kept) -> the gradient``, whose derivative raises."""
+    """``(way, how many were kept, grad_loss, *kept, *settings) -> the gradient``, whose derivative raises."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(way: Way, settings: Any, grad_loss: Tensor, *kept: Any) -> Tensor:
-        return way.gradient(settings, kept, grad_loss, again=True, ours=False)
+    def forward(way: Way, count: int, grad_loss: Tensor, *rest: Any) -> Tensor:
+        return way.gradient(rest[count:], rest[:count], grad_loss, again=True, ours=False)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -248,8 +248,6 @@ def _each_in_turn(op: Any) -> Callable[..., Any]:
             op(*(a.select(dim, i) if isinstance(dim, int) else a for a, dim in zip(arguments, in_dims, strict=True)))
             for i in range(info.batch_size)
         ]
-        if results[0] is None:  # of an op that writes where it reads
-            return None, None
         if isinstance(results[0], Tensor):
             return torch.stack(results), 0
         columns = list(zip(*results, strict=True))

@@ -37,7 +37,7 @@ class Arguments(NamedTuple):
     ignore_index: int
     parts: bool
     #: Name of the group that shares the statistics of standardize="class"; the op's derivative needs it.
-    process_group: str | None
+    process_group: str | None = None
 
 
 #: The fields before an op's own flags, and those that are tensors of samples or classes.
@@ -147,6 +147,21 @@ def _scaled(scale_: Any, gradient: Tensor, factor: Tensor, class_dim: int, *, ag
 # The CPU: fused, or select, reduce and finalize, and later apply ---------------------------------------------------
 
 
+class _NormBackward:
+    """The op ``class_norm_backward`` or, where that may be, the one that writes where it reads."""
+
+    def __init__(self, namespace: Any) -> None:
+        self._copy = namespace.class_norm_backward.default
+        self._in_place = namespace.class_norm_backward_.default
+
+    def __call__(self, inputs: tuple[Any, ...], *, in_place: bool) -> Tensor:
+        gradient, _, _, _, _, _, factor, *_ = inputs
+        if not (in_place and _is_plain(gradient) and _is_plain(factor)):
+            return run(self._copy, inputs)
+        run(self._in_place, inputs)
+        return gradient
+
+
 class _Fused(Way):
     """Loss and gradient at once; where logits are standardised by class, the gradient is that for constant moments."""
 
@@ -156,7 +171,7 @@ class _Fused(Way):
         self.op = namespace.fused.default
         self._flag = gradient
         self._scale = namespace.scale_.default
-        self._norm_backward = namespace.class_norm_backward_.default
+        self._norm_backward = _NormBackward(namespace)
 
     def inputs(self, arguments: Arguments) -> tuple[Any, ...]:
         return (*arguments[:_BEFORE_FLAGS], self._flag, *arguments[_BEFORE_FLAGS:])
@@ -173,16 +188,11 @@ class _Fused(Way):
         if not by_class:
             return _scaled(self._scale, gradient, grad_loss, settings[4], again=again, ours=ours)
         structure, numbers, _, _, class_dim, num_classes, ignore_index, _, group = settings
-        *samples, moments, sums = by_class
+        *of_samples, sums = by_class
         sums = distributed.summed(sums * grad_loss, group)
-        if not (_is_plain(grad_loss) and type(gradient) is Tensor):
-            gradient = _product(gradient, grad_loss, class_dim)
-            grad_loss = torch.ones_like(grad_loss)
-        elif again or not ours:
-            gradient = gradient.clone()
         of_logits = structure, numbers, class_dim, num_classes, ignore_index
-        run(self._norm_backward, (gradient, *samples, moments, sums, grad_loss, *of_logits))
-        return gradient
+        inputs = (gradient, *of_samples, sums, grad_loss, *of_logits)
+        return self._norm_backward(inputs, in_place=ours and not again)
 
 
 class _Evaluated(Way):
@@ -193,7 +203,7 @@ class _Evaluated(Way):
     def __init__(self, namespace: Any) -> None:
         self.op = namespace.evaluate.default
         self._apply = namespace.apply.default
-        self._norm_backward = namespace.class_norm_backward_.default
+        self._norm_backward = _NormBackward(namespace)
 
     def inputs(self, arguments: Arguments) -> tuple[Any, ...]:
         return arguments
@@ -208,11 +218,11 @@ class _Evaluated(Way):
         student, _, target, sample_weight, _, _, moments = kept
         of_logits = structure, numbers, class_dim, num_classes, ignore_index
         gradient, sums = run(self._apply, (grad_loss, *kept, *of_logits))
-        if sums is not None:
-            sums = distributed.summed(sums, group)
-            samples = student, target, sample_weight
-            run(self._norm_backward, (gradient, *samples, moments, sums, sums.new_ones(()), *of_logits))
-        return gradient
+        if moments is None:
+            return gradient
+        of_samples = student, target, sample_weight, moments
+        inputs = (gradient, *of_samples, distributed.summed(sums, group), sums.new_ones(()), *of_logits)
+        return self._norm_backward(inputs, in_place=True)
 
 
 class CpuBackend(Backend):
@@ -223,7 +233,7 @@ class CpuBackend(Backend):
         self.loss = _Fused(self.ops, gradient=False)
         self._fused, self._evaluated = _Fused(self.ops, gradient=True), _Evaluated(self.ops)
         self.differentiable = self._fused.op, self._evaluated.op
-        names = "select", "reduce", "finalize", "apply", "class_norm_backward_"
+        names = "select", "reduce", "finalize", "apply", "class_norm_backward"
         of_steps = (getattr(self.ops, name).default for name in names)
         self.batched = *self.differentiable, self.class_moments, *of_steps
 

@@ -232,7 +232,7 @@ def _register_cpu_fakes() -> None:
 
     @torch.library.register_fake("kdkernels::fused")
     def _(student, _t, _y, _w, _d, moments, structure, *rest):
-        _, _, reduction, class_dim, num_classes, _, gradient, parts, _ = rest
+        _, _, reduction, class_dim, num_classes, _, gradient, parts, *_ = rest
         loss = _fake_loss(
             student, _samples(student, class_dim), reduction, sizes(structure)[0] if parts else None, f32
         )
@@ -241,7 +241,7 @@ def _register_cpu_fakes() -> None:
 
     @torch.library.register_fake("kdkernels::evaluate")
     def _(student, _t, _y, _w, _d, _m, structure, *rest):
-        _, _, reduction, class_dim, _, _, parts, _ = rest
+        _, _, reduction, class_dim, _, _, parts, *_ = rest
         part_count, ranks, _, coefficients = sizes(structure)
         loss = _fake_loss(student, _samples(student, class_dim), reduction, part_count if parts else None, f32)
         count = _count(student, class_dim)
@@ -265,8 +265,12 @@ def _register_cpu_fakes() -> None:
 
     @torch.library.register_fake("kdkernels::apply")
     def _(_g, student, _t, _y, _w, _s, _c, moments, _o, _n, class_dim, num_classes, _i):
-        sums = None if moments is None else student.new_empty((2, num_classes), dtype=torch.float64)
+        sums = student.new_empty((2, 0 if moments is None else num_classes), dtype=torch.float64)
         return torch.empty_like(student), sums
+
+    @torch.library.register_fake("kdkernels::class_norm_backward")
+    def _(gradient, *_):
+        return torch.empty_like(gradient)
 
     @torch.library.register_fake("kdkernels::class_norm_backward_")
     def _(*_):
@@ -278,7 +282,7 @@ def _register_gpu_fakes(namespace: str, sizes_of: Callable[[Sequence[int]], Sequ
 
     @torch.library.register_fake(f"{namespace}::forward")
     def _(student, teacher, _y, _w, _d, moments, structure, *rest):
-        _, _, reduction, class_dim, num_classes, _, gradient, save, parts, _ = rest
+        _, _, reduction, class_dim, num_classes, _, gradient, save, parts, *_ = rest
         double = torch.float64 in (student.dtype, teacher.dtype)
         dtype = torch.float64 if double else torch.float32
         sizes, count = sizes_of(structure), _count(student, class_dim)

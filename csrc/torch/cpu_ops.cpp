@@ -335,15 +335,13 @@ Evaluated evaluate(const Tensor& student, const Tensor& teacher, const OptionalT
 
 // Targets and selections are checked once more, since they can be changed behind autograd's back: nothing outside the
 // logits may be read.
-std::tuple<Tensor, OptionalTensor> apply(const Tensor& grad_loss, const Tensor& student, const Tensor& teacher,
-                                         const OptionalTensor& target, const OptionalTensor& sample_weight,
-                                         const Tensor& selected, const Tensor& coefficients,
-                                         const OptionalTensor& moments, const std::vector<int64_t>& structure,
-                                         const Tensor& numbers, int64_t class_dim, int64_t num_classes,
-                                         int64_t ignore_index) {
+std::tuple<Tensor, Tensor> apply(const Tensor& grad_loss, const Tensor& student, const Tensor& teacher,
+                                 const OptionalTensor& target, const OptionalTensor& sample_weight,
+                                 const Tensor& selected, const Tensor& coefficients, const OptionalTensor& moments,
+                                 const std::vector<int64_t>& structure, const Tensor& numbers, int64_t class_dim,
+                                 int64_t num_classes, int64_t ignore_index) {
   Tensor gradient = new_gradient(student);
-  OptionalTensor sums;
-  if (moments) sums = new_tensor(student, {2, num_classes}, ScalarType::Double);
+  Tensor sums = new_tensor(student, {2, moments ? num_classes : 0}, ScalarType::Double);
   Step step(student, &teacher, &gradient, class_dim, num_classes);
   step.set_objective(structure, numbers, moments);
   step.set_samples(target, sample_weight, ignore_index);
@@ -352,20 +350,31 @@ std::tuple<Tensor, OptionalTensor> apply(const Tensor& grad_loss, const Tensor& 
   step.skip_zeros(gradient);
   const int64_t columns = coefficients_size(step.problem.objective);
   const auto* by = data_of<float>("coefficients", coefficients, ScalarType::Float, step.problem.samples, columns);
-  kernels().apply(step.problem, classes, by, sums ? static_cast<double*>(sums->data_ptr()) : nullptr, parallel());
+  kernels().apply(step.problem, classes, by, moments ? static_cast<double*>(sums.data_ptr()) : nullptr, parallel());
   return {gradient, sums};
 }
 
-void class_norm_backward(const Tensor& gradient, const Tensor& student, const OptionalTensor& target,
-                         const OptionalTensor& sample_weight, const Tensor& moments, const Tensor& sums,
-                         const Tensor& factor, const std::vector<int64_t>& structure, const Tensor& numbers,
-                         int64_t class_dim, int64_t num_classes, int64_t ignore_index) {
+void class_norm_backward_(const Tensor& gradient, const Tensor& student, const OptionalTensor& target,
+                          const OptionalTensor& sample_weight, const Tensor& moments, const Tensor& sums,
+                          const Tensor& factor, const std::vector<int64_t>& structure, const Tensor& numbers,
+                          int64_t class_dim, int64_t num_classes, int64_t ignore_index) {
   Step step(student, nullptr, &gradient, class_dim, num_classes);
   step.set_objective(structure, numbers, moments);
   step.set_samples(target, sample_weight, ignore_index);
   const double* by = step.array<double>("factor", factor, 1);
   const double* of_classes = step.array<double>("sums", sums, 2 * num_classes);
   kernels().class_norm_backward(step.problem, of_classes, *by, parallel());
+}
+
+Tensor class_norm_backward(const Tensor& gradient, const Tensor& student, const OptionalTensor& target,
+                           const OptionalTensor& sample_weight, const Tensor& moments, const Tensor& sums,
+                           const Tensor& factor, const std::vector<int64_t>& structure, const Tensor& numbers,
+                           int64_t class_dim, int64_t num_classes, int64_t ignore_index) {
+  Tensor result = torch::stable::empty_like(gradient);
+  torch::stable::copy_(result, gradient);
+  class_norm_backward_(result, student, target, sample_weight, moments, sums, factor, structure, numbers, class_dim,
+                       num_classes, ignore_index);
+  return result;
 }
 
 void scale(const Tensor& gradient, const Tensor& factor, int64_t class_dim) {
@@ -432,18 +441,23 @@ STABLE_TORCH_LIBRARY(kdkernels, m) {
       "finalize(Tensor stats, Tensor? target, Tensor? sample_weight, Tensor? denominator, int[] structure, "
       "Tensor numbers, float scale, int reduction, SymInt[] shape, int class_dim, SymInt num_classes, "
       "int ignore_index, bool parts) -> (Tensor loss, Tensor? parts, Tensor coefficients)");
-  // The gradient, times grad_loss (a scalar, or one a sample); sums as those of fused.
+  // The gradient, times grad_loss (a scalar, or one a sample); sums as those of fused or, without moments, (2, 0).
   m.def(
       "apply(Tensor grad_loss, Tensor student, Tensor teacher, Tensor? target, Tensor? sample_weight, "
       "Tensor selected, Tensor coefficients, Tensor? moments, int[] structure, Tensor numbers, int class_dim, "
-      "SymInt num_classes, int ignore_index) -> (Tensor gradient, Tensor? sums)");
+      "SymInt num_classes, int ignore_index) -> (Tensor gradient, Tensor sums)");
   // Count, mean and sum of squared deviations of each class over the samples that count, without logits of -inf:
   // (2, 3, num_classes) float64, of the student, then of the teacher.
   m.def(
       "class_moments(Tensor student, Tensor teacher, Tensor? target, Tensor? sample_weight, int class_dim, "
       "SymInt num_classes, int ignore_index) -> Tensor");
   // Multiplies a gradient for constant moments by a factor, a scalar, and takes off what flows through mean and
-  // deviation, by the sums over all samples and processes.
+  // deviation, by the sums over all samples and processes, which have the factor already.
+  m.def(
+      "class_norm_backward(Tensor gradient, Tensor student, Tensor? target, Tensor? sample_weight, Tensor moments, "
+      "Tensor sums, Tensor factor, int[] structure, Tensor numbers, int class_dim, SymInt num_classes, "
+      "int ignore_index) -> Tensor");
+  // The same in place.
   m.def(
       "class_norm_backward_(Tensor(a!) gradient, Tensor student, Tensor? target, Tensor? sample_weight, "
       "Tensor moments, Tensor sums, Tensor factor, int[] structure, Tensor numbers, int class_dim, "
@@ -465,7 +479,8 @@ STABLE_TORCH_LIBRARY_IMPL(kdkernels, CPU, m) {
   m.impl("finalize", TORCH_BOX(&finalize_op));
   m.impl("apply", TORCH_BOX(&apply));
   m.impl("class_moments", TORCH_BOX(&class_moments));
-  m.impl("class_norm_backward_", TORCH_BOX(&class_norm_backward));
+  m.impl("class_norm_backward", TORCH_BOX(&class_norm_backward));
+  m.impl("class_norm_backward_", TORCH_BOX(&class_norm_backward_));
   m.impl("scale_", TORCH_BOX(&scale));
 }
 
