@@ -111,7 +111,8 @@ class LossFunction(torch.autograd.Function):
     def forward(ctx: Any, student: Tensor, way: Way, arguments: Arguments) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
             outputs = way.op(*way.inputs(arguments))
-        keep(ctx, way, arguments, outputs)
+        # What packs saved tensors may keep them: then a gradient is not ours to change.
+        keep(ctx, way, arguments, outputs, ours=_saved_tensors_hooks(True) is None)
         if not arguments.parts:
             return outputs[0]
         ctx.mark_non_differentiable(outputs[1])
@@ -176,12 +177,10 @@ def _tangent_of_loss(ctx: Any, tangent: Tensor | None, others: tuple[Any, ...] =
     return product.sum(ctx.class_dim) if ones.dim() else product.sum()
 
 
-def keep(ctx: Any, way: Way, arguments: Arguments, outputs: Tensors) -> None:
-    """Keeps what backward needs."""
+def keep(ctx: Any, way: Way, arguments: Arguments, outputs: Tensors, *, ours: bool = False) -> None:
+    """Keeps what backward needs; ``ours``: nobody else sees the outputs but the loss."""
     ctx.set_materialize_grads(False)
-    ctx.way, ctx.settings = way, way.settings(arguments)
-    # What packs saved tensors may keep them: then a gradient is not ours to change.
-    ctx.ours, ctx.inference = _saved_tensors_hooks(True) is None, None
+    ctx.way, ctx.settings, ctx.ours, ctx.inference = way, way.settings(arguments), ours, None
     kept = way.kept(arguments, outputs)
     if len(kept) > 1:
         # Autograd does not take tensors made in inference mode; these stay beside the others.

@@ -109,8 +109,8 @@ def _rounds_too_early(call: Call) -> bool:
     """Whether the gradient must not be rounded to its dtype before the upstream gradient is known.
 
     A float16 gradient would underflow under a loss scaler (a mean over many samples is tiny until it is scaled). A
-    bfloat16 one, multiplied later by a factor of each sample, would be rounded twice. Scaling the written gradient moves
-    as many bytes as recomputing it.
+    bfloat16 one, multiplied later by a factor of each sample, would be rounded twice. Scaling the written gradient
+    moves as many bytes as recomputing it.
     """
     dtype = call.student.dtype
     return dtype == torch.float16 or (dtype == torch.bfloat16 and call.reduction == "none")
@@ -189,10 +189,13 @@ class _Fused(Way):
             return _scaled(self._scale, gradient, grad_loss, settings[4], again=again, ours=ours)
         structure, numbers, _, _, class_dim, num_classes, ignore_index, _, group = settings
         *of_samples, sums = by_class
-        sums = distributed.summed(sums * grad_loss, group)
-        of_logits = structure, numbers, class_dim, num_classes, ignore_index
-        inputs = (gradient, *of_samples, sums, grad_loss, *of_logits)
-        return self._norm_backward(inputs, in_place=ours and not again)
+        in_place = ours and not again
+        if group is not None:  # each process has its own upstream gradient
+            sums = distributed.summed(sums * grad_loss, group)
+            gradient = _scaled(self._scale, gradient, grad_loss, class_dim, again=again, ours=ours)
+            grad_loss = torch.ones_like(grad_loss)
+        inputs = (gradient, *of_samples, sums, grad_loss, structure, numbers, class_dim, num_classes, ignore_index)
+        return self._norm_backward(inputs, in_place=in_place)
 
 
 class _Evaluated(Way):

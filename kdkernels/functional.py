@@ -106,7 +106,8 @@ def distillation_loss(
     Returns:
         The loss, float32 (float64 if either side is); with ``return_parts`` a pair ``(loss, parts)``, parts a dict of
         detached tensors under the same reduction, each with its T^2 (if any): ``"ce"``, ``"mass"`` and the groups'
-        names, in objectives of two terms with the suffix ``_forward`` / ``_reverse``.
+        names, in objectives of several terms with a suffix: ``_forward`` / ``_reverse`` where that tells two terms
+        apart, else ``_1``, ``_2`` and so on.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type or value, DTensors included; nothing was computed.

@@ -1,8 +1,8 @@
 """The ops of the backends with kernels: loading, calling, and their fake kernels for torch.compile.
 
-``torch.ops.kdkernels.*`` (CPU) are declared and documented in ``csrc/torch/cpu_ops.cpp``, ``torch.ops.kdkernels_cuda.*``
-in ``csrc/torch/cuda_ops.cpp``; ``torch.ops.kdkernels_triton.*`` have the schemas of the latter, are declared here and
-served by ``kdkernels.triton_kernels.launch``, which is imported with the first call.
+``torch.ops.kdkernels.*`` (CPU) are declared and documented in ``csrc/torch/cpu_ops.cpp``, those of
+``torch.ops.kdkernels_cuda`` in ``csrc/torch/cuda_ops.cpp``; ``torch.ops.kdkernels_triton.*`` have the schemas of the
+latter, are declared here and served by ``kdkernels.triton_kernels.launch``, which is imported with the first call.
 """
 
 from __future__ import annotations
@@ -210,9 +210,7 @@ def _count(student: Tensor, class_dim: int) -> int:
 def _fake_loss(like: Tensor, samples: tuple[int, ...], reduction: int, parts: int | None, dtype: torch.dtype) -> Any:
     """Loss and parts."""
     shape = samples if REDUCTIONS[reduction] == "none" else ()
-    return like.new_empty(shape, dtype=dtype), (
-        None if parts is None else like.new_empty((*shape, parts), dtype=dtype)
-    )
+    return like.new_empty(shape, dtype=dtype), (None if parts is None else like.new_empty((*shape, parts), dtype=dtype))
 
 
 def _register_fakes(namespace: str) -> None:
@@ -233,9 +231,7 @@ def _register_cpu_fakes() -> None:
     @torch.library.register_fake("kdkernels::fused")
     def _(student, _t, _y, _w, _d, moments, structure, *rest):
         _, _, reduction, class_dim, num_classes, _, gradient, parts, *_ = rest
-        loss = _fake_loss(
-            student, _samples(student, class_dim), reduction, sizes(structure)[0] if parts else None, f32
-        )
+        loss = _fake_loss(student, _samples(student, class_dim), reduction, sizes(structure)[0] if parts else None, f32)
         sums = student.new_empty((2, num_classes), dtype=torch.float64) if gradient and moments is not None else None
         return *loss, torch.empty_like(student) if gradient else None, sums
 

@@ -94,8 +94,7 @@ def test_dtypes(case: Case, dtypes: tuple[torch.dtype, torch.dtype], native_path
 def test_instruction_sets(case: Case, name: str) -> None:
     try:
         kdkernels.set_cpu_instruction_set(name)
-        for dtype in (torch.float32, torch.float64):
-            check_pixels(case, (1, 5, 17), 21, Path("cpu", "fused"), (dtype, dtype))
+        check_pixels(case, (1, 5, 17), 21, Path("cpu", "fused"), (torch.float32, torch.float32))
     finally:
         kdkernels.set_cpu_instruction_set("auto")
 

@@ -451,8 +451,8 @@ STABLE_TORCH_LIBRARY(kdkernels, m) {
   m.def(
       "class_moments(Tensor student, Tensor teacher, Tensor? target, Tensor? sample_weight, int class_dim, "
       "SymInt num_classes, int ignore_index) -> Tensor");
-  // Multiplies a gradient for constant moments by a factor, a scalar, and takes off what flows through mean and
-  // deviation, by the sums over all samples and processes, which have the factor already.
+  // Takes off a gradient for constant moments what flows through mean and deviation, by the sums over all samples and
+  // processes, and multiplies the rest by a factor, a scalar.
   m.def(
       "class_norm_backward(Tensor gradient, Tensor student, Tensor? target, Tensor? sample_weight, Tensor moments, "
       "Tensor sums, Tensor factor, int[] structure, Tensor numbers, int class_dim, SymInt num_classes, "
