@@ -41,6 +41,13 @@ struct GroupKl {
   R forward_pull;  // 1, or 0 where the teacher masks the whole group: then the forward KL is 0
 };
 
+// Of a group of one class, inside which there is no divergence: its sums are 1, or 0 where it is masked.
+template <class R>
+KDK_HOST_DEVICE GroupKl<R> single_kl(const GroupStats<R>& s) {
+  const R zero{}, nan_or_zero = s.student_sum - s.student_sum + s.teacher_sum - s.teacher_sum;
+  return {zero, zero, nan_or_zero, nan_or_zero, s.student_sum, s.teacher_sum, zero, zero + 1};
+}
+
 // `M` has the functions of R: log.
 template <class M, class R>
 KDK_HOST_DEVICE GroupKl<R> group_kl(const GroupStats<R>& s, float inv_temperature) {
@@ -49,10 +56,11 @@ KDK_HOST_DEVICE GroupKl<R> group_kl(const GroupStats<R>& s, float inv_temperatur
   GroupKl<R> kl;
   kl.log_student_sum = M::log(student);
   kl.log_teacher_sum = M::log(teacher);
-  kl.inv_student_sum = s.student_sum == 0 ? R{} : 1 / student;
+  const R inv_student = 1 / student;
+  kl.inv_student_sum = s.student_sum == 0 ? R{} : inv_student;
   kl.inv_teacher_sum = s.teacher_sum == 0 ? R{} : 1 / teacher;
   kl.mean_gap = s.student_ratio * kl.inv_student_sum;
-  const R log_ratio = M::log(teacher / student);  // of one ratio: nothing cancels where the sums are close
+  const R log_ratio = M::log(teacher * inv_student);  // of one ratio: nothing cancels where the sums are close
   kl.forward = s.student_sum == 0 ? infinite : s.teacher_ratio * kl.inv_teacher_sum * inv_temperature - log_ratio;
   kl.forward = s.teacher_sum == 0 ? R{} : kl.forward;
   kl.reverse = s.teacher_sum == 0 ? infinite : log_ratio - kl.mean_gap * inv_temperature;

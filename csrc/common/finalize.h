@@ -114,8 +114,8 @@ KDK_HOST_DEVICE SweepResult<R> finalize(const Sweep& sweep, const GroupStats<R>*
   for (int g = 0; g < groups; ++g) {
     const GroupStats<R>& s = stats[g];
     const KlWeights& weights = sweep.group[g];
-    kl[g] = group_kl<M>(s, slope);
-    if (sweep.partition.group_size(g, classes) == 1) kl[g].forward = kl[g].reverse = R{};
+    const bool single = sweep.partition.group_size(g, classes) == 1;
+    kl[g] = single ? single_kl(s) : group_kl<M>(s, slope);
     const float forward = static_cast<float>(weights.forward) * slope;
     result.group[g].student = forward * kl[g].inv_student_sum * kl[g].forward_pull;
     result.group[g].teacher = forward * kl[g].inv_teacher_sum;

@@ -20,7 +20,8 @@ struct KlWeights {
   KDK_HOST_DEVICE bool any() const { return forward != 0 || reverse != 0; }
 };
 
-// How the classes of a sample split into groups. Selected classes come by rank; all others are the last group, the rest.
+// How the classes of a sample split into groups. Selected classes come by rank; all others are the last group, the
+// rest.
 struct Partition {
   PartitionKind kind;
   int k;
@@ -44,10 +45,10 @@ struct Partition {
 
 // One term of an objective; kdkernels/objective.py documents and encodes it.
 struct Term {
-  double scale;                      // T^2, or 1
-  KlWeights mass_part;               // shares of the directions in the reported parts
+  double scale;         // T^2, or 1
+  KlWeights mass_part;  // shares of the directions in the reported parts
   KlWeights group_part[kMaxGroups];
-  int sweep;                         // the sweep that serves it
+  int sweep;  // the sweep that serves it
 };
 
 // What one pass over the classes serves: all terms with one partition and one temperature. Divergences are linear in
@@ -55,7 +56,7 @@ struct Term {
 struct Sweep {
   Partition partition;
   double temperature;
-  KlWeights mass;               // times T^2 and the weight of all terms
+  KlWeights mass;  // times T^2 and the weight of all terms
   KlWeights group[kMaxGroups];
   bool reverse;  // whether student_ratio is wanted, for a loss or a part
 

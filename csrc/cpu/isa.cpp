@@ -48,17 +48,6 @@ std::atomic<Isa>& chosen() {
   return isa;
 }
 
-const Kernels& kernels() {
-#if defined(__x86_64__)
-  switch (chosen().load()) {
-    case Isa::avx512: return avx512::kernels;
-    case Isa::avx2: return avx2::kernels;
-    case Isa::baseline: break;
-  }
-#endif
-  return baseline::kernels;
-}
-
 }  // namespace
 
 Isa current_isa() { return chosen().load(); }
@@ -73,24 +62,15 @@ bool set_isa(int isa) {
   return false;
 }
 
-ValidSamples valid_samples(const Problem& problem, const Parallel& parallel) {
-  return kernels().valid_samples(problem, parallel);
-}
-
-void forward(const Problem& problem, const Parallel& parallel) { kernels().forward(problem, parallel); }
-
-void backward(const Problem& problem, const Parallel& parallel) { kernels().backward(problem, parallel); }
-
-void class_moments(const Problem& problem, const Parallel& parallel, double* moments) {
-  kernels().class_moments(problem, parallel, moments);
-}
-
-void class_sums(const Problem& problem, const Parallel& parallel, double* sums) {
-  kernels().class_sums(problem, parallel, sums);
-}
-
-void scale(const Problem& problem, const double* factor, bool per_sample, const Parallel& parallel) {
-  kernels().scale(problem, factor, per_sample, parallel);
+const Kernels& kernels() {
+#if defined(__x86_64__)
+  switch (chosen().load()) {
+    case Isa::avx512: return avx512::kernels;
+    case Isa::avx2: return avx2::kernels;
+    case Isa::baseline: break;
+  }
+#endif
+  return baseline::kernels;
 }
 
 }  // namespace kdk

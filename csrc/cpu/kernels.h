@@ -51,8 +51,9 @@ using Selected = int64_t*;
 
 // Columns of the coefficients that APPLY takes of a sample: for each sweep and group the student's and the teacher's
 // shift and those of Coefficients in their order, then, with a cross entropy, the target's coefficient and, where that
-// sees other logits than the terms, the shift and coefficient of its softmax. Of samples that do not count all are 0.
-int64_t coefficients_size(const Objective& objective);
+// sees other logits than the terms, the shift and coefficient of its softmax; last the sample's weight, which is in the
+// coefficients: 0 of samples that do not count.
+inline int64_t coefficients_size(const Objective& objective) { return stats_size(objective) + 1; }
 
 // parallel_for(begin, end, grain, body) calls body(from, to) on threads of the caller's choice.
 using ParallelFor = std::function<void(int64_t, int64_t, int64_t, const std::function<void(int64_t, int64_t)>&)>;
@@ -89,8 +90,9 @@ struct Kernels {
   void (*class_moments)(const Problem&, const Parallel&, double* moments);
   // Makes problem.gradient, of the samples that count, the gradient in the student's logits, times a factor.
   void (*class_norm_backward)(const Problem&, const double* sums, double factor, const Parallel&);
-  // problem.gradient *= factor, one factor for all samples or one a sample. A gradient of 0 stays 0 whatever the factor,
-  // NaN and infinities included: it may be that of a sample that does not count, or of a class that is not compared.
+  // problem.gradient *= factor, one factor for all samples or one a sample. A gradient of 0 stays 0 whatever the
+  // factor, NaN and infinities included: it may be that of a sample that does not count, or of a class that is not
+  // compared.
   void (*scale)(const Problem&, const double* factor, bool per_sample, const Parallel&);
 };
 

@@ -1,18 +1,14 @@
-// The kernels of one instruction set (see simd.h): by pixels or by rows (see by_pixels).
+// The kernels of one instruction set (see simd.h): by channels or by rows (see by_channels).
+#pragma once
 
-// The order matters: each needs the one before.
-// clang-format off
-#include "simd.h"
-#include "../evaluate.h"
-#include "tile_kernels.h"
-#include "standardize.h"
-#include "row_kernels.h"
-#include "transpose.h"
-#include "pixel_kernels.h"
-// clang-format on
+#include "channels.h"
+#include "rows.h"
+
+namespace KDK_NAMESPACE {
+namespace {
 
 // Block by block of samples, so that the sum does not depend on the number of threads.
-inline ValidSamples valid_samples(const Problem& p, const Parallel& parallel) {
+ValidSamples valid_samples(const Problem& p, const Parallel& parallel) {
   constexpr int64_t kBlock = 1 << 14;
   if (!p.weight.target && !p.weight.given) return {p.samples, static_cast<double>(p.samples)};
   std::vector<ValidSamples> blocks(ceil_div(p.samples, kBlock));
@@ -46,71 +42,73 @@ inline ValidSamples valid_samples(const Problem& p, const Parallel& parallel) {
   return all;
 }
 
-template <class T>
-void forward_pixels(const Problem& problem, const Parallel& parallel) {
-  if (!problem.moments || !problem.gradient.data) return run_pixels<T>(problem, parallel, problem.sums_out);
-  Problem p = problem;
-  std::vector<double> sums(2 * p.classes);
-  std::unique_ptr<T[]> weights(new T[p.samples]);
-  p.saved = weights.get();
-  p.gradient = {};
-  run_pixels<T>(p, parallel, sums.data());
-  p.gradient = problem.gradient;
-  p.weight = {};
-  p.values = p.totals = nullptr;
-  p.sums = sums.data();
-  run_pixels<T>(p, parallel, nullptr);
-}
-
-inline void forward(const Problem& problem, const Parallel& parallel) {
-  Problem p = problem;
-  if (by_pixels(p)) return (p.double_arithmetic ? forward_pixels<double> : forward_pixels<float>)(p, parallel);
-  const int64_t width = value_count(p);
-  std::vector<double> values(p.values ? 0 : p.samples * width);
-  if (!p.values) p.values = values.data();
-  (p.double_arithmetic ? forward_rows<double> : forward_rows<float>)(p, parallel);
-  if (!p.totals) return;
-  std::fill_n(p.totals, width, 0.0);
+// Calls fill(values) for values of each sample, and adds them up in the order of the samples if totals are wanted.
+template <class Fill>
+void with_sample_values(const Problem& p, const Values& values, const Fill& fill) {
+  if (!values.totals) return fill(values);
+  std::vector<double> of_samples(p.samples * values.columns);
+  fill(Values{values.parts, values.columns, of_samples.data(), nullptr});
+  std::fill_n(values.totals, values.columns, 0.0);
   for (int64_t n = 0; n < p.samples; ++n) {
     const double weight = p.weight(n);
-    for (int64_t v = 0; v < width && weight != 0; ++v) p.totals[v] += weight * p.values[n * width + v];
+    for (int64_t v = 0; v < values.columns && weight != 0; ++v)
+      values.totals[v] += weight * of_samples[n * values.columns + v];
   }
 }
 
-inline void backward(const Problem& p, const Parallel& parallel) {
-  if (by_pixels(p)) return (p.double_arithmetic ? run_pixels<double> : run_pixels<float>)(p, parallel, nullptr);
-  (p.double_arithmetic ? backward_rows<double> : backward_rows<float>)(p, parallel);
+void fused(const Problem& p, const Values& values, double* sums, const Parallel& parallel) {
+  if (by_channels(p)) return ChannelRunner(p, parallel).fused(values, sums);
+  with_sample_values(p, values, [&](const Values& each) { RowRunner(p, parallel).fused(each, sums); });
 }
 
-inline void class_moments(const Problem& p, const Parallel& parallel, double* out) {
-  if (in_planes(p)) return (p.double_arithmetic ? pixel_moments<double> : pixel_moments<float>)(p, parallel, out);
-  (p.double_arithmetic ? row_moments<double> : row_moments<float>)(p, parallel, out);
+void select(const Problem& p, int64_t* selected, const Parallel& parallel) {
+  by_channels(p) ? ChannelRunner(p, parallel).select(selected) : RowRunner(p, parallel).select(selected);
 }
 
-inline void class_sums(const Problem& p, const Parallel& parallel, double* out) {
-  if (by_pixels(p)) return (p.double_arithmetic ? run_pixels<double> : run_pixels<float>)(p, parallel, out);
-  (p.double_arithmetic ? row_class_sums<double> : row_class_sums<float>)(p, parallel, out);
+void reduce(const Problem& p, const int64_t* selected, float* stats, const Parallel& parallel) {
+  by_channels(p) ? ChannelRunner(p, parallel).reduce(selected, stats) : RowRunner(p, parallel).reduce(selected, stats);
+}
+
+void finalize(const Problem& p, const float* stats, const Values& values, float* coefficients, const Parallel&) {
+  with_sample_values(p, values, [&](const Values& each) { finalize_samples(p, stats, each, coefficients); });
+}
+
+void apply(const Problem& p, const int64_t* selected, const float* coefficients, double* sums,
+           const Parallel& parallel) {
+  by_channels(p) ? ChannelRunner(p, parallel).apply(selected, coefficients, sums)
+                 : RowRunner(p, parallel).apply(selected, coefficients, sums);
+}
+
+void class_moments(const Problem& p, const Parallel& parallel, double* moments) {
+  const bool planes = side_by_side(p, p.student) && side_by_side(p, p.teacher) && p.samples > 0;
+  planes ? channel_moments(p, parallel, moments) : row_moments(p, parallel, moments);
+}
+
+void class_norm_backward(const Problem& p, const double* sums, double factor, const Parallel& parallel) {
+  const ClassNorms norms(p, parallel);
+  const NormBackward backward(p, norms, sums, factor);
+  const bool planes = side_by_side(p, p.student) && side_by_side(p, p.gradient) && p.samples > 0;
+  planes ? channel_norm_backward(p, backward, parallel) : row_norm_backward(p, backward, parallel);
 }
 
 // Plane by plane where samples follow one another in memory, else sample by sample.
-inline void scale(const Problem& p, const double* factor, bool per_sample, const Parallel& parallel) {
+void scale(const Problem& p, const double* factor, bool per_sample, const Parallel& parallel) {
   const Matrix& matrix = p.gradient;
-  const bool planes = p.dims > 0 && p.samples > 0 && matrix.class_stride != 1 && side_by_side(p, matrix);
-  const int64_t few_rows = std::clamp<int64_t>(kGrainClasses / std::max<int64_t>(p.classes, 1), 1, kMostPixels);
-  const PixelRuns runs(p, planes ? kMostPixels : static_cast<int>(few_rows));
-  const int64_t grain = std::max<int64_t>(kGrainClasses / (runs.pixels * (p.classes + 64)), 1);
+  const bool planes = p.samples > 0 && side_by_side(p, matrix);
+  const int64_t few_rows = std::clamp<int64_t>(kGrainClasses / std::max<int64_t>(p.classes, 1), 1, kMostSamples);
+  const SampleRuns runs(p, planes ? kMostSamples : static_cast<int>(few_rows));
+  const int64_t grain = std::max<int64_t>(kGrainClasses / (runs.most * (p.classes + 64)), 1);
   parallel.run(0, runs.count, grain, [&](int64_t begin, int64_t end) {
     with_dtype(matrix.dtype, [&](auto type) {
       using Element = decltype(type);
-      using T = decltype(widen(type));
       for (int64_t run = begin; run < end; ++run) {
         const int64_t first = runs.first(run);
         auto* samples = static_cast<Element*>(element(p, matrix, first));
-        T by[kMostPixels];
-        for (int i = 0; i < runs.size(run); ++i) by[i] = static_cast<T>(factor[per_sample ? first + i : 0]);
+        float by[kMostSamples];
+        for (int i = 0; i < runs.size(run); ++i) by[i] = static_cast<float>(factor[per_sample ? first + i : 0]);
         // The inner loop is along memory.
-        const auto scale_one = [](Element& value, T factor) INLINED {
-          const T gradient = widen(value);
+        const auto scale_one = [](Element& value, float factor) KDK_INLINE {
+          const float gradient = widen(value);
           narrow(gradient == 0 ? gradient : gradient * factor, value);
         };
         for (int64_t j = 0; j < p.gradient_classes && planes; ++j)
@@ -130,4 +128,9 @@ inline void scale(const Problem& p, const double* factor, bool per_sample, const
   });
 }
 
-constexpr Kernels kKernels{valid_samples, forward, backward, class_moments, class_sums, scale};
+}  // namespace
+
+extern const Kernels kernels;
+const Kernels kernels{valid_samples, fused, select, reduce, finalize, apply, class_moments, class_norm_backward, scale};
+
+}  // namespace KDK_NAMESPACE

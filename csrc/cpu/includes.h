@@ -1,5 +1,5 @@
-// What the row kernels include. It comes before the instruction set is raised: inline functions of these headers are
-// shared by all builds of the kernels, and the linker may keep any copy of them.
+// What the kernels include. It comes before the instruction set is raised: inline functions of these headers are shared
+// by all builds of the kernels, and the linker may keep any copy of them.
 #pragma once
 
 #if defined(__x86_64__)
@@ -7,7 +7,6 @@
 #endif
 
 #include <algorithm>
-#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
