@@ -146,9 +146,8 @@ def test_every_op_of_each_loss(case: Case, reduction: str, requires_grad: bool) 
     if case.objective.standardize == "class" and reduction == "none":
         without.add("fused")  # sums over samples, of which each has its own upstream gradient: that is evaluate's
     for name, inputs in calls(arguments_of(case, student, teacher, target, reduction=reduction), grad_loss).items():
-        if name in without:
-            inputs = tuple(given.detach() if isinstance(given, Tensor) else given for given in inputs)
-        opcheck(name, inputs, requires_grad and name not in without)
+        constant = tuple(given.detach() if isinstance(given, Tensor) else given for given in inputs)
+        opcheck(name, constant if name in without else inputs, requires_grad and name not in without)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
