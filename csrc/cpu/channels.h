@@ -1,8 +1,7 @@
 // Samples side by side in memory, classes apart, as the pixels of NCHW logits; and rows of few classes, transposed on
 // the way. A sample is a lane for every class: planes of classes are walked, and nothing is gathered.
 //
-// A tile of samples is taken through all steps while its logits are in cache; where classes are too many for that, in
-// chunks that are read again for the gradient.
+// A tile is all classes of some samples, which are taken through all steps while their logits are in cache.
 #pragma once
 
 #include "apply.h"
@@ -15,8 +14,9 @@ namespace KDK_NAMESPACE {
 namespace {
 
 constexpr int kLeastSamples = 16;          // of a tile, where classes are many: still a whole line of floats
-constexpr int kTileLogits = 16384;         // of a tile and a chunk of classes, one side: all arrays of them stay in L2
+constexpr int kTileLogits = 16384;         // of a tile, one side, so that all arrays of it stay in L2
 constexpr int64_t kStreamBytes = 8 << 20;  // gradients from here on would push everything else out of the caches
+constexpr int kLaneRun = 8;                // classes that a lane adds up before the sum goes on
 constexpr int kFewSelected = 32;           // by insertion: from more on, k steps a class cost more
 
 // Whether samples are next to one another in memory, in lines of the last dimension's size.
@@ -100,21 +100,6 @@ class BestOf {
   int k_, held_ = 0;
 };
 
-// Memory that the next tile will come from, plane by plane: fetched while the arithmetic on this one leaves the load
-// ports idle. Not into L1: planes that lie a power of two apart share their place there.
-struct TileAhead {
-  const char* student;
-  const char* teacher;
-  int64_t student_plane, teacher_plane;
-
-  void fetch() {
-    __builtin_prefetch(student, 0, 2);
-    __builtin_prefetch(teacher, 0, 2);
-    student += student_plane;
-    teacher += teacher_plane;
-  }
-};
-
 // Sums over samples, for each class, of the gradient in the standardised logit and of its product with that logit.
 class PlaneSums {
  public:
@@ -149,25 +134,28 @@ class PlaneSums {
   int tiles_ = 0;
 };
 
-// A sum over classes, a sample a lane; blocks of classes keep the chains of roundings short.
+// A sum over classes j, a sample a lane; blocks of classes keep the chains of roundings short.
 struct LaneSum {
   Vec block{}, blocks{};
 
-  void flush() {
+  KDK_INLINE void add(Vec value, int64_t j) {
+    block += value;
+    if (j % kLaneRun != kLaneRun - 1) return;
     blocks += block;
     block = Vec{};
   }
+  Vec total() const { return blocks + block; }
 };
 
 // Memory that a thread keeps from call to call.
 struct ChannelScratch {
-  Buffer<float> planes, ranking, columns, selected_logits;
+  Buffer<float> planes, few, columns, selected_logits;
   Buffer<int32_t> selected;
   Buffer<Key> keys;
   alignas(64) float valid[kMostSamples];
   // Where samples are standardised: as in Norm, of student and teacher, and the slope of the chain rule.
   alignas(64) float high[2][kMostSamples], factor[2][kMostSamples], offset[2][kMostSamples];
-  alignas(64) float unit_slope[kMostSamples], slope[kMostSamples];
+  alignas(64) float unit_slope[kMostSamples];
 
   static ChannelScratch& of_this_thread() {
     static thread_local ChannelScratch scratch;
@@ -185,9 +173,8 @@ class ChannelWorker {
         sums_(sums),
         scratch_(ChannelScratch::of_this_thread()),
         tile_(tile_samples(problem)),
-        pitch_(tile_ + 16),
-        chunk_(std::min<int64_t>(kTileLogits / tile_, p_.classes)) {
-    streams_ = p_.gradient.data && p_.dims > 0 && p_.gradient.sample_stride[p_.dims - 1] == 1 &&
+        pitch_(tile_ + 16) {
+    streams_ = p_.gradient.data && p_.gradient.sample_stride[p_.dims - 1] == 1 &&
                p_.samples * p_.gradient_classes * dtype_size(p_.gradient.dtype) >= kStreamBytes;
     allocate();
   }
@@ -215,26 +202,24 @@ class ChannelWorker {
       valid += lanes_.weight[i] != 0;
     }
     all_valid_ = valid == tile_;
-    loaded_ = reduced_ = false;
     return valid > 0;
   }
-  // The same where coefficients say which samples count.
-  void set_valid(const float* coefficients) {
-    const int64_t size = coefficients_size(o_);
-    for (int i = 0; i < count_; ++i)
-      scratch_.valid[i] = scratch_.valid[i] != 0 && coefficients[i * size + size - 1] != 0;
-    all_valid_ = false;
-  }
-  void set_norms() {
-    if (o_.standardize == Standardize::by_sample) set_sample_norms();
+
+  // LOAD: logits as the terms see them, and raw ones of the student if the cross entropy needs those too.
+  void load_logits() {
+    read_planes(0, logits_[0]);
+    read_planes(1, logits_[1]);
+    if (o_.standardize == Standardize::none) return;
+    if (o_.has_ce()) std::copy_n(logits_[0], p_.classes * pitch_, raw_);
+    for (int side = 0; side < 2; ++side) standardize_planes(side);
   }
 
   // SELECT, for all sweeps.
   void select() {
     for (int s = 0; s < o_.sweeps; ++s) {
       const Partition& partition = o_.sweep[s].partition;
-      int32_t* to = selected_[s];
-      if (partition.by_rank()) partition.k <= kFewSelected ? select_few(partition, to) : select_many(partition, to);
+      if (!partition.by_rank()) continue;
+      partition.k <= kFewSelected ? select_few(partition, selected_[s]) : select_many(partition, selected_[s]);
     }
     set_targets();
   }
@@ -249,23 +234,16 @@ class ChannelWorker {
 
   // REDUCE: statistics of all groups, a sample a lane.
   void reduce() {
-    reduced_ = true;
-    each_chunk([&](int64_t begin, int64_t end) {
-      load_chunk(begin, end);
-      if (o_.has_ce()) add_target_logits();
-      if (o_.has_ce() && !o_.ce_in_sweep()) add_own_softmax();
-      for (int s = 0; s < o_.sweeps; ++s) {
-        take_selected(s);
-        reduce_group(s, rest_of(s), begin == 0, logits_[0], logits_[1], classes_, kept_[s]);
-        put_selected(s);
-      }
-    });
-    for (int s = 0; s < o_.sweeps; ++s)
-      for (int g = 0; g < rest_of(s); ++g) {
-        const Partition& partition = o_.sweep[s].partition;
-        const int rank = partition.group_begin(g);
-        reduce_selected(s, g, rank, partition.group_end(g) - rank);
-      }
+    if (o_.has_ce()) set_target_logits();
+    if (o_.has_ce() && !o_.ce_in_sweep()) set_own_softmax();
+    for (int s = 0; s < o_.sweeps; ++s) {
+      const Partition& partition = o_.sweep[s].partition;
+      take_selected(s);
+      reduce_group(s, rest_of(s), logits_[0], logits_[1], static_cast<int>(p_.classes), kept_[s]);
+      put_selected(s);
+      for (int g = 0; g < rest_of(s); ++g)
+        reduce_selected(s, g, partition.group_begin(g), partition.group_end(g) - partition.group_begin(g));
+    }
   }
   void finalize(const LanesFinalizer& finalizer) const {
     for (int i = 0; i < count_; i += kLanes) finalizer.run(lanes_, i);
@@ -277,19 +255,22 @@ class ChannelWorker {
     for (int i = 0; i < tile_; ++i) {
       const bool valid = i < count_ && scratch_.valid[i] != 0;
       for (int64_t c = 0; c < size; ++c) lanes_.coefficients[c][i] = valid ? from[i * size + c] : 0;
-      multiply_coefficients(o_, {lanes_.coefficients.data + i, lanes_.coefficients.pitch},
-                            valid ? lanes_.weight[i] : 0);
+      multiply_coefficients(o_, {lanes_.coefficients.data + i, lanes_.coefficients.pitch}, lanes_.weight[i]);
     }
   }
 
-  // APPLY and STORE.
+  // APPLY and STORE, from the exponentials that reduce() kept.
   void apply() {
-    if (o_.standardize == Standardize::by_sample) set_slopes();
-    each_chunk([&](int64_t begin, int64_t end) {
-      if (!one_chunk() || o_.standardize != Standardize::by_sample) term_gradient(begin, end);
-      finish_gradient();
-    });
-    if (sums_) sums_->end_tile();
+    for (int s = 0; s < o_.sweeps; ++s) {
+      const int64_t column = first_column_[s] + rest_of(s) * kGroupColumns;
+      const ApplyPlanes apply = choose_apply_planes(o_.sweep[s].tilted(rest_of(s)), ce(s), s > 0);
+      for (int i = 0; i < tile_; i += kLanes) apply(*this, s, column, i);
+      add_selected_gradients(s);
+    }
+    if (sums_) add_class_sums();
+    if (o_.standardize != Standardize::none) chain();
+    if (o_.has_ce()) add_ce_gradient();
+    store_gradient();
     clear(p_.classes);
   }
 
@@ -309,36 +290,24 @@ class ChannelWorker {
     });
   }
 
- private:
-  bool one_chunk() const { return chunk_ == p_.classes; }
-  // Whether the exponentials of all classes are still there.
-  bool kept() const { return reduced_ && one_chunk(); }
-  int rest_of(int s) const { return o_.sweep[s].groups() - 1; }
-  bool ce(int s) const { return s == 0 && o_.ce_in_sweep(); }
-  template <class Body>
-  void each_chunk(const Body& body) {
-    for (int64_t begin = 0; begin < p_.classes; begin += chunk_) body(begin, std::min(begin + chunk_, p_.classes));
-  }
-  // The selected classes of target partitions.
-  void set_targets() const {
-    for (int s = 0; s < o_.sweeps; ++s)
-      for (int i = 0; i < tile_ && o_.sweep[s].partition.kind == PartitionKind::target; ++i)
-        selected_[s][i] = scratch_.valid[i] != 0 ? static_cast<int32_t>(p_.target[first_ + i]) : 0;
-  }
-  template <class Body>
-  void each_selected(const Body& body) const {
-    const int64_t size = selected_size(o_);
-    int64_t column = 0;
-    for (int s = 0; s < o_.sweeps; ++s) {
-      if (!o_.sweep[s].partition.by_rank()) continue;
-      for (int rank = 0; rank < o_.sweep[s].partition.k; ++rank, ++column)
-        for (int i = 0; i < count_; ++i) body(selected_[s][rank * tile_ + i], (first_ + i) * size + column);
-    }
+  // Takes from coefficients which samples count.
+  void set_valid(const float* coefficients) {
+    const int64_t size = coefficients_size(o_);
+    for (int i = 0; i < count_; ++i)
+      if (coefficients[i * size + size - 1] == 0) scratch_.valid[i] = lanes_.weight[i] = 0;
+    all_valid_ = std::find(scratch_.valid, scratch_.valid + tile_, 0.0f) == scratch_.valid + tile_;
   }
 
-  // Planes of a chunk: logits of both sides, the gradient, the raw student, what is transposed, and exponentials.
+ private:
+  int rest_of(int s) const { return o_.sweep[s].groups() - 1; }
+  bool ce(int s) const { return s == 0 && o_.ce_in_sweep(); }
+  const float* raw() const { return o_.standardize == Standardize::none ? logits_[0] : raw_; }
+  Planes planes(float* data) const { return {data, tile_, pitch_}; }
+  SampleBlock block() const { return {first_, count_, 0, static_cast<int>(p_.classes)}; }
+
+  // Planes: logits of both sides, the gradient, the raw student, what is transposed, and exponentials.
   void allocate() {
-    const int64_t size = chunk_ * pitch_;
+    const int64_t size = p_.classes * pitch_;
     int64_t arrays = 5, selected = 0;
     for (int s = 0; s < o_.sweeps; ++s) {
       arrays += 2 + o_.sweep[s].reverse + ce(s);
@@ -371,40 +340,28 @@ class ChannelWorker {
     lanes_ = SampleLanes::in(scratch_.columns, o_, kMostSamples);
   }
 
-  // Logits of a chunk as the terms see them, and raw ones of the student if the cross entropy needs those too.
-  void load_chunk(int64_t begin, int64_t end) {
-    begin_ = begin;
-    classes_ = static_cast<int>(end - begin);
-    if (loaded_) return;
-    load_side(0, begin, end, logits_[0]);
-    load_side(1, begin, end, logits_[1]);
-    if (o_.has_ce() && o_.standardize != Standardize::none) read_planes(0, begin, end, raw_);
-    loaded_ = one_chunk();
+  // Calls body(class, first sample, place in planes) for all vectors.
+  template <class Body>
+  KDK_INLINE void each_vector(const Body& body) const {
+    for (int64_t j = 0; j < p_.classes; ++j)
+      for (int i = 0; i < tile_; i += kLanes) body(j, i, j * pitch_ + i);
   }
-  // The teacher's alone, unless the other side can stay.
-  void load_teacher(int64_t begin, int64_t end) {
-    if (one_chunk()) return load_chunk(begin, end);
-    load_side(1, begin, end, logits_[1]);
-  }
-  const float* raw() const { return o_.standardize == Standardize::none ? logits_[0] : raw_; }
 
-  // The classes of a chunk, plane by plane; zeros for samples that do not count.
-  void read_planes(int side, int64_t begin, int64_t end, float* to) const {
+  // Raw logits, plane by plane; zeros for samples that do not count.
+  void read_planes(int side, float* to) const {
     const Matrix& matrix = side ? p_.teacher : p_.student;
     if (!side_by_side(p_, matrix)) {
-      read_rows(p_, matrix, block(begin, end), rows_, planes(to));
+      read_rows(p_, matrix, block(), rows_, planes(to));
     } else {
-      for (int64_t j = begin; j < end; ++j) copy_samples(side, j, to + (j - begin) * pitch_);
+      for (int64_t j = 0; j < p_.classes; ++j) copy_samples(side, j, to + j * pitch_);
     }
-    for (int64_t j = 0; j < end - begin && !all_valid_; ++j)
-      for (int i = 0; i < tile_; i += kLanes) {
-        float* at = to + j * pitch_ + i;
-        store(at, load(scratch_.valid + i) == 0 ? Vec{} : load(at));
-      }
+    if (!all_valid_) zero_invalid(to);
   }
-  Planes planes(float* data) const { return {data, tile_, pitch_}; }
-  SampleBlock block(int64_t begin, int64_t end) const { return {first_, count_, begin, static_cast<int>(end - begin)}; }
-
+  void zero_invalid(float* to) const {
+    each_vector([&](int64_t, int i, int64_t at) KDK_INLINE {
+      store(to + at, load(scratch_.valid + i) == 0 ? Vec{} : load(to + at));
+    });
+  }
   void copy_samples(int side, int64_t j, float* to) const {
     const float* from = read_samples(side ? p_.teacher : p_.student, side_[side], j, count_, to);
     if (count_ < tile_) {
@@ -415,49 +372,38 @@ class ChannelWorker {
     }
   }
 
-  void load_side(int side, int64_t begin, int64_t end, float* to) const {
-    read_planes(side, begin, end, to);
-    if (o_.standardize == Standardize::none) return;
-    const Norms own{scratch_.high[side], scratch_.factor[side], scratch_.offset[side]};
-    for (int64_t j = begin; j < end; ++j, to += pitch_)
-      for (int i = 0; i < tile_; i += kLanes) {
-        const Vec logit = load(to + i);
-        const Norms& of_class = norms_[side];
-        store(to + i, o_.standardize == Standardize::by_sample
-                          ? own.at(i, logit)
-                          : (logit - of_class.high[j]) * of_class.factor[j] + of_class.offset[j]);
-      }
+  void standardize_planes(int side) {
+    float* to = logits_[side];
+    if (o_.standardize == Standardize::by_sample) {
+      for (int i = 0; i < tile_; i += kLanes) set_sample_norms(side, i);
+      const Norms own{scratch_.high[side], scratch_.factor[side], scratch_.offset[side]};
+      each_vector([&](int64_t, int i, int64_t at) KDK_INLINE { store(to + at, own.at(i, load(to + at))); });
+    } else {
+      const Norms& of = norms_[side];
+      each_vector([&](int64_t j, int, int64_t at) KDK_INLINE {
+        store(to + at, (load(to + at) - of.high[j]) * of.factor[j] + of.offset[j]);
+      });
+    }
   }
-
-  // Each sample's own moments, from the raw logits, for both sides.
-  void set_sample_norms() {
-    for (int side = 0; side < 2; ++side)
-      for (int i = 0; i < tile_; i += kLanes) {
-        Vec centre{}, count{}, square{};
-        // The second time from close to the mean, so that nothing cancels in the squares.
-        for (const bool centred : {false, true}) {
-          LaneSum there, sum, squares;
-          each_chunk([&](int64_t begin, int64_t end) {
-            if (!one_chunk() || (!centred && i == 0)) read_planes(side, begin, end, logits_[side]);
-            const float* plane = logits_[side] + i;
-            if (begin == 0 && !centred) centre = load(plane) == -INFINITY ? Vec{} : load(plane);
-            for (int64_t j = 0; j < end - begin; ++j, plane += pitch_) {
-              const Vec v = load(plane), d = v == -INFINITY ? Vec{} : v - centre;
-              there.block += v == -INFINITY ? Vec{} : broadcast(1.0f);
-              sum.block += d;
-              squares.block += d * d;
-              if (j % kRun == kRun - 1) there.flush(), sum.flush(), squares.flush();
-            }
-            there.flush(), sum.flush(), squares.flush();
-          });
-          count = there.blocks;
-          const Vec some = max(count, broadcast(1.0f)), shift = sum.blocks / some;
-          square = squares.blocks - sum.blocks * shift;
-          if (!centred) centre += shift;
-          for (int l = 0; l < kLanes && centred; ++l)
-            set_sample_norm(side, i + l, {count[l], double(centre[l]) + shift[l], square[l]});
-        }
+  // Each sample's own moments, from the raw logits.
+  void set_sample_norms(int side, int i) {
+    const float* first = logits_[side] + i;
+    Vec centre = load(first) == -INFINITY ? Vec{} : load(first);
+    // The second time from close to the mean, so that nothing cancels in the squares.
+    for (const bool centred : {false, true}) {
+      LaneSum there, sum, squares;
+      for (int64_t j = 0; j < p_.classes; ++j) {
+        const Vec v = load(first + j * pitch_), d = v == -INFINITY ? Vec{} : v - centre;
+        there.add(v == -INFINITY ? Vec{} : broadcast(1.0f), j);
+        sum.add(d, j);
+        squares.add(d * d, j);
       }
+      const Vec count = there.total(), shift = sum.total() / max(count, broadcast(1.0f));
+      const Vec square = squares.total() - sum.total() * shift;
+      for (int l = 0; l < kLanes && centred; ++l)
+        set_sample_norm(side, i + l, {count[l], double(centre[l]) + shift[l], square[l]});
+      centre += shift;
+    }
   }
   void set_sample_norm(int side, int i, Moments<double> moments) {
     const bool right = moments.m2 >= kLeastSquare * moments.count && moments.m2 < INFINITY;
@@ -470,7 +416,24 @@ class ChannelWorker {
     scratch_.high[side][i] = norm.high;
     scratch_.factor[side][i] = norm.factor;
     scratch_.offset[side][i] = norm.offset;
-    if (side == 0) scratch_.unit_slope[i] = ::KDK_NAMESPACE::unit_slope(o_, moments);
+    if (side == 0) scratch_.unit_slope[i] = unit_slope(o_, moments);
+  }
+
+  // The selected classes of target partitions.
+  void set_targets() const {
+    for (int s = 0; s < o_.sweeps; ++s)
+      for (int i = 0; i < tile_ && o_.sweep[s].partition.kind == PartitionKind::target; ++i)
+        selected_[s][i] = scratch_.valid[i] != 0 ? static_cast<int32_t>(p_.target[first_ + i]) : 0;
+  }
+  template <class Body>
+  void each_selected(const Body& body) const {
+    const int64_t size = selected_size(o_);
+    int64_t column = 0;
+    for (int s = 0; s < o_.sweeps; ++s) {
+      if (!o_.sweep[s].partition.by_rank()) continue;
+      for (int rank = 0; rank < o_.sweep[s].partition.k; ++rank, ++column)
+        for (int i = 0; i < count_; ++i) body(selected_[s][rank * tile_ + i], (first_ + i) * size + column);
+    }
   }
 
   // What the teacher's logits are ranked by: the largest first, NaN before all.
@@ -483,49 +446,42 @@ class ChannelWorker {
   void select_few(const Partition& partition, int32_t* to) {
     const int k = partition.k;
     // Of each vector of samples, place by place: the values, then the classes. NaN marks a place that is still empty.
-    float* best = scratch_.ranking.data(2 * k * tile_);
+    float* best = scratch_.few.data(2 * k * tile_);
     std::fill_n(best, 2 * k * tile_, NAN);
-    each_chunk([&](int64_t begin, int64_t end) {
-      load_teacher(begin, end);
-      for (int i = 0; i < tile_; i += kLanes)
-        for (int64_t j = begin; j < end; ++j) {
-          float* place = best + 2 * k * i;
-          float* last = place + 2 * kLanes * (k - 1);
-          Vec value = rank_value(load(logits_[1] + (j - begin) * pitch_ + i), partition.largest);
-          Vec index = broadcast(static_cast<float>(j));
-          if (j >= k && not_less(load(last), value) == (uint64_t{1} << kLanes) - 1) continue;
-          for (; place <= last; place += 2 * kLanes) {
-            const Vec held = load(place), held_index = load(place + kLanes);
-            const auto stays = (held > value) | ((held == value) & (held_index < index));
-            store(place, stays ? held : value);
-            store(place + kLanes, stays ? held_index : index);
-            value = stays ? value : held;
-            index = stays ? index : held_index;
-          }
+    for (int i = 0; i < tile_; i += kLanes)
+      for (int64_t j = 0; j < p_.classes; ++j) {
+        float* place = best + 2 * k * i;
+        float* last = place + 2 * kLanes * (k - 1);
+        Vec value = rank_value(load(logits_[1] + j * pitch_ + i), partition.largest);
+        Vec index = broadcast(static_cast<float>(j));
+        if (j >= k && not_less(load(last), value) == (uint64_t{1} << kLanes) - 1) continue;
+        for (; place <= last; place += 2 * kLanes) {
+          const Vec held = load(place), held_index = load(place + kLanes);
+          const auto stays = (held > value) | ((held == value) & (held_index < index));
+          store(place, stays ? held : value);
+          store(place + kLanes, stays ? held_index : index);
+          value = stays ? value : held;
+          index = stays ? index : held_index;
         }
-    });
+      }
     for (int rank = 0; rank < k; ++rank)
       for (int i = 0; i < tile_; ++i) {
         const int vector = i / kLanes * kLanes;
         to[rank * tile_ + i] = static_cast<int32_t>(best[2 * k * vector + (2 * rank + 1) * kLanes + i - vector]);
       }
   }
-
   // By partitioning each sample's own classes.
   void select_many(const Partition& partition, int32_t* to) {
     const int64_t room = 2 * static_cast<int64_t>(partition.k);
     Key* keys = scratch_.keys.data(room * tile_);
     std::vector<BestOf> best;
     for (int i = 0; i < tile_; ++i) best.emplace_back(keys + i * room, partition.k);
-    each_chunk([&](int64_t begin, int64_t end) {
-      load_teacher(begin, end);
-      float values[kMostSamples];
-      for (int64_t j = begin; j < end; ++j) {
-        const float* plane = logits_[1] + (j - begin) * pitch_;
-        for (int i = 0; i < tile_; i += kLanes) store(values + i, rank_value(load(plane + i), partition.largest));
-        for (int i = 0; i < tile_; ++i) best[i].add(values[i], j);
-      }
-    });
+    float values[kMostSamples];
+    for (int64_t j = 0; j < p_.classes; ++j) {
+      for (int i = 0; i < tile_; i += kLanes)
+        store(values + i, rank_value(load(logits_[1] + j * pitch_ + i), partition.largest));
+      for (int i = 0; i < tile_; ++i) best[i].add(values[i], j);
+    }
     for (int i = 0; i < tile_; ++i) {
       const Key* sorted = best[i].sorted();
       for (int rank = 0; rank < partition.k; ++rank)
@@ -533,24 +489,15 @@ class ChannelWorker {
     }
   }
 
-  // Calls body(place of the selected class in the chunk's planes, place among the selected ones) for those in the
-  // chunk.
+  // Calls body(place of the selected class in planes, place among the selected ones).
   template <class Body>
-  void each_in_chunk(int s, const Body& body) const {
-    const auto end = static_cast<uint32_t>(classes_);
-    for (int rank = 0; rank < o_.sweep[s].partition.selected(); ++rank) {
-      const int32_t* of_rank = selected_[s] + rank * tile_;
-      bool any = one_chunk();
-      for (int i = 0; i < tile_ && !one_chunk(); ++i) any |= static_cast<uint32_t>(of_rank[i] - begin_) < end;
-      for (int i = 0; i < tile_ && any; ++i) {
-        const auto j = static_cast<uint32_t>(of_rank[i] - begin_);
-        if (j < end) body(static_cast<int64_t>(j) * pitch_ + i, static_cast<int64_t>(rank) * pitch_ + i);
-      }
-    }
+  void each_place(int s, const Body& body) const {
+    for (int64_t rank = 0; rank < o_.sweep[s].partition.selected(); ++rank)
+      for (int i = 0; i < tile_; ++i) body(int64_t{selected_[s][rank * tile_ + i]} * pitch_ + i, rank * pitch_ + i);
   }
-  // Takes the selected classes out of the chunk, to planes of their own, and puts them back.
+  // Takes the selected classes out of the tile, to planes of their own, and puts them back.
   void take_selected(int s) const {
-    each_in_chunk(s, [&](int64_t at, int64_t own) {
+    each_place(s, [&](int64_t at, int64_t own) {
       for (int side = 0; side < 2; ++side) {
         selected_logits_[s][side][own] = logits_[side][at];
         logits_[side][at] = kAbsent;
@@ -558,94 +505,83 @@ class ChannelWorker {
     });
   }
   void put_selected(int s) const {
-    each_in_chunk(s, [&](int64_t at, int64_t own) {
+    each_place(s, [&](int64_t at, int64_t own) {
       for (int side = 0; side < 2; ++side) logits_[side][at] = selected_logits_[s][side][own];
     });
   }
   void replace_absent(int s, float by) const {
-    each_in_chunk(s, [&](int64_t at, int64_t) { logits_[0][at] = logits_[1][at] = by; });
+    each_place(s, [&](int64_t at, int64_t) { logits_[0][at] = logits_[1][at] = by; });
   }
 
-  // Statistics of planes of classes, merged with what is there unless they are the first.
-  void reduce_group(int s, int g, bool first, const float* student, const float* teacher, int count, const Exps& exps) {
-    bool careful = false;
-    alignas(64) float tops[2][kMostSamples];
+  // Statistics of planes of classes.
+  void reduce_group(int s, int g, const float* student, const float* teacher, int count, const Exps& exps) {
+    Vec tops[2][kMostSamples / kLanes];
     const auto find_tops = [&] {
-      bool deep = false;
+      Ints deep{};
       for (int i = 0; i < tile_; i += kLanes) {
         Vec top_s = broadcast(-INFINITY), top_t = top_s;
         for (int j = 0; j < count; ++j) {
           top_s = max(load(student + j * pitch_ + i), top_s);
           top_t = max(load(teacher + j * pitch_ + i), top_t);
         }
-        store(tops[0] + i, top_s);
-        store(tops[1] + i, top_t);
-        const Ints low = (top_s > kDeep) & (top_t > kDeep);
-        for (int l = 0; l < kLanes; ++l) deep |= low[l] == 0;
+        tops[0][i / kLanes] = top_s;
+        tops[1][i / kLanes] = top_t;
+        deep |= ~((top_s > kDeep) & (top_t > kDeep));
       }
-      return deep;
+      return any(deep);
     };
-    if (find_tops() && g == rest_of(s)) {
-      careful = true;
+    const bool careful = find_tops() && g == rest_of(s);
+    if (careful) {
       replace_absent(s, -INFINITY);
       find_tops();
     }
     const int64_t column = first_column_[s] + g * kGroupColumns;
     for (int i = 0; i < tile_; i += kLanes) {
-      const Vec top_s = load(tops[0] + i), top_t = load(tops[1] + i);
-      const Shifts by{top_s == -INFINITY ? Vec{} : top_s, top_t == -INFINITY ? Vec{} : top_t, o_.sweep[s].inv_t()};
       GroupStats<Vec> stats;
+      stats.student_shift = tops[0][i / kLanes];
+      stats.teacher_shift = tops[1][i / kLanes];
       const auto add = [&](bool carefully) {
-        return choose_add_planes(o_.sweep[s].reverse, ce(s), carefully)(*this, student + i, teacher + i, count, by,
-                                                                        exps.from(i), stats);
+        return choose_add_planes(o_.sweep[s].reverse, ce(s), carefully)(student + i, teacher + i, count, pitch_,
+                                                                        o_.sweep[s].inv_t(), exps.from(i), stats);
       };
       if (careful || !add(false)) add(true);
-      stats.student_shift = top_s;
-      stats.teacher_shift = top_t;
-      store_stats(column, i, o_.sweep[s].inv_t(), first, stats);
+      store_stats(lanes_.stats, column, i, stats);
     }
     if (careful) replace_absent(s, kAbsent);
   }
 
-  void store_stats(int64_t column, int i, float inv_t, bool first, const GroupStats<Vec>& stats) const {
-    const Vec* values[] = {&stats.student_shift, &stats.teacher_shift, &stats.student_sum, &stats.teacher_sum,
-                           &stats.teacher_ratio, &stats.student_ratio, &stats.ce_sum};
-    if (first) {
-      for (int c = 0; c < kGroupColumns; ++c) store(lanes_.stats[column + c] + i, *values[c]);
-      return;
-    }
-    for (int l = 0; l < kLanes; ++l) {
-      const auto at = [&](int c) { return double(lanes_.stats[column + c][i + l]); };
-      const auto part = [&](int c) { return double((*values[c])[l]); };
-      GroupStats<double> total{at(0), at(1), at(2), at(3), at(4), at(5), at(6)};
-      merge(total, {part(0), part(1), part(2), part(3), part(4), part(5), part(6)}, double(inv_t));
-      set_stats(lanes_.stats, column, i + l, total);
-    }
-  }
-
   // Adds up planes for a vector of samples; false if it takes more care (see Sums).
   template <bool Reverse, bool Ce, bool Careful>
-  static bool add_planes(const ChannelWorker& worker, const float* student, const float* teacher, int count,
-                         const Shifts& shifts, const Exps& to, GroupStats<Vec>& stats) {
+  static bool add_planes(const float* student, const float* teacher, int count, int pitch, float inv_t, const Exps& to,
+                         GroupStats<Vec>& stats) {
     const Exps exps = to;
-    const Shifts by = shifts;
-    const int pitch = worker.pitch_;
-    Sums<Reverse, Ce, Careful> sums;
-    for (int j = 0; j < count;) {
-      for (const int end = std::min(count, j + 2 * kRun); j < end; ++j)
-        sums.add(load(student + j * pitch), load(teacher + j * pitch), by, j % 2, exps, j * pitch);
-      sums.flush();
+    const Vec student_shift = stats.student_shift, teacher_shift = stats.teacher_shift;
+    const Shifts by{student_shift == -INFINITY ? Vec{} : student_shift,
+                    teacher_shift == -INFINITY ? Vec{} : teacher_shift, inv_t};
+    // Few classes leave no room for the roundings of long chains; of many, blocks are added up in blocks again.
+    constexpr int block = 2 * kLaneRun, blocks = kRun * block;
+    Vec total[5]{};
+    for (int first = 0; first < count; first += blocks) {
+      Sums<Reverse, Ce, Careful> sums;
+      const int last = std::min(count, first + blocks);
+      for (int j = first; j < last; sums.flush())
+        for (const int end = std::min(last, j + block); j < end; ++j)
+          sums.add(load(student + j * pitch), load(teacher + j * pitch), by, j % 2, exps, j * pitch);
+      if (!Careful && !sums.finite()) return false;
+      total[0] += sums.student.blocks;
+      total[1] += sums.teacher.blocks;
+      total[2] += sums.teacher_ratio.blocks;
+      total[3] += sums.student_ratio.blocks;
+      total[4] += sums.ce.blocks;
     }
-    if (!Careful && !sums.finite()) return false;
-    stats.student_sum = sums.student.blocks;
-    stats.teacher_sum = sums.teacher.blocks;
-    stats.teacher_ratio = sums.teacher_ratio.blocks;
-    stats.student_ratio = sums.student_ratio.blocks;
-    stats.ce_sum = sums.ce.blocks;
+    stats.student_sum = total[0];
+    stats.teacher_sum = total[1];
+    stats.teacher_ratio = total[2];
+    stats.student_ratio = total[3];
+    stats.ce_sum = total[4];
     return true;
   }
-  using AddPlanes = bool (*)(const ChannelWorker&, const float*, const float*, int, const Shifts&, const Exps&,
-                             GroupStats<Vec>&);
+  using AddPlanes = bool (*)(const float*, const float*, int, int, float, const Exps&, GroupStats<Vec>&);
   static AddPlanes choose_add_planes(bool reverse, bool ce, bool careful) {
     static constexpr AddPlanes kChoices[] = {
         add_planes<false, false, false>, add_planes<false, false, true>, add_planes<false, true, false>,
@@ -660,69 +596,39 @@ class ChannelWorker {
     const float* student = selected_logits_[s][0] + rank * pitch_;
     const float* teacher = selected_logits_[s][1] + rank * pitch_;
     if (count > 1) {
-      Buffer<float>& room = scratch_.ranking;
-      float* exps = room.data(static_cast<int64_t>(4) * count * pitch_);
       const int64_t size = static_cast<int64_t>(count) * pitch_;
-      return reduce_group(s, g, true, student, teacher, count, {exps, exps + size, nullptr, exps + 3 * size});
+      float* exps = scratch_.few.data(3 * size);
+      return reduce_group(s, g, student, teacher, count, {exps, exps + size, nullptr, exps + 2 * size});
     }
-    const int64_t column = first_column_[s] + g * kGroupColumns;
-    for (int i = 0; i < tile_; ++i) {
-      GroupStats<double> stats;
-      stats.student_shift = student[i];
-      stats.teacher_shift = teacher[i];
-      stats.student_sum = stats.ce_sum = single_sum(stats.student_shift);
-      stats.teacher_sum = single_sum(stats.teacher_shift);
-      set_stats(lanes_.stats, column, i, stats);
+    for (int i = 0; i < tile_; i += kLanes) {
+      GroupStats<Vec> stats;
+      stats.student_shift = load(student + i);
+      stats.teacher_shift = load(teacher + i);
+      stats.student_sum = stats.ce_sum = single_exp(stats.student_shift);
+      stats.teacher_sum = single_exp(stats.teacher_shift);
+      store_stats(lanes_.stats, first_column_[s] + g * kGroupColumns, i, stats);
     }
   }
 
   // The target's raw logit, for the cross entropy.
-  void add_target_logits() const {
-    float* to = lanes_.stats[ce_column_];
-    if (begin_ == 0) std::fill_n(to, tile_, 0.0f);
-    for (int i = 0; i < count_; ++i) {
-      if (scratch_.valid[i] == 0) continue;
-      const int64_t j = p_.target[first_ + i] - begin_;
-      if (0 <= j && j < classes_) to[i] = raw()[j * pitch_ + i];
-    }
+  void set_target_logits() const {
+    for (int i = 0; i < tile_; ++i)
+      lanes_.stats[ce_column_][i] = scratch_.valid[i] == 0 ? 0 : raw()[p_.target[first_ + i] * pitch_ + i];
   }
-
   // The softmax of the cross entropy, where it sees other logits than the terms.
-  void add_own_softmax() const {
-    float *shifts = lanes_.stats[ce_column_ + 1], *sums = lanes_.stats[ce_column_ + 2];
+  void set_own_softmax() const {
     for (int i = 0; i < tile_; i += kLanes) {
-      Vec top = begin_ == 0 ? broadcast(-INFINITY) : load(shifts + i);
-      const Vec before = top;
-      for (int j = 0; j < classes_; ++j) top = max(load(raw_ + j * pitch_ + i), top);
+      Vec top = broadcast(-INFINITY);
+      for (int64_t j = 0; j < p_.classes; ++j) top = max(load(raw_ + j * pitch_ + i), top);
       const Vec from = top == -INFINITY ? Vec{} : top;
       LaneSum sum;
-      for (int j = 0; j < classes_; ++j) {
-        sum.block += VecMath::exp(load(raw_ + j * pitch_ + i) - from);
-        if (j % kRun == kRun - 1) sum.flush();
-      }
-      sum.flush();
-      const Vec rebased = begin_ == 0 ? Vec{} : load(sums + i) * VecMath::exp(before - from);
-      store(shifts + i, top);
-      store(sums + i, sum.blocks + rebased);
+      for (int64_t j = 0; j < p_.classes; ++j) sum.add(VecMath::exp(load(raw_ + j * pitch_ + i) - from), j);
+      store(lanes_.stats[ce_column_ + 1] + i, top);
+      store(lanes_.stats[ce_column_ + 2] + i, sum.total());
     }
   }
 
-  // The terms' gradient in the logits they see, for one chunk.
-  void term_gradient(int64_t begin, int64_t end) {
-    load_chunk(begin, end);
-    for (int s = 0; s < o_.sweeps; ++s) {
-      const bool tilt = o_.sweep[s].tilted(rest_of(s));
-      if (!kept()) take_selected(s);
-      if (!kept()) replace_absent(s, -INFINITY);
-      const int64_t column = first_column_[s] + rest_of(s) * kGroupColumns;
-      for (int i = 0; i < tile_; i += kLanes) choose_apply_planes(tilt, ce(s), s > 0)(*this, s, column, i, classes_);
-      if (!kept()) put_selected(s);
-      add_selected_gradients(s);
-    }
-    if (o_.ce_in_sweep()) add_target_gradient();
-  }
-
-  // The coefficients of a vector of samples.
+  // The coefficients and shifts of a group, for a vector of samples.
   Coefficients<Vec> coefficients(int64_t column, int i) const {
     const auto at = [&](int c) { return load(lanes_.coefficients[column + c] + i); };
     return {at(2), at(3), at(4), at(5), at(6)};
@@ -732,29 +638,21 @@ class ChannelWorker {
     return {student == -INFINITY ? Vec{} : student, teacher == -INFINITY ? Vec{} : teacher, o_.sweep[s].inv_t()};
   }
 
+  // The terms' gradient in the logits they see.
   template <bool Tilt, bool Ce, bool Add>
-  static void apply_planes(const ChannelWorker& worker, int s, int64_t column, int i, int count) {
+  static void apply_planes(const ChannelWorker& worker, int s, int64_t column, int i) {
     const Coefficients<Vec> by = worker.coefficients(column, i);
-    const Shifts shifts = worker.shifts(s, column, i);
     const Exps exps = worker.kept_[s].from(i);
-    const float *student = worker.logits_[0] + i, *teacher = worker.logits_[1] + i;
     float* out = worker.gradient_ + i;
-    const int pitch = worker.pitch_;
-    const bool kept = worker.kept();
-    for (int j = 0; j < count; ++j) {
-      const int at = j * pitch;
-      Vec gradient;
-      if (kept) {
-        gradient = gradient_at<Tilt, Ce>(load(exps.student + at), load(exps.teacher + at),
-                                         Tilt ? load(exps.gap + at) : Vec{}, Ce ? load(exps.ce + at) : Vec{}, by);
-      } else {
-        const VectorExps<Tilt, Ce> now(load(student + at), load(teacher + at), shifts);
-        gradient = gradient_at<Tilt, Ce>(now.student, now.teacher, now.gap, now.ce, by);
-      }
+    const int64_t pitch = worker.pitch_, end = worker.p_.classes * pitch;
+    for (int64_t at = 0; at < end; at += pitch) {
+      const Vec gradient =
+          gradient_at<Tilt, Ce>(load(exps.student + at), load(exps.teacher + at), Tilt ? load(exps.gap + at) : Vec{},
+                                Ce ? load(exps.ce + at) : Vec{}, by);
       store(out + at, Add ? load(out + at) + gradient : gradient);
     }
   }
-  using ApplyPlanes = void (*)(const ChannelWorker&, int, int64_t, int, int);
+  using ApplyPlanes = void (*)(const ChannelWorker&, int, int64_t, int);
   static ApplyPlanes choose_apply_planes(bool tilt, bool ce, bool add) {
     static constexpr ApplyPlanes kChoices[] = {
         apply_planes<false, false, false>, apply_planes<false, false, true>, apply_planes<false, true, false>,
@@ -764,77 +662,31 @@ class ChannelWorker {
     return kChoices[4 * tilt + 2 * ce + add];
   }
 
-  // Adds the gradients of a sweep's selected classes that are in the chunk.
+  // Adds the gradients of a sweep's selected classes.
   void add_selected_gradients(int s) {
     const Partition& partition = o_.sweep[s].partition;
     if (partition.selected() == 0) return;
-    float* values = scratch_.ranking.data(static_cast<int64_t>(partition.selected()) * pitch_);
+    float* values = scratch_.few.data(static_cast<int64_t>(partition.selected()) * pitch_);
     for (int g = 0; g < rest_of(s); ++g) {
       const int64_t column = first_column_[s] + g * kGroupColumns;
-      const bool single = partition.group_end(g) - partition.group_begin(g) == 1;
       for (int i = 0; i < tile_; i += kLanes) {
         const Coefficients<Vec> by = coefficients(column, i);
         const Shifts of = shifts(s, column, i);
         for (int rank = partition.group_begin(g); rank < partition.group_end(g); ++rank) {
           const int64_t at = static_cast<int64_t>(rank) * pitch_ + i;
           const VectorExps<true, true> exps(load(selected_logits_[s][0] + at), load(selected_logits_[s][1] + at), of);
-          const Vec gap = single ? Vec{} : exps.gap;
-          store(values + at, gradient_at<true, true>(exps.student, exps.teacher, gap, exps.ce, by));
+          store(values + at, o_.sweep[s].tilted(g)
+                                 ? gradient_at<true, true>(exps.student, exps.teacher, exps.gap, exps.ce, by)
+                                 : gradient_at<false, true>(exps.student, exps.teacher, Vec{}, exps.ce, by));
         }
       }
     }
-    each_in_chunk(s, [&](int64_t at, int64_t own) { gradient_[at] += values[own]; });
-  }
-  void add_target_gradient() const {
-    for (int i = 0; i < count_; ++i) {
-      if (scratch_.valid[i] == 0) continue;
-      const int64_t j = p_.target[first_ + i] - begin_;
-      if (0 <= j && j < classes_) gradient_[j * pitch_ + i] += lanes_.coefficients[ce_column_][i];
-    }
+    each_place(s, [&](int64_t at, int64_t own) { gradient_[at] += values[own]; });
   }
 
-  // The slope of the chain rule through each sample's standardisation.
-  void set_slopes() {
-    LaneSum total[kMostSamples / kLanes];
-    each_chunk([&](int64_t begin, int64_t end) {
-      term_gradient(begin, end);
-      for (int i = 0; i < tile_; i += kLanes) {
-        LaneSum& sum = total[i / kLanes];
-        for (int j = 0; j < classes_; ++j) {
-          const Vec h = load(logits_[0] + j * pitch_ + i);
-          sum.block += h == -INFINITY ? Vec{} : h * load(gradient_ + j * pitch_ + i);
-          if (j % kRun == kRun - 1) sum.flush();
-        }
-        sum.flush();
-      }
-    });
-    for (int i = 0; i < tile_; i += kLanes)
-      store(scratch_.slope + i, load(scratch_.unit_slope + i) * total[i / kLanes].blocks);
-  }
-
-  // From the gradient in the standardised logits to that in the logits, with the cross entropy's, written where it
-  // belongs.
-  void finish_gradient() {
-    if (o_.standardize != Standardize::none) {
-      if (sums_) add_class_sums();
-      chain();
-      if (o_.has_ce()) {
-        add_own_softmax_gradient();
-        add_target_gradient();
-      }
-    }
-    for (int j = 0; j < classes_ && !all_valid_; ++j)
-      for (int i = 0; i < tile_; i += kLanes) {
-        float* at = gradient_ + j * pitch_ + i;
-        store(at, load(scratch_.valid + i) == 0 ? Vec{} : load(at));
-      }
-    if (!side_by_side(p_, p_.gradient))
-      return write_rows(p_, p_.gradient, block(begin_, begin_ + classes_), rows_, planes(gradient_));
-    for (int j = 0; j < classes_; ++j) put(gradient_ + j * pitch_, begin_ + j);
-  }
-
+  // Adds up, for each class, the gradient in the standardised logit and its product with that logit.
   void add_class_sums() const {
-    for (int j = 0; j < classes_; ++j) {
+    for (int64_t j = 0; j < p_.classes; ++j) {
       Vec sum{}, product{};
       for (int i = 0; i < tile_; i += kLanes) {
         const Vec h = load(logits_[0] + j * pitch_ + i), valid = load(scratch_.valid + i);
@@ -843,33 +695,50 @@ class ChannelWorker {
         sum += gradient;
         product += kept == -INFINITY ? Vec{} : gradient * h;
       }
-      sums_->add(begin_ + j, sum, product);
+      sums_->add(j, sum, product);
+    }
+    sums_->end_tile();
+  }
+
+  // From the gradient in the standardised logits to that in the logits. By sample the terms do not change when all its
+  // logits move together, so that the mean of their gradient is 0.
+  void chain() const {
+    const bool by_class = o_.standardize == Standardize::by_class;
+    for (int i = 0; i < tile_; i += kLanes) {
+      LaneSum product;
+      for (int64_t j = 0; j < p_.classes && !by_class; ++j) {
+        const Vec h = load(logits_[0] + j * pitch_ + i);
+        product.add(h == -INFINITY ? Vec{} : h * load(gradient_ + j * pitch_ + i), j);
+      }
+      const Vec slope = by_class ? Vec{} : load(scratch_.unit_slope + i) * product.total();
+      const Vec factor = by_class ? Vec{} : load(scratch_.factor[0] + i);
+      for (int64_t j = 0; j < p_.classes; ++j) {
+        float* at = gradient_ + j * pitch_ + i;
+        const Vec h = load(logits_[0] + j * pitch_ + i);
+        const Vec value = (load(at) - h * slope) * (by_class ? broadcast(norms_[0].factor[j]) : factor);
+        store(at, h == -INFINITY ? Vec{} : value);
+      }
     }
   }
 
-  void chain() const {
-    const bool by_class = o_.standardize == Standardize::by_class;
-    for (int j = 0; j < classes_; ++j)
-      for (int i = 0; i < tile_; i += kLanes) {
-        float* at = gradient_ + j * pitch_ + i;
-        const Vec h = load(logits_[0] + j * pitch_ + i), gradient = load(at);
-        const Vec value = by_class ? gradient * norms_[0].factor[begin_ + j]
-                                   : (gradient - h * load(scratch_.slope + i)) * load(scratch_.factor[0] + i);
-        store(at, h == -INFINITY ? Vec{} : value);
-      }
-  }
-
-  void add_own_softmax_gradient() const {
-    for (int i = 0; i < tile_; i += kLanes) {
+  void add_ce_gradient() const {
+    for (int i = 0; i < tile_ && !o_.ce_in_sweep(); i += kLanes) {
       const Vec shift = load(lanes_.coefficients[ce_column_ + 1] + i);
       const Vec from = shift == -INFINITY ? Vec{} : shift, factor = load(lanes_.coefficients[ce_column_ + 2] + i);
-      for (int j = 0; j < classes_; ++j) {
+      for (int64_t j = 0; j < p_.classes; ++j) {
         float* at = gradient_ + j * pitch_ + i;
         store(at, load(at) + VecMath::exp(load(raw_ + j * pitch_ + i) - from) * factor);
       }
     }
+    for (int i = 0; i < count_; ++i)
+      if (scratch_.valid[i] != 0) gradient_[p_.target[first_ + i] * pitch_ + i] += lanes_.coefficients[ce_column_][i];
   }
 
+  void store_gradient() const {
+    if (!all_valid_) zero_invalid(gradient_);
+    if (!side_by_side(p_, p_.gradient)) return write_rows(p_, p_.gradient, block(), rows_, planes(gradient_));
+    for (int64_t j = 0; j < p_.classes; ++j) put(gradient_ + j * pitch_, j);
+  }
   // Writes a plane's gradient where it belongs.
   void put(const float* plane, int64_t j) const {
     with_dtype(p_.gradient.dtype, [&](auto type) {
@@ -893,18 +762,14 @@ class ChannelWorker {
   bool streams_ = false;  // the gradient past the caches
   const int tile_;        // samples of a tile, some of which may be missing
   const int pitch_;       // from plane to plane: no power of two, or the planes would share their place in L1
-  const int64_t chunk_;   // classes of a chunk
-  // Of the chunk at hand, plane by plane.
+  // Plane by plane: logits of both sides, the gradient, raw logits of the student, rows to be transposed, exponentials.
   float *logits_[2], *gradient_, *raw_, *rows_;
   Exps kept_[kMaxTerms];
-  // Selected classes by rank, and their logits: tile_, or pitch_, apart.
+  // Selected classes by rank, tile_ apart, and their logits, pitch_ apart.
   int32_t* selected_[kMaxTerms];
   float* selected_logits_[kMaxTerms][2];
   int64_t first_column_[kMaxTerms], ce_column_;
   SampleLanes lanes_;
-  int64_t begin_ = 0;
-  int classes_ = 0;
-  bool loaded_ = false, reduced_ = false;  // all classes of the tile
   // Of the tile at hand.
   int64_t first_ = 0;
   int count_ = 0;
@@ -922,30 +787,28 @@ class ChannelRunner {
 
   void fused(const Values& values, double* sums) const {
     const LanesFinalizer finalizer(p_.objective, p_.classes, values.parts);
-    each_tile(
-        values.totals ? values.columns : 0, sums,
-        [&](ChannelWorker& worker, int64_t first, int count, double* totals) {
-          if (!worker.begin_tile(first, count)) {
-            if (values.of_samples) std::fill_n(values.of_samples + first * values.columns, count * values.columns, 0.0);
-            return worker.clear(0);
-          }
-          worker.set_norms();
-          worker.select();
-          worker.reduce();
-          worker.finalize(finalizer);
-          store_values(worker.lanes(), values, first, count, totals);
-          if (p_.gradient.data) worker.apply();
-        },
-        values.totals);
+    const Sums of{values.totals, values.totals ? values.columns : 0, sums};
+    each_tile(of, [&](ChannelWorker& worker, int64_t first, int count, double* totals) {
+      if (!worker.begin_tile(first, count)) {
+        if (!totals) std::fill_n(values.of_samples + first * values.columns, count * values.columns, 0.0);
+        return worker.clear(0);
+      }
+      worker.load_logits();
+      worker.select();
+      worker.reduce();
+      worker.finalize(finalizer);
+      store_values(worker.lanes(), values, first, count, totals);
+      if (p_.gradient.data) worker.apply();
+    });
   }
 
   void select(int64_t* selected) const {
-    if (selected_size(p_.objective) == 0) return;
-    each_tile(0, nullptr, [&](ChannelWorker& worker, int64_t first, int count, double*) {
-      const int64_t size = selected_size(p_.objective);
-      if (!worker.begin_tile(first, count))
-        return static_cast<void>(std::fill_n(selected + first * size, count * size, 0));
-      worker.set_norms();
+    const int64_t size = selected_size(p_.objective);
+    if (size == 0) return;
+    std::fill_n(selected, p_.samples * size, 0);
+    each_tile({}, [&](ChannelWorker& worker, int64_t first, int count, double*) {
+      if (!worker.begin_tile(first, count)) return;
+      worker.load_logits();
       worker.select();
       worker.get_selected(selected);
     });
@@ -953,70 +816,74 @@ class ChannelRunner {
 
   void reduce(const int64_t* selected, float* stats) const {
     const int64_t size = stats_size(p_.objective);
-    each_tile(0, nullptr, [&](ChannelWorker& worker, int64_t first, int count, double*) {
-      if (!worker.begin_tile(first, count))
-        return static_cast<void>(std::fill_n(stats + first * size, count * size, 0.0f));
-      start(worker, selected);
+    std::fill_n(stats, p_.samples * size, 0.0f);
+    each_tile({}, [&](ChannelWorker& worker, int64_t first, int count, double*) {
+      if (!worker.begin_tile(first, count)) return;
+      worker.load_logits();
+      worker.set_selected(selected);
       worker.reduce();
       for (int i = 0; i < count; ++i)
-        for (int64_t c = 0; c < size; ++c)
-          stats[(first + i) * size + c] = p_.weight(first + i) == 0 ? 0 : worker.lanes().stats[c][i];
+        for (int64_t c = 0; c < size && p_.weight(first + i) != 0; ++c)
+          stats[(first + i) * size + c] = worker.lanes().stats[c][i];
     });
   }
 
   void apply(const int64_t* selected, const float* coefficients, double* sums) const {
     const int64_t size = coefficients_size(p_.objective);
-    each_tile(0, sums, [&](ChannelWorker& worker, int64_t first, int count, double*) {
+    each_tile({nullptr, 0, sums}, [&](ChannelWorker& worker, int64_t first, int count, double*) {
       if (!worker.begin_tile(first, count)) return worker.clear(0);
       const float* of_tile = coefficients + first * size;
       worker.set_valid(of_tile);
-      start(worker, selected);
+      worker.load_logits();
+      worker.set_selected(selected);
+      worker.reduce();  // for the exponentials
       worker.set_coefficients(of_tile);
       worker.apply();
     });
   }
 
  private:
-  // Selected classes, and where they are groups of their own their logits, from what was selected before.
-  void start(ChannelWorker& worker, const int64_t* selected) const {
-    worker.set_norms();
-    worker.set_selected(selected);
-  }
+  // What is added up over samples: totals of the values, and, of classes, what class standardisation needs.
+  struct Sums {
+    double* totals = nullptr;
+    int64_t columns = 0;
+    double* of_classes = nullptr;
+  };
 
   void store_values(const SampleLanes& lanes, const Values& values, int64_t first, int count, double* totals) const {
     for (int i = 0; i < count; ++i)
       for (int64_t v = 0; v < values.columns; ++v) {
         const double value = lanes.weight[i] == 0 ? 0 : lanes.values[v][i];
-        if (totals) {
-          totals[v] += value == 0 ? 0 : p_.weight(first + i) * value;
-        } else {
+        if (!totals) {
           values.of_samples[(first + i) * values.columns + v] = value;
+        } else if (lanes.weight[i] != 0) {
+          totals[v] += p_.weight(first + i) * value;
         }
       }
   }
 
-  // Calls body(worker, first, count, totals) for all tiles, in blocks whose totals and sums of classes are added up in
-  // order: the same whatever the threads.
+  // Calls body(worker, first, count, totals) for all tiles, in blocks whose sums are added up in order: the same
+  // whatever the threads.
   template <class Body>
-  void each_tile(int64_t columns, double* sums, const Body& body, double* totals = nullptr) const {
+  void each_tile(const Sums& sums, const Body& body) const {
     constexpr int64_t kBlockLogits = 1 << 18, kMostSummed = 16;
-    const int64_t most = sums ? kMostSummed : runs_.count * runs_.most * p_.classes / kBlockLogits;
+    const int64_t most = sums.of_classes ? kMostSummed : runs_.count * runs_.most * p_.classes / kBlockLogits;
     const int64_t blocks = std::clamp<int64_t>(most, 1, std::max<int64_t>(runs_.count, 1));
-    const int64_t of_sums = sums ? 2 * p_.classes : 0;
-    std::vector<double> partial_totals(blocks * columns), partial_sums(blocks * of_sums);
+    const int64_t classes = sums.of_classes ? p_.classes : 0;
+    std::vector<double> totals(blocks * sums.columns), of_classes(blocks * 2 * classes);
     parallel_.run(0, blocks, 1, [&](int64_t begin, int64_t end) {
-      PlaneSums of_block(sums ? p_.classes : 0);
-      ChannelWorker worker(p_, norms_, sums ? &of_block : nullptr);
+      PlaneSums of_block(classes);
+      ChannelWorker worker(p_, norms_, classes ? &of_block : nullptr);
       for (int64_t block = begin; block < end; ++block) {
-        of_block.start(partial_sums.data() + block * of_sums);
-        double* to = columns ? partial_totals.data() + block * columns : nullptr;
+        of_block.start(of_classes.data() + block * 2 * classes);
+        double* to = sums.totals ? totals.data() + block * sums.columns : nullptr;
         for (int64_t i = block * runs_.count / blocks; i < (block + 1) * runs_.count / blocks; ++i)
           body(worker, runs_.first(i), runs_.size(i), to);
-        if (sums) of_block.flush();
+        of_block.flush();
       }
     });
-    if (sums) add_blocks(partial_sums, blocks, sums);
-    if (columns) add_blocks(partial_totals, blocks, totals);
+    if (classes) add_blocks(of_classes, blocks, sums.of_classes);
+    if (sums.totals) add_blocks(totals, blocks, sums.totals);
   }
 
   const Problem& p_;

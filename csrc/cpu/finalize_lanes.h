@@ -37,6 +37,16 @@ inline GroupStats<Vec> load_stats(const Columns& stats, int64_t column, int i) {
   const auto at = [&](int c) { return load(stats[column + c] + i); };
   return {at(0), at(1), at(2), at(3), at(4), at(5), at(6)};
 }
+inline void store_stats(const Columns& stats, int64_t column, int i, const GroupStats<Vec>& from) {
+  int c = 0;
+  for (const Vec* value : {&from.student_shift, &from.teacher_shift, &from.student_sum, &from.teacher_sum,
+                           &from.teacher_ratio, &from.student_ratio, &from.ce_sum})
+    store(stats[column + c++] + i, *value);
+}
+// As single_sum.
+inline Vec single_exp(Vec logit) {
+  return logit - logit == 0 ? broadcast(1.0f) : logit == -INFINITY ? Vec{} : broadcast(NAN);
+}
 inline void set_stats(const Columns& stats, int64_t column, int i, const GroupStats<double>& from) {
   int c = 0;
   for (const double value : {from.student_shift, from.teacher_shift, from.student_sum, from.teacher_sum,

@@ -140,10 +140,10 @@ inline double horizontal_sum(Vec v) {
   const Doubles sum = doubles_of(v, 0) + doubles_of(v, 1);
   return fold<double, kLanes / 2>(sum, [](auto a, auto b) { return a + b; });
 }
-inline bool all_finite(Vec v) {
-  const Ints not_finite = (v - v) != 0;
-  return fold<int32_t, kLanes>(not_finite, [](auto a, auto b) { return a | b; }) == 0;
+inline bool any(Ints v) {
+  return fold<int32_t, kLanes>(v, [](auto a, auto b) { return a | b; }) != 0;
 }
+inline bool all_finite(Vec v) { return !any((v - v) != 0); }
 // Adds a vector to as many doubles.
 inline void add_widened(double* to, Vec v) {
   store(to, load(to) + doubles_of(v, 0));
