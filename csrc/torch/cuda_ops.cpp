@@ -20,30 +20,6 @@ using Forward =
     std::tuple<Tensor, std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>>;
 
 Objective decoded(const std::vector<int64_t>& structure, const Tensor& numbers, int64_t classes) {
-  auto objective = kdk::decoded<Objective>(structure, numbers, [](const double* values, int64_t count, Objective& into) {
-    return decode_numbers(values, count, into);
-  });
-  drop_single_groups(objective, classes);
-  return objective;
-}
-
-// What forward returns: the loss and, where they were asked for, its parts, the gradient, saved numbers and members.
-using Forward =
-    std::tuple<Tensor, std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>>;
-
-Objective decoded(const std::vector<int64_t>& structure, const Tensor& numbers, int64_t classes) {
-  auto objective = kdk::decoded<Objective>(structure, numbers, [](const double* values, int64_t count, Objective& into) {
-    return decode_numbers(values, count, into);
-  });
-  drop_single_groups(objective, classes);
-  return objective;
-}
-
-// What forward returns: the loss and, where they were asked for, its parts, the gradient, saved numbers and members.
-using Forward =
-    std::tuple<Tensor, std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>>;
-
-Objective decoded(const std::vector<int64_t>& structure, const Tensor& numbers, int64_t classes) {
   auto objective = kdk::decoded<Objective>(
       structure, numbers,
       [](const double* values, int64_t count, Objective& into) { return decode_numbers(values, count, into); });
