@@ -41,12 +41,12 @@ def loss_of(call: Call, backend: Backend, *, recompute: bool, parts: bool) -> tu
     student = call.student
     forward_mode = forward_ad._current_level >= 0
     if not (forward_mode or (student.requires_grad and torch.is_grad_enabled())):
-        outputs = run(backend.loss.op, backend.loss.inputs(_arguments(call, backend, parts)))
+        outputs = run(backend.loss.op, backend.loss.inputs(_arguments(call, backend, backend.loss, parts)))
         return outputs[0], outputs[1]
     if forward_mode:
         call = _in_forward_mode(call)
     way = backend.way(call, recompute=recompute, transformed=transformed())
-    arguments = _arguments(call, backend, parts)
+    arguments = _arguments(call, backend, way, parts)
     try:
         if torch.compiler.is_compiling():
             outputs = way.op(*way.inputs(arguments))
@@ -70,10 +70,10 @@ def _in_forward_mode(call: Call) -> Call:
     return call._replace(student=call.student.float()) if half else call
 
 
-def _arguments(call: Call, backend: Backend, parts: bool) -> Arguments:
-    """The op's arguments, the moments among them where logits are standardised by class."""
+def _arguments(call: Call, backend: Backend, way: Way, parts: bool) -> Arguments:
+    """The op's arguments; where logits are standardised by class, the moments are found here unless the op does."""
     moments = None
-    if call.objective.standardize == "class":
+    if call.objective.standardize == "class" and not (way.finds_moments and call.process_group is None):
         samples = (call.student.detach(), call.teacher, call.target, call.sample_weight)
         moments = run(backend.class_moments, (*samples, call.class_dim, call.num_classes, call.ignore_index))
         moments = distributed.merged_moments(moments, call.process_group)

@@ -55,6 +55,8 @@ class Way(ABC):
     op: Any
     #: Whether backward computes the gradient from the logits.
     recomputes: bool
+    #: Whether the op finds the moments of classes by itself, unless they are shared with other processes.
+    finds_moments = False
 
     @abstractmethod
     def inputs(self, arguments: Arguments) -> tuple[Any, ...]:
@@ -163,9 +165,9 @@ class _NormBackward:
 
 
 class _Fused(Way):
-    """Loss and gradient at once; where logits are standardised by class, the gradient is that for constant moments."""
+    """Loss and gradient at once. With moments of classes that processes share, the gradient is that for constant ones."""
 
-    recomputes = False
+    recomputes, finds_moments = False, True
 
     def __init__(self, namespace: Any, *, gradient: bool) -> None:
         self.op = namespace.fused.default
@@ -184,18 +186,16 @@ class _Fused(Way):
         return gradient, student, target, sample_weight, moments, sums
 
     def gradient(self, settings: Settings, kept: Tensors, grad_loss: Tensor, *, again: bool, ours: bool) -> Tensor:
-        gradient, *by_class = kept
-        if not by_class:
-            return _scaled(self._scale, gradient, grad_loss, settings[4], again=again, ours=ours)
         structure, numbers, _, _, class_dim, num_classes, ignore_index, _, group = settings
-        *of_samples, sums = by_class
-        in_place = ours and not again
-        if group is not None:  # each process has its own upstream gradient
-            sums = distributed.summed(sums * grad_loss, group)
-            gradient = _scaled(self._scale, gradient, grad_loss, class_dim, again=again, ours=ours)
-            grad_loss = torch.ones_like(grad_loss)
-        inputs = (gradient, *of_samples, sums, grad_loss, structure, numbers, class_dim, num_classes, ignore_index)
-        return self._norm_backward(inputs, in_place=in_place)
+        gradient, *shared = kept
+        gradient = _scaled(self._scale, gradient, grad_loss, class_dim, again=again, ours=ours)
+        if not shared:
+            return gradient
+        *of_samples, sums = shared
+        sums = distributed.summed(sums * grad_loss, group)  # each process has its own upstream gradient
+        of_logits = structure, numbers, class_dim, num_classes, ignore_index
+        inputs = (gradient, *of_samples, sums, sums.new_ones(()), *of_logits)
+        return self._norm_backward(inputs, in_place=ours and not again)
 
 
 class _Evaluated(Way):
@@ -241,7 +241,7 @@ class CpuBackend(Backend):
         self.batched = *self.differentiable, self.class_moments, *of_steps
 
     def way(self, call: Call, *, recompute: bool, transformed: bool) -> Way:
-        # By class the sums over samples depend on the upstream gradient of each.
+        # By class what flows through the moments depends on the upstream gradient of each sample.
         each = call.objective.standardize == "class" and call.reduction == "none"
         return self._evaluated if recompute or transformed or each or _rounds_too_early(call) else self._fused
 

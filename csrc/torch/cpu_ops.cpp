@@ -1,6 +1,7 @@
 // The ops of CPU tensors: thin unpacking, on LibTorch's stable ABI. Nothing outside this folder knows torch.
 #include <algorithm>
 #include <cstring>
+#include <list>
 
 #include "../cpu/kernels.h"
 #include "arguments.h"
@@ -71,9 +72,18 @@ class Step {
 
   void set_objective(const std::vector<int64_t>& structure, const Tensor& numbers, const OptionalTensor& moments) {
     set_objective(structure, numbers);
-    STD_TORCH_CHECK(moments.has_value() == (problem.objective.standardize == Standardize::by_class),
+    STD_TORCH_CHECK(moments.has_value() == by_class(),
                     "ValueError: moments must be given where, and only where, logits are standardised by class");
     problem.moments = array<double>("moments", moments, 6 * problem.classes);
+  }
+
+  bool by_class() const { return problem.objective.standardize == Standardize::by_class; }
+
+  // The moments of these samples alone.
+  void find_moments() {
+    moments_.resize(6 * problem.classes);
+    kernels().class_moments(problem, parallel(), moments_.data());
+    problem.moments = moments_.data();
   }
 
   // Sets what counts of the samples. Everything that can be wrong with them is found here, before anything is computed.
@@ -128,6 +138,12 @@ class Step {
     STD_TORCH_CHECK(tensor.numel() == size, "ValueError: ", name, " must have ", size, " numbers, got ",
                     tensor.numel());
     constexpr ScalarType dtype = std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Long;
+    if constexpr (std::is_same_v<T, double>) {  // an op that converts takes a microsecond, of which a call has few
+      if (tensor.scalar_type() == ScalarType::Float && tensor.is_contiguous()) {
+        const auto* values = static_cast<const float*>(tensor.data_ptr());
+        return doubles_.emplace_back(values, values + size).data();
+      }
+    }
     Tensor typed = tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype);
     held_.push_back(typed.is_contiguous() ? typed : torch::stable::contiguous(typed));
     return static_cast<const T*>(held_.back().data_ptr());
@@ -161,7 +177,8 @@ class Step {
   }
 
   std::vector<Tensor> held_;
-  std::vector<double> upstream_;
+  std::list<std::vector<double>> doubles_;
+  std::vector<double> upstream_, moments_;
 };
 
 // The student's gradient, in the student's own memory format.
@@ -227,6 +244,8 @@ Tensor class_moments(const Tensor& student, const Tensor& teacher, const Optiona
   return moments;
 }
 
+// Where logits are standardised by class, moments that were given are those of other processes' samples, too: what
+// flows through them is for their sums to say, later. Moments that are found here leave nothing for later.
 using Fused = std::tuple<Tensor, OptionalTensor, OptionalTensor, OptionalTensor>;
 
 Fused fused(const Tensor& student, const Tensor& teacher, const OptionalTensor& target,
@@ -239,12 +258,17 @@ Fused fused(const Tensor& student, const Tensor& teacher, const OptionalTensor& 
   if (gradient) grad = new_gradient(student);
   if (gradient && moments) sums = new_tensor(student, {2, num_classes}, ScalarType::Double);
   Step step(student, &teacher, grad ? &*grad : nullptr, class_dim, num_classes);
-  step.set_objective(structure, numbers, moments);
+  moments ? step.set_objective(structure, numbers, moments) : step.set_objective(structure, numbers);
   step.set_samples(target, sample_weight, ignore_index);
   step.reduce_by(reduction, denominator, scale, student.size(0));
   if (grad) step.skip_zeros(*grad);
+  const bool alone = step.by_class() && !moments;
+  if (alone) step.find_moments();
+  std::vector<double> own_sums(alone && grad ? 2 * num_classes : 0);
+  double* of_classes = sums ? static_cast<double*>(sums->data_ptr()) : alone && grad ? own_sums.data() : nullptr;
   const Results results(step, reduction, parts);
-  kernels().fused(step.problem, results.values, sums ? static_cast<double*>(sums->data_ptr()) : nullptr, parallel());
+  kernels().fused(step.problem, results.values, of_classes, parallel());
+  if (alone && grad) kernels().class_norm_backward(step.problem, of_classes, 1, parallel());
   auto [loss, part_values] = results.tensors(student, loss_shape(student.sizes().vec(), class_dim, reduction));
   return {loss, part_values, grad, sums};
 }
@@ -399,12 +423,12 @@ std::vector<int64_t> cpu_instruction_sets() {
   return sets;
 }
 
-// What the ops share:
-//   student, teacher   logits, float32, float16 or bfloat16, of which the first `num_classes` along `class_dim` count
-//   target             a class of each sample, or ignore_index; of the sample dimensions' shape, as sample_weight (>=
-//   0) moments            what class_moments gave, where logits are standardised by class, and only there structure,
-//   numbers what Objective.encode() returns scale, reduction   index of REDUCTIONS in kdkernels/validation.py; the sum
-//   is divided by `denominator`, if given
+// What the ops share. student, teacher: logits, float32, float16 or bfloat16, of which the first `num_classes` along
+// `class_dim` are compared. target: a class of each sample, or ignore_index, in the sample dimensions' shape, as is
+// sample_weight, >= 0. moments: what class_moments gave, merged over processes, where logits are standardised by class.
+// structure, numbers: what Objective.encode() returns. scale, reduction: the index in REDUCTIONS of
+// kdkernels/validation.py; a sum is divided by `denominator`, if given.
+//
 // IndexError for a target or selected class out of range and ValueError for a weight below 0, before anything is
 // computed; ValueError for sizes that do not fit. A sample that does not count has loss and gradient 0.
 //
@@ -413,8 +437,9 @@ std::vector<int64_t> cpu_instruction_sets() {
 STABLE_TORCH_LIBRARY(kdkernels, m) {
   // All steps at once. loss: float32, a scalar or, by reduction "none", of the sample dimensions' shape; parts, if
   // asked for: unweighted, in one more dimension: CE, then each term's mass and groups; gradient, if asked for: of the
-  // loss in the student's logits, for constant moments; sums, with moments: (2, num_classes) float64, what
-  // class_norm_backward_ needs. `process_group` is for the op's derivative alone.
+  // sum of the losses in the student's logits. Where logits are standardised by class, moments may be left out: those
+  // of these samples are found. With moments the gradient is that for constant ones, and sums, (2, num_classes)
+  // float64, are what class_norm_backward needs. `process_group` is for the op's derivative alone.
   m.def(
       "fused(Tensor student, Tensor teacher, Tensor? target, Tensor? sample_weight, Tensor? denominator, "
       "Tensor? moments, int[] structure, Tensor numbers, float scale, int reduction, int class_dim, "
