@@ -121,7 +121,7 @@ def compile_cuda(nvcc: str, targets: list[int]) -> None:
     for target in targets:
         # PTX of the newest serves newer devices; of the others, the simulator of the tests.
         flags += [f"-gencode=arch=compute_{target},code=[compute_{target},sm_{target}]"]
-    headers = [*(ROOT / "csrc").glob("*.h"), *(ROOT / "csrc/cuda").glob("*.*h")]
+    headers = [*(ROOT / "csrc/common").glob("*.h"), *(ROOT / "csrc/cuda").glob("*.*h")]
     changed = max(path.stat().st_mtime for path in (*headers, ROOT / "setup.py"))
     IMAGES.mkdir(parents=True, exist_ok=True)
     chosen = IMAGES / "flags.txt"
@@ -152,7 +152,7 @@ def extension() -> CppExtension:
     """The extension with its CPU kernels; the build step adds those for CUDA."""
     return CppExtension(
         "kdkernels._C",
-        ["csrc/torch_ops.cpp", *relative("csrc/cpu/*.cpp")],
+        ["csrc/torch/cpu_ops.cpp", *relative("csrc/cpu/*.cpp")],
         depends=relative("csrc/**/*.h"),
         define_macros=[("TORCH_TARGET_VERSION", STABLE_ABI)],
         extra_compile_args=[
@@ -190,7 +190,7 @@ def add_cuda(native: CppExtension) -> str:
             hint = "KDKERNELS_BUILD_CUDA=0 builds without CUDA kernels"
             raise SetupError(f"KDKERNELS_REQUIRE_NATIVE is set, and {error}; {hint}") from error
         return f"no CUDA kernels, {error}"
-    native.sources += ["csrc/torch_cuda_ops.cpp", *relative("csrc/cuda/*.cpp")]
+    native.sources += ["csrc/torch/cuda_ops.cpp", *relative("csrc/cuda/*.cpp")]
     native.depends += map(str, IMAGES.glob("*.fatbin"))
     native.include_dirs.append(str(headers))
     native.define_macros += [

@@ -1,6 +1,7 @@
 """How a loss takes part in autograd, on every backend with kernels: differentiable once.
 
-All ways lead to the op ``forward`` and share what is kept for backward and what backward computes:
+All ways lead to one op each (:class:`kdkernels.backends.Way`) and share what is kept for backward and what backward
+computes:
 
 - eager code goes through :class:`LossFunction`, the transforms of ``torch.func`` through
   :class:`TransformableLossFunction`, whose form costs more in every call;
@@ -19,7 +20,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from kdkernels import distributed
-from kdkernels.ops import OPS, Arguments, Ops, Outputs, translated
+from kdkernels.backends import BACKENDS, Arguments, Backend, Tensors, Way
+from kdkernels.ops import run, transformed, translated
 from kdkernels.validation import REDUCTIONS, Call
 
 _ONCE = (
@@ -30,7 +32,7 @@ _ONCE = (
 _STUDENT_ONLY = "kdkernels losses have a forward-mode derivative in student_logits only: detach the rest"
 
 
-def fused_loss(call: Call, ops: Ops, *, recompute: bool, parts: bool) -> tuple[Tensor, Tensor | None]:
+def loss_of(call: Call, backend: Backend, *, recompute: bool, parts: bool) -> tuple[Tensor, Tensor | None]:
     """``(loss, parts)`` of a checked call by a backend's ops, differentiable in the student's logits if asked for.
 
     Without a gradient nothing of the logits' size is allocated. ``parts`` has its parts in the last dimension; None
@@ -39,22 +41,19 @@ def fused_loss(call: Call, ops: Ops, *, recompute: bool, parts: bool) -> tuple[T
     student = call.student
     forward_mode = forward_ad._current_level >= 0
     if not (forward_mode or (student.requires_grad and torch.is_grad_enabled())):
-        outputs = _run(ops.forward, _arguments(call, ops, parts, gradient=False, save=False))
+        outputs = run(backend.loss.op, backend.loss.inputs(_arguments(call, backend, backend.loss, parts)))
         return outputs[0], outputs[1]
     if forward_mode:
         call = _in_forward_mode(call)
-    # Under a transform the gradient is an op of its own, whose derivative raises.
-    save = recompute or _transformed() or _must_recompute(call, ops)
-    # By class the gradient needs sums over all samples, which forward adds up if one upstream factor applies to all.
-    sums_now = call.objective.standardize == "class" and call.reduction != "none" and not recompute and save
-    arguments = _arguments(call, ops, parts, gradient=sums_now or not save, save=save)
+    way = backend.way(call, recompute=recompute, transformed=transformed())
+    arguments = _arguments(call, backend, way, parts)
     try:
         if torch.compiler.is_compiling():
-            outputs = ops.forward(*arguments)
-        elif _transformed():
-            outputs = TransformableLossFunction.apply(ops, *arguments)
+            outputs = way.op(*way.inputs(arguments))
+        elif transformed():
+            outputs = TransformableLossFunction.apply(way, *arguments)
         else:
-            result = LossFunction.apply(call.student, ops, arguments)
+            result = LossFunction.apply(call.student, way, arguments)
             return result if parts else (result, None)
     except RuntimeError as error:
         raise translated(error) from None
@@ -63,7 +62,7 @@ def fused_loss(call: Call, ops: Ops, *, recompute: bool, parts: bool) -> tuple[T
 
 def _in_forward_mode(call: Call) -> Call:
     """A call whose tangent is right: in float32, as it is a sum over gradients, and of the student's alone."""
-    if not _transformed():
+    if not transformed():
         others = (call.teacher, call.sample_weight, call.denominator)
         if any(other is not None and forward_ad.unpack_dual(other).tangent is not None for other in others):
             raise RuntimeError(_STUDENT_ONLY)
@@ -71,12 +70,12 @@ def _in_forward_mode(call: Call) -> Call:
     return call._replace(student=call.student.float()) if half else call
 
 
-def _arguments(call: Call, ops: Ops, parts: bool, *, gradient: bool, save: bool) -> Arguments:
-    """The op's arguments; where logits are standardised by class, the moments are found here unless forward can."""
+def _arguments(call: Call, backend: Backend, way: Way, parts: bool) -> Arguments:
+    """The op's arguments; where logits are standardised by class, the moments are found here unless the op does."""
     moments = None
-    if call.objective.standardize == "class" and (save or not _finds_moments(call, ops)):
+    if call.objective.standardize == "class" and not (way.finds_moments and call.process_group is None):
         samples = (call.student.detach(), call.teacher, call.target, call.sample_weight)
-        moments = _run(ops.class_moments, (*samples, call.class_dim, call.num_classes, call.ignore_index))
+        moments = run(backend.class_moments, (*samples, call.class_dim, call.num_classes, call.ignore_index))
         moments = distributed.merged_moments(moments, call.process_group)
     structure, numbers = call.objective.encode()
     return Arguments(
@@ -93,34 +92,10 @@ def _arguments(call: Call, ops: Ops, parts: bool, *, gradient: bool, save: bool)
         call.class_dim,
         call.num_classes,
         call.ignore_index,
-        gradient,
-        save,
         parts,
         distributed.name_of(call.process_group),
     )
 
-
-def _must_recompute(call: Call, ops: Ops) -> bool:
-    """Whether the gradient cannot be written, or not be rounded to its dtype, before the upstream gradient is known.
-
-    Where logits are standardised by class, a sample's gradient needs sums over all samples; these may be shared with
-    other processes or depend on an upstream gradient of each sample. A float16 gradient would underflow under a loss
-    scaler (a mean over many samples is tiny until it is scaled). A bfloat16 one, multiplied later by a factor of each
-    sample, would be rounded twice. Scaling the written gradient moves as many bytes as recomputing it.
-    """
-    dtype, each = call.student.dtype, call.reduction == "none"
-    if dtype == torch.float16 or (each and dtype == torch.bfloat16):
-        return True
-    return call.objective.standardize == "class" and (each or not _finds_moments(call, ops))
-
-
-def _finds_moments(call: Call, ops: Ops) -> bool:
-    """Whether forward finds the moments of classes itself, where it is not given any."""
-    return ops.finds_moments and call.process_group is None
-
-
-#: Whether a transform of torch.func is running.
-_transformed: Callable[[], bool] = torch._C._are_functorch_transforms_active
 
 #: The hooks that pack saved tensors, or None.
 _saved_tensors_hooks: Callable[[bool], Any] = torch._C._autograd._top_saved_tensors_default_hooks
@@ -129,28 +104,15 @@ _saved_tensors_hooks: Callable[[bool], Any] = torch._C._autograd._top_saved_tens
 _graph_is_kept: Callable[[], bool] = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
 
-def _below_autograd(op: Any, arguments: tuple[Any, ...]) -> Any:
-    with torch._C._AutoDispatchBelowAutograd():
-        return op(*arguments)
-
-
-def _run(op: Any, arguments: tuple[Any, ...]) -> Any:
-    """The result of an op that autograd does not record, with the kernels' errors as what they are."""
-    try:
-        if _transformed() or torch.compiler.is_compiling():
-            return op(*arguments)
-        return _below_autograd(op, arguments)
-    except RuntimeError as error:
-        raise translated(error) from None
-
-
 class LossFunction(torch.autograd.Function):
-    """``(student, ops, arguments) -> loss`` or, where parts are wanted, ``(loss, parts)``."""
+    """``(student, way, arguments) -> loss`` or, where parts are wanted, ``(loss, parts)``."""
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, ops: Ops, arguments: Arguments) -> Any:
-        outputs = _below_autograd(ops.forward, arguments)
-        keep(ctx, ops, arguments, outputs)
+    def forward(ctx: Any, student: Tensor, way: Way, arguments: Arguments) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            outputs = way.op(*way.inputs(arguments))
+        # What packs saved tensors may keep them: then a gradient is not ours to change.
+        keep(ctx, way, arguments, outputs, ours=_saved_tensors_hooks(True) is None)
         if not arguments.parts:
             return outputs[0]
         ctx.mark_non_differentiable(outputs[1])
@@ -167,16 +129,17 @@ class LossFunction(torch.autograd.Function):
 
 
 class TransformableLossFunction(torch.autograd.Function):
-    """``(ops, *Arguments) -> Outputs``, the same in the form that the transforms of ``torch.func`` need."""
+    """``(way, *Arguments) -> the op's outputs``, the same in the form that the transforms of ``torch.func`` need."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(ops: Ops, *arguments: Any) -> tuple[Tensor | None, ...]:
-        return _run(ops.forward, arguments)
+    def forward(way: Way, *arguments: Any) -> tuple[Tensor | None, ...]:
+        return run(way.op, way.inputs(Arguments(*arguments)))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
+        ctx.constants = (None,) * (len(output) - 1)
         keep(ctx, inputs[0], Arguments(*inputs[1:]), output)
         _mark_constants(ctx, output)
 
@@ -187,12 +150,11 @@ class TransformableLossFunction(torch.autograd.Function):
         return None, gradient, *_NO_OTHERS
 
     @staticmethod
-    def jvp(ctx: Any, _ops: None, tangent: Tensor | None, *others: Any) -> tuple[Tensor | None, ...]:
-        return _tangent_of_loss(ctx, tangent, others), *_NO_TANGENTS
+    def jvp(ctx: Any, _way: None, tangent: Tensor | None, *others: Any) -> tuple[Tensor | None, ...]:
+        return _tangent_of_loss(ctx, tangent, others), *ctx.constants
 
 
-#: Of the outputs but the loss, and of the arguments but the student.
-_NO_TANGENTS = (None,) * (len(Outputs._fields) - 1)
+#: Of the arguments but the student.
 _NO_OTHERS = (None,) * (len(Arguments._fields) - 1)
 
 
@@ -215,31 +177,20 @@ def _tangent_of_loss(ctx: Any, tangent: Tensor | None, others: tuple[Any, ...] =
     return product.sum(ctx.class_dim) if ones.dim() else product.sum()
 
 
-def keep(ctx: Any, ops: Ops, call: Arguments, outputs: tuple[Tensor | None, ...]) -> None:
-    """Keeps what backward needs: the gradient or, where it is recomputed, what the op ``backward`` takes."""
-    loss, _, gradient, saved, members = outputs
+def keep(ctx: Any, way: Way, arguments: Arguments, outputs: Tensors, *, ours: bool = False) -> None:
+    """Keeps what backward needs; ``ours``: nobody else sees the outputs but the loss."""
     ctx.set_materialize_grads(False)
-    ctx.ops, ctx.class_dim, ctx.recomputes = ops, call.class_dim, call.save
+    ctx.way, ctx.settings, ctx.ours, ctx.inference = way, way.settings(arguments), ours, None
+    kept = way.kept(arguments, outputs)
+    if len(kept) > 1:
+        # Autograd does not take tensors made in inference mode; these stay beside the others.
+        ctx.inference = {i: tensor for i, tensor in enumerate(kept) if tensor is not None and tensor.is_inference()}
+        kept = [None if i in ctx.inference else tensor for i, tensor in enumerate(kept)]
+    ctx.save_for_backward(*kept)
     if forward_ad._current_level >= 0:
-        ctx.by_class, ctx.parts, ctx.ones = call.moments is not None, call.parts, torch.ones_like(loss)
-    if not call.save:
-        # What packs saved tensors may keep them: then the gradient is not ours to change.
-        ctx.ours = _saved_tensors_hooks(True) is None
-        _save(ctx, gradient)
-        return
-    ctx.process_group = call.process_group
-    ctx.shape = call.structure, call.numbers, call.class_dim, call.num_classes
-    sums = None if call.moments is None else gradient
-    tensors = call.student, call.teacher, call.target, saved, members, call.moments, sums
-    # Autograd does not take tensors made in inference mode; these stay beside the others.
-    ctx.inference = {i: tensor for i, tensor in enumerate(tensors) if tensor is not None and tensor.is_inference()}
-    _save(ctx, *(None if i in ctx.inference else tensor for i, tensor in enumerate(tensors)))
-
-
-def _save(ctx: Any, *tensors: Tensor | None) -> None:
-    ctx.save_for_backward(*tensors)
-    if forward_ad._current_level >= 0:
-        ctx.save_for_forward(*tensors)
+        ctx.save_for_forward(*kept)
+        ctx.by_class, ctx.parts, ctx.class_dim = arguments.moments is not None, arguments.parts, arguments.class_dim
+        ctx.ones = torch.ones_like(outputs[0])
 
 
 def gradient_of(ctx: Any, grad_loss: Tensor | None) -> Tensor | None:
@@ -253,61 +204,27 @@ def gradient_of(ctx: Any, grad_loss: Tensor | None) -> Tensor | None:
 
 
 def _gradient(ctx: Any, grad_loss: Tensor) -> Tensor:
-    return _recomputed(ctx, grad_loss) if ctx.recomputes else _scaled(ctx, grad_loss)
+    kept = ctx.saved_tensors
+    if ctx.inference:
+        kept = [ctx.inference.get(i, tensor) for i, tensor in enumerate(kept)]
+    if ctx.way.recomputes and _watched():
+        return OnceFunction.apply(ctx.way, len(kept), grad_loss, *kept, *ctx.settings)
+    return ctx.way.gradient(ctx.settings, kept, grad_loss, again=_graph_is_kept(), ours=ctx.ours)
 
 
-def _scaled(ctx: Any, grad_loss: Tensor) -> Tensor:
-    (gradient,) = ctx.saved_tensors
-    if not (_is_plain(grad_loss) and type(gradient) is Tensor):
-        factor = grad_loss.unsqueeze(ctx.class_dim) if grad_loss.dim() else grad_loss
-        # As in the kernels an ignored sample's gradient stays 0, whatever comes from above.
-        return torch.where(gradient == 0, gradient, (gradient * factor).to(gradient.dtype))
-    kept = _graph_is_kept()
-    if not kept and grad_loss.dim() == 0 and grad_loss.is_cpu and grad_loss.item() == 1:  # asks no device
-        return gradient
-    if kept or not ctx.ours:
-        gradient = gradient.clone()  # the saved one is for the next backward over this graph
-    _run(ctx.ops.scale_, (gradient, grad_loss, ctx.class_dim))
-    return gradient
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor holds numbers that may be looked at: nothing traces or batches it."""
-    return (
-        type(tensor) is Tensor
-        and not torch.compiler.is_compiling()
-        and not _transformed()
-        and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._functorch.is_legacy_batchedtensor(tensor)
-    )
-
-
-def _recomputed(ctx: Any, grad_loss: Tensor) -> Tensor:
-    tensors = [ctx.inference.get(i, tensor) for i, tensor in enumerate(ctx.saved_tensors)]
-    student, teacher, target, saved, members, moments, sums = tensors
-    if moments is not None:
-        if sums is None:
-            sums = _once(ctx.ops.class_sums, grad_loss, student, teacher, target, saved, members, moments, *ctx.shape)
-        else:
-            sums = sums * grad_loss
-        sums = distributed.summed(sums, ctx.process_group)
-    return _once(ctx.ops.backward, grad_loss, student, teacher, target, saved, members, moments, sums, *ctx.shape)
-
-
-def _once(op: Any, *arguments: Any) -> Tensor:
-    """The result of an op of backward; where its graph is kept, as transforms have it, its derivative raises."""
-    watched = _transformed() or (torch.is_grad_enabled() and forward_ad._current_level < 0)
-    return OnceFunction.apply(op, *arguments) if watched else _run(op, arguments)
+def _watched() -> bool:
+    """Whether the graph of a backward is kept, as transforms have it."""
+    return transformed() or (torch.is_grad_enabled() and forward_ad._current_level < 0)
 
 
 class OnceFunction(torch.autograd.Function):
-    """``(op, *arguments) -> its result``, whose derivative raises."""
+    """``(way, how many were kept, grad_loss, *kept, *settings) -> the gradient``, whose derivative raises."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(op: Any, *arguments: Any) -> Tensor:
-        return _run(op, arguments)
+    def forward(way: Way, count: int, grad_loss: Tensor, *rest: Any) -> Tensor:
+        return way.gradient(rest[count:], rest[:count], grad_loss, again=True, ours=False)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -339,24 +256,26 @@ def _each_in_turn(op: Any) -> Callable[..., Any]:
     return rule
 
 
-def _register(ops: Ops) -> None:
-    """Gives the ops of a namespace the derivative of eager losses, and batching rules."""
+def _register(backend: Backend, op: Any) -> None:
+    """Gives an op the derivative of eager losses."""
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
-        call = Arguments(*inputs)
-        if call.gradient or call.save:
-            keep(ctx, ops, call, output)
-            _mark_constants(ctx, output)
-        else:
+        found = backend.way_of(op, inputs)
+        ctx.others = (None,) * (len(inputs) - 1)
+        if found is None:
             ctx.mark_non_differentiable(*(tensor for tensor in output if tensor is not None))
+        else:
+            keep(ctx, *found, output)
+            _mark_constants(ctx, output)
 
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return gradient_of(ctx, grads[0]), *_NO_OTHERS
+        return gradient_of(ctx, grads[0]), *ctx.others
 
-    torch.library.register_autograd(f"{ops.namespace}::forward", backward, setup_context=setup_context)
-    for op in (ops.forward, ops.class_moments, ops.class_sums, ops.backward):
-        torch.library.register_vmap(op, _each_in_turn(op))
+    torch.library.register_autograd(op, backward, setup_context=setup_context)
 
 
-for _ops in OPS.values():
-    _register(_ops)
+for _backend in BACKENDS.values():
+    for _op in _backend.differentiable:
+        _register(_backend, _op)
+    for _op in _backend.batched:
+        torch.library.register_vmap(_op, _each_in_turn(_op))

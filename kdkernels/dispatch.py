@@ -31,33 +31,46 @@ _logged: set[str] = set()
 _PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 #: Dimensions of logits that the kernels' layouts hold.
 _MAX_DIMS = 9
+#: Terms of an objective that the GPU kernels serve.
+_MAX_GPU_TERMS = 2
 
 
-def why_not(backend: str, device_type: str, dims: int = 2, objective: Objective | None = None) -> str | None:
-    """Why ``backend`` cannot serve an objective or logits of ``dims`` dimensions on ``device_type``; None if it can."""
+def why_not(
+    backend: str, device_type: str, dims: int = 2, objective: Objective | None = None, double: bool = False
+) -> str | None:
+    """Why ``backend`` cannot serve an objective or logits of ``dims`` dimensions on ``device_type``; None if it can.
+
+    ``double``: whether the logits of either side are float64.
+    """
     if backend == "cpu":
-        return _why_not_cpu(device_type, dims)
+        return _why_not_cpu(device_type, dims, double)
     if backend == "cuda":
         return _why_not_cuda(device_type, dims, objective)
-    return _why_not_triton(device_type) if backend == "triton" else None
+    return _why_not_triton(device_type, objective) if backend == "triton" else None
 
 
-def _why_not_cpu(device_type: str, dims: int) -> str | None:
+def _why_not_terms(objective: Objective | None) -> str | None:
+    if objective is None or len(objective.terms) <= _MAX_GPU_TERMS:
+        return None
+    return f"it serves objectives of up to {_MAX_GPU_TERMS} terms, and this one has {len(objective.terms)}"
+
+
+def _why_not_cpu(device_type: str, dims: int, double: bool) -> str | None:
     if device_type != "cpu":
         return f"it serves CPU tensors, and the logits are on {device_type}"
     if ops.unavailable is not None:
         return ops.unavailable
     if dims > _MAX_DIMS:
         return f"it serves logits of up to {_MAX_DIMS} dimensions, and these have {dims}"
-    return None
+    return "it computes in float32, and the reference backend serves float64 logits" if double else None
 
 
-def _why_not_triton(device_type: str) -> str | None:
+def _why_not_triton(device_type: str, objective: Objective | None) -> str | None:
     if device_type == "cpu" and not _environment.switch(TRITON_CPU):
         return f"it serves CUDA tensors, and the logits are on cpu (for tests, {TRITON_CPU}=1 lets it take them)"
     if device_type not in ("cpu", "cuda"):
         return f"it serves CUDA tensors, and the logits are on {device_type}"
-    return ops.triton_unavailable
+    return ops.triton_unavailable or _why_not_terms(objective)
 
 
 def _why_not_cuda(device_type: str, dims: int, objective: Objective | None) -> str | None:
@@ -67,7 +80,7 @@ def _why_not_cuda(device_type: str, dims: int, objective: Objective | None) -> s
         return f"it serves logits of up to {_MAX_DIMS} dimensions, and these have {dims}"
     if device_type != "cuda" and not (device_type == "cpu" and ops.cuda_simulated()):
         return f"it serves CUDA tensors, and the logits are on {device_type}"
-    reason = ops.why_not_this_gpu() if device_type == "cuda" else None
+    reason = _why_not_terms(objective) or (ops.why_not_this_gpu() if device_type == "cuda" else None)
     leads = 0 if objective is None else sum(term.partition.k for term in objective.terms)
     if reason is not None or leads == 0:
         return reason
@@ -99,11 +112,12 @@ def choose(call: Call, requested: str = "auto") -> str:
         requested = default_backend
         check_choice(f"the environment variable {ENVIRONMENT}", requested, BACKENDS)
     student = call.student
-    if requested == "auto" and torch.float64 in (student.dtype, call.teacher.dtype):
+    double = torch.float64 in (student.dtype, call.teacher.dtype)
+    if requested == "auto" and double:
         return "reference"
     device_type = student.device.type
     for backend in preference(device_type) if requested == "auto" else (requested,):
-        reason = why_not(backend, device_type, student.dim(), call.objective)
+        reason = why_not(backend, device_type, student.dim(), call.objective, double)
         if reason is None:
             return backend
         if requested != "auto":
@@ -129,6 +143,7 @@ def report() -> str:
     targets = ", ".join(f"sm_{target}" for target in ops.cuda_targets())
     lines.append(f"CUDA         {ops.cuda_unavailable or f'kernels for {targets} and, from PTX, newer GPUs'}")
     lines.append(f"triton       {ops.triton_unavailable or 'installed'}")
+    lines.append("float64      logits are served by the reference backend")
     lines.append(f"environment  {ENVIRONMENT}={default_backend}, {DEBUG}={debug:d}")
     for device_type in ("cpu", "cuda"):
         for backend in preference(device_type):

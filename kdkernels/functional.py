@@ -8,9 +8,9 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from kdkernels import autograd, dispatch, objective, reference
+from kdkernels.backends import BACKENDS
 from kdkernels.distributed import ProcessGroup
 from kdkernels.objective import Objective, check_choice
-from kdkernels.ops import OPS
 from kdkernels.validation import MODES, check_call, check_sample_values
 
 Loss = Tensor | tuple[Tensor, dict[str, Tensor]]
@@ -106,7 +106,8 @@ def distillation_loss(
     Returns:
         The loss, float32 (float64 if either side is); with ``return_parts`` a pair ``(loss, parts)``, parts a dict of
         detached tensors under the same reduction, each with its T^2 (if any): ``"ce"``, ``"mass"`` and the groups'
-        names, in objectives of two terms with the suffix ``_forward`` / ``_reverse``.
+        names, in objectives of several terms with a suffix: ``_forward`` / ``_reverse`` where that tells two terms
+        apart, else ``_1``, ``_2`` and so on.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type or value, DTensors included; nothing was computed.
@@ -140,7 +141,7 @@ def distillation_loss(
     if backend == "reference":
         loss, parts = reference.distillation_loss(call)
         return (loss, parts) if return_parts else loss
-    loss, values = autograd.fused_loss(call, OPS[backend], recompute=mode == "recompute", parts=return_parts)
+    loss, values = autograd.loss_of(call, BACKENDS[backend], recompute=mode == "recompute", parts=return_parts)
     return loss if values is None else (loss, _named_parts(call.objective, values))
 
 

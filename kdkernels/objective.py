@@ -1,7 +1,7 @@
 """What a distillation loss *is*: a few numbers.
 
 Every loss of this package is one :class:`Objective`: an optional standardisation of the logits, one or
-two :class:`Term` s and a cross-entropy weight. A term compares student and teacher at one temperature
+more :class:`Term` s and a cross-entropy weight. A term compares student and teacher at one temperature
 over one :class:`Partition` of the classes:
 
     T^2 * ( m_f * KL(Qt || Qs) + m_r * KL(Qs || Qt)
@@ -47,6 +47,8 @@ STRATEGIES = {"best": True, "worst": False}
 #: Temperatures and weights that float32 arithmetic serves: T^2 * weight of any of them is a float32 number.
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-6, 1e6
 MAX_WEIGHT = 1e24
+#: Terms that an objective may have: the CPU kernels' kMaxTerms.
+MAX_TERMS = 8
 _INT64 = (-(2**63), 2**63 - 1)
 
 
@@ -247,7 +249,8 @@ class Objective:
     """A whole distillation loss, as data.
 
     Args:
-        terms: one or two terms; the loss is their sum, times ``weight``, and the cross entropy, times ``ce_weight``.
+        terms: one to eight terms; the loss is their sum, times ``weight``, and the cross entropy, times ``ce_weight``.
+            GPU kernels serve up to two; with more, GPU tensors are served by the reference backend.
         standardize: ``None``, ``"class"`` (each class over the valid samples of the batch, perception
             reconstruction) or ``"sample"`` (each sample over its classes, logit standardisation), applied to the
             logits the terms see.
@@ -275,8 +278,8 @@ class Objective:
     def __post_init__(self) -> None:
         if not isinstance(self.terms, tuple) or not all(isinstance(term, Term) for term in self.terms):
             raise TypeError(f"Objective.terms must be a tuple of Terms, got {describe(self.terms)}")
-        if len(self.terms) not in (1, 2):
-            raise ValueError(f"Objective.terms must hold one or two Terms, got {len(self.terms)}")
+        if not 1 <= len(self.terms) <= MAX_TERMS:
+            raise ValueError(f"Objective.terms must hold 1 to {MAX_TERMS} Terms, got {len(self.terms)}")
         check_choice("standardize", self.standardize, STANDARDIZE)
         correction, eps = _STANDARDIZE_DEFAULTS[self.standardize]
         if self.correction is None:
@@ -302,12 +305,15 @@ class Objective:
         return Objective, arguments
 
     def part_names(self) -> tuple[tuple[str, ...], ...]:
-        """Names of the loss parts, one tuple a term (mass first); ``""`` for the mass of a single group."""
-        suffixes = [""]
-        if len(self.terms) == 2:
-            directions = [term.direction for term in self.terms]
-            distinct = set(directions) == {"forward", "reverse"}
-            suffixes = [f"_{direction}" for direction in directions] if distinct else ["_1", "_2"]
+        """Names of the loss parts, one tuple a term (mass first); ``""`` for the mass of a single group.
+
+        Of more than one term they end with the term's number, ``_1`` and so on, or with ``_forward`` and ``_reverse``
+        where that tells two terms apart.
+        """
+        directions = [term.direction for term in self.terms]
+        suffixes = [f"_{i}" for i in range(1, len(directions) + 1)] if len(directions) > 1 else [""]
+        if sorted(directions) == ["forward", "reverse"]:
+            suffixes = [f"_{direction}" for direction in directions]
         names = []
         for term, suffix in zip(self.terms, suffixes, strict=True):
             groups = term.partition.groups
@@ -316,7 +322,7 @@ class Objective:
         return tuple(names)
 
     def encode(self) -> tuple[Sequence[int], Tensor]:
-        """The objective as the ops take it, which ``csrc/objective.h`` decodes.
+        """The objective as the ops take it, which ``csrc/common/objective.h`` decodes.
 
         Integers that decide its structure, and its numbers, a float64 tensor on the CPU: as an operand they may change
         under ``torch.compile`` without another compilation.
@@ -339,11 +345,14 @@ class _Structure(tuple):
 
 
 def _structure(objective: Objective) -> list[int]:
+    """Whether there is a cross entropy, standardisation, correction; of each term kind, k, largest, and the first term
+    with the same temperature."""
     assert objective.correction is not None
-    structure = [STANDARDIZE.index(objective.standardize), objective.correction]
+    temperatures = [term.temperature for term in objective.terms]
+    structure = [int(objective.ce_weight != 0), STANDARDIZE.index(objective.standardize), objective.correction]
     for term in objective.terms:
-        partition, same = term.partition, term.temperature == objective.terms[0].temperature
-        structure += [_KINDS.index(partition.kind), partition.k, int(partition.largest), int(same)]
+        partition, first = term.partition, temperatures.index(term.temperature)
+        structure += [_KINDS.index(partition.kind), partition.k, int(partition.largest), first]
     return structure
 
 

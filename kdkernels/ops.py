@@ -1,8 +1,8 @@
 """The ops of the backends with kernels: loading, calling, and their fake kernels for torch.compile.
 
-``torch.ops.kdkernels.*`` (CPU) and ``torch.ops.kdkernels_cuda.*`` are C++, declared in ``csrc/torch_arguments.h``;
-``torch.ops.kdkernels_triton.*`` have the same schemas, are declared here and served by
-``kdkernels.triton_kernels.launch``, which is imported with the first call.
+``torch.ops.kdkernels.*`` (CPU) are declared and documented in ``csrc/torch/cpu_ops.cpp``, those of
+``torch.ops.kdkernels_cuda`` in ``csrc/torch/cuda_ops.cpp``; ``torch.ops.kdkernels_triton.*`` have the schemas of the
+latter, are declared here and served by ``kdkernels.triton_kernels.launch``, which is imported with the first call.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import logging
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,68 +66,19 @@ def translated(error: RuntimeError) -> Exception:
     return _ERROR_TYPES[match[1]](match[2]) if match else error
 
 
-class Arguments(NamedTuple):
-    """Arguments of the op ``forward``."""
-
-    student: Tensor
-    teacher: Tensor
-    target: Tensor | None
-    sample_weight: Tensor | None
-    denominator: Tensor | None
-    #: Those of ``class_moments`` where they are needed and forward does not find them itself.
-    moments: Tensor | None
-    structure: Sequence[int]
-    numbers: Tensor
-    scale: float
-    reduction: int
-    class_dim: int
-    num_classes: int
-    ignore_index: int
-    #: What is wanted beside the loss.
-    gradient: bool
-    save: bool
-    parts: bool
-    #: Name of the group that shares the statistics of standardize="class"; the op's derivative needs it.
-    process_group: str | None = None
+#: Whether a transform of torch.func is running.
+transformed: Callable[[], bool] = torch._C._are_functorch_transforms_active
 
 
-class Outputs(NamedTuple):
-    """What the op ``forward`` returns; what was not asked for is None."""
-
-    #: float32 (float64 if either side is), a scalar or in the sample dimensions' shape.
-    loss: Tensor
-    #: Unweighted, in the last dimension: CE, then each term's mass and groups.
-    parts: Tensor | None
-    #: Of the reduced loss in the student's logits; with moments the sums of ``class_sums`` for an upstream of 1.
-    gradient: Tensor | None
-    #: What the op ``backward`` needs beside the logits.
-    saved: Tensor | None
-    members: Tensor | None
-
-
-class Ops:
-    """The ops of a backend; all leave their arguments alone but ``scale_``.
-
-    ``finds_moments``: whether forward, where logits are standardised by class and no moments are given, finds those of
-    the batch itself, and then also writes the student's gradient.
-    """
-
-    def __init__(self, namespace: str, *, finds_moments: bool = False) -> None:
-        ops = getattr(torch.ops, namespace)
-        self.namespace = namespace
-        self.finds_moments = finds_moments
-        #: ``Arguments -> Outputs``.
-        self.forward = ops.forward.default
-        #: Count, mean and sum of squared deviations of each class over the valid samples: ``(2, 3, num_classes)``
-        #: float64, the student's, then the teacher's. Logits of -inf (masked classes) are not counted.
-        self.class_moments = ops.class_moments.default
-        #: Sums over the samples of the gradient in each class's standardised logits and of its product with them,
-        #: ``(2, num_classes)`` float64, from an upstream gradient (a scalar or one value a sample) and what was saved.
-        self.class_sums = ops.class_sums.default
-        #: The gradient in the student's logits, from the same and, with moments, these sums.
-        self.backward = ops.backward.default
-        #: Multiplies a gradient in place by a scalar or by one factor a sample; a scalar 1 touches no memory.
-        self.scale_ = ops.scale_.default
+def run(op: Any, inputs: tuple[Any, ...]) -> Any:
+    """The result of an op that autograd does not record, with the kernels' errors as what they are."""
+    try:
+        if transformed() or torch.compiler.is_compiling():
+            return op(*inputs)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*inputs)
+    except RuntimeError as error:
+        raise translated(error) from None
 
 
 INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
@@ -248,32 +199,98 @@ def _lazily(name: str) -> Callable[..., Any]:
     return launch
 
 
-def _register_fakes(namespace: str, sizes_of: Callable[[Sequence[int]], Sequence[int]]) -> None:
-    """Fake kernels; ``sizes_of`` a structure: numbers a sample of loss parts, saved numbers and members."""
+def _samples(student: Tensor, class_dim: int) -> tuple[int, ...]:
+    return (*student.shape[:class_dim], *student.shape[class_dim + 1 :])
+
+
+def _count(student: Tensor, class_dim: int) -> int:
+    return student.numel() // student.shape[class_dim] if student.dim() else 1
+
+
+def _fake_loss(like: Tensor, samples: tuple[int, ...], reduction: int, parts: int | None, dtype: torch.dtype) -> Any:
+    """Loss and parts."""
+    shape = samples if REDUCTIONS[reduction] == "none" else ()
+    return like.new_empty(shape, dtype=dtype), (None if parts is None else like.new_empty((*shape, parts), dtype=dtype))
+
+
+def _register_fakes(namespace: str) -> None:
+    """Fake kernels of the ops that all backends have."""
 
     @torch.library.register_fake(f"{namespace}::class_moments")
     def _(student, teacher, target, sample_weight, class_dim, num_classes, ignore_index):
         return student.new_empty((2, 3, num_classes), dtype=torch.float64)
 
+    @torch.library.register_fake(f"{namespace}::scale_")
+    def _(gradient, factor, class_dim):
+        return None
+
+
+def _register_cpu_fakes() -> None:
+    sizes, f32 = torch.ops.kdkernels.sizes.default, torch.float32
+
+    @torch.library.register_fake("kdkernels::fused")
+    def _(student, _t, _y, _w, _d, moments, structure, *rest):
+        _, _, reduction, class_dim, num_classes, _, gradient, parts, *_ = rest
+        loss = _fake_loss(student, _samples(student, class_dim), reduction, sizes(structure)[0] if parts else None, f32)
+        sums = student.new_empty((2, num_classes), dtype=torch.float64) if gradient and moments is not None else None
+        return *loss, torch.empty_like(student) if gradient else None, sums
+
+    @torch.library.register_fake("kdkernels::evaluate")
+    def _(student, _t, _y, _w, _d, _m, structure, *rest):
+        _, _, reduction, class_dim, _, _, parts, *_ = rest
+        part_count, ranks, _, coefficients = sizes(structure)
+        loss = _fake_loss(student, _samples(student, class_dim), reduction, part_count if parts else None, f32)
+        count = _count(student, class_dim)
+        selected = student.new_empty((count, ranks), dtype=torch.int64)
+        return *loss, selected, student.new_empty((count, coefficients), dtype=f32)
+
+    @torch.library.register_fake("kdkernels::select")
+    def _(student, _t, _y, _w, _m, structure, _n, class_dim, *_):
+        return student.new_empty((_count(student, class_dim), sizes(structure)[1]), dtype=torch.int64)
+
+    @torch.library.register_fake("kdkernels::reduce")
+    def _(student, _t, _y, _w, _s, _m, structure, _n, class_dim, *_):
+        return student.new_empty((_count(student, class_dim), sizes(structure)[2]), dtype=f32)
+
+    @torch.library.register_fake("kdkernels::finalize")
+    def _(stats, _y, _w, _d, structure, _n, _scale, reduction, shape, class_dim, _c, _i, parts):
+        part_count, _, _, coefficients = sizes(structure)
+        samples = (*shape[:class_dim], *shape[class_dim + 1 :])
+        loss = _fake_loss(stats, samples, reduction, part_count if parts else None, f32)
+        return *loss, stats.new_empty((stats.shape[0], coefficients), dtype=f32)
+
+    @torch.library.register_fake("kdkernels::apply")
+    def _(_g, student, _t, _y, _w, _s, _c, moments, _o, _n, class_dim, num_classes, _i):
+        sums = student.new_empty((2, 0 if moments is None else num_classes), dtype=torch.float64)
+        return torch.empty_like(student), sums
+
+    @torch.library.register_fake("kdkernels::class_norm_backward")
+    def _(gradient, *_):
+        return torch.empty_like(gradient)
+
+    @torch.library.register_fake("kdkernels::class_norm_backward_")
+    def _(*_):
+        return None
+
+
+def _register_gpu_fakes(namespace: str, sizes_of: Callable[[Sequence[int]], Sequence[int]]) -> None:
+    """``sizes_of`` a structure: numbers a sample of loss parts, saved numbers and members."""
+
     @torch.library.register_fake(f"{namespace}::forward")
-    def _(*arguments):
-        call = Arguments(*arguments)
-        student = call.student
-        double = torch.float64 in (student.dtype, call.teacher.dtype)
+    def _(student, teacher, _y, _w, _d, moments, structure, *rest):
+        _, _, reduction, class_dim, num_classes, _, gradient, save, parts, *_ = rest
+        double = torch.float64 in (student.dtype, teacher.dtype)
         dtype = torch.float64 if double else torch.float32
-        samples = student.shape[: call.class_dim] + student.shape[call.class_dim + 1 :]
-        reduced = samples if REDUCTIONS[call.reduction] == "none" else ()
-        count = student.numel() // student.shape[call.class_dim] if student.dim() else 1
-        sizes = sizes_of(call.structure)
+        sizes, count = sizes_of(structure), _count(student, class_dim)
+        loss = _fake_loss(student, _samples(student, class_dim), reduction, sizes[0] if parts else None, dtype)
         empty = student.new_empty
-        by_class = call.moments is not None
-        gradient = empty((2, call.num_classes), dtype=torch.float64) if by_class else torch.empty_like(student)
+        by_class = moments is not None
+        written = empty((2, num_classes), dtype=torch.float64) if by_class else torch.empty_like(student)
         return (
-            empty(reduced, dtype=dtype),
-            empty((*reduced, sizes[0]), dtype=dtype) if call.parts else None,
-            gradient if call.gradient else None,
-            empty((count, sizes[1]), dtype=dtype) if call.save else None,
-            empty((count, sizes[2]), dtype=torch.int64) if call.save else None,
+            *loss,
+            written if gradient else None,
+            empty((count, sizes[1]), dtype=dtype) if save else None,
+            empty((count, sizes[2]), dtype=torch.int64) if save else None,
         )
 
     @torch.library.register_fake(f"{namespace}::class_sums")
@@ -284,23 +301,17 @@ def _register_fakes(namespace: str, sizes_of: Callable[[Sequence[int]], Sequence
     def _(grad_loss, student, *_):
         return torch.empty_like(student)
 
-    @torch.library.register_fake(f"{namespace}::scale_")
-    def _(gradient, factor, class_dim):
-        return None
 
-
-#: The ops of each backend that has kernels here.
-OPS: dict[str, Ops] = {}
 if unavailable is None:
-    _register_fakes("kdkernels", torch.ops.kdkernels.sizes.default)
-    OPS["cpu"] = Ops("kdkernels", finds_moments=True)
+    _register_fakes("kdkernels")
+    _register_cpu_fakes()
 if cuda_unavailable is None:
-    _register_fakes("kdkernels_cuda", torch.ops.kdkernels_cuda.sizes.default)
-    OPS["cuda"] = Ops("kdkernels_cuda")
+    _register_fakes("kdkernels_cuda")
+    _register_gpu_fakes("kdkernels_cuda", torch.ops.kdkernels_cuda.sizes.default)
 if triton_unavailable is None:
     _library = _register_triton()
-    _register_fakes(
+    _register_fakes("kdkernels_triton")
+    _register_gpu_fakes(
         "kdkernels_triton",
         lambda structure: importlib.import_module("kdkernels.triton_kernels.objective").sizes(tuple(structure)),
     )
-    OPS["triton"] = Ops("kdkernels_triton")

@@ -25,7 +25,7 @@ WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-Wno-unknown-pragmas",
 SOURCES = {
     HERE / "kernels.cpp": [],
     ROOT / "csrc/cpu/isa.cpp": ["-D__builtin_cpu_supports(feature)=true"],
-    ROOT / "csrc/torch_ops.cpp": ["-DTORCH_TARGET_VERSION=0x020a000000000000"],
+    ROOT / "csrc/torch/cpu_ops.cpp": ["-DTORCH_TARGET_VERSION=0x020a000000000000"],
 }
 #: Test files, and which of their tests.
 SELECTED = {

@@ -36,7 +36,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         monkeypatch.setattr(module, name, spied)
 
     spy(reference, "distillation_loss", "reference")
-    spy(autograd, "fused_loss", "native")
+    spy(autograd, "loss_of", "native")
     monkeypatch.setattr(dispatch, "default_backend", "auto")
     monkeypatch.setattr(dispatch, "_logged", set())
     return calls
@@ -85,6 +85,27 @@ def test_more_dimensions_than_the_kernels_hold(served: list[str], caplog: pytest
     assert torch.allclose(loss, kdkernels.kd_loss(STUDENT, TEACHER))
     with pytest.raises(RuntimeError, match="up to 9 dimensions, and these have 10"):
         kdkernels.kd_loss(student, teacher, backend="cpu")
+
+
+@pytest.mark.parametrize("sides", [(torch.float64, torch.float32), (torch.float16, torch.float64)], ids=str)
+def test_the_cpu_kernels_refuse_float64(sides: tuple[torch.dtype, torch.dtype], served: list[str]) -> None:
+    require("cpu")
+    with pytest.raises(RuntimeError, match="backend 'cpu' cannot serve this call: it computes in float32, and the ref"):
+        kdkernels.kd_loss(STUDENT.to(sides[0]), TEACHER.to(sides[1]), backend="cpu")
+    assert served == []
+
+
+@pytest.mark.parametrize("backend_name", ["cuda", "triton"])
+def test_gpu_kernels_serve_two_terms(backend_name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "cuda_unavailable", None)
+    monkeypatch.setattr(ops, "triton_unavailable", None)
+    term = kdkernels.Term(2.0, kdkernels.Partition("whole"))
+    two, three = (kdkernels.Objective((term,) * count) for count in (2, 3))
+    reason = "it serves objectives of up to 2 terms, and this one has 3"
+    assert dispatch.why_not(backend_name, "cuda", 2, three) == reason
+    assert dispatch.why_not(backend_name, "cuda", 2, two) != reason
+    assert dispatch.why_not("cpu", "cpu", 2, three) == ops.unavailable
+    assert dispatch.why_not("reference", "cuda", 2, three) is None
 
 
 def test_auto_is_silent_where_the_fastest_serves(served: list[str], caplog: pytest.LogCaptureFixture) -> None:

@@ -46,8 +46,19 @@ def _in_group(
         dist.destroy_process_group()
 
 
-def inputs() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    student, teacher, target = make_inputs((13, 20), torch.float64, scale=2.0)
+def dtype_of(backend: str) -> torch.dtype:
+    """What shows the most: float64, which the CPU kernels leave to the reference."""
+    return torch.float32 if backend == "cpu" else torch.float64
+
+
+def assert_together(got: Tensor, want: Tensor) -> None:
+    """Equal but for the order of sums."""
+    precision = 1e-11 if got.dtype == torch.float64 else 2e-6
+    assert (got - want).norm() <= precision * want.norm()
+
+
+def inputs(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    student, teacher, target = make_inputs((13, 20), dtype, scale=2.0)
     weight = torch.tensor([1.0, 2.0, 0.0, 1.0, 0.5, 1.0, 1.0, 3.0, 1.0, 1.0, 1.0, 0.25, 1.0])
     target[1] = -100
     return student + 3.0, teacher, target, weight
@@ -58,7 +69,7 @@ def evaluate(
 ) -> tuple[Tensor, Tensor]:
     """Loss and gradient of some rows, each weighted by a factor of its own where they are not reduced."""
     case = STANDARDIZED[name]
-    student, teacher, target, weight = (tensor[rows] for tensor in inputs())
+    student, teacher, target, weight = (tensor[rows] for tensor in inputs(dtype_of(backend)))
     student.requires_grad_()
     options = needed_target(case, target) or {"target": target}
     options |= {"sample_weight": weight, "reduction": reduction, "backend": backend, "mode": mode}
@@ -91,8 +102,8 @@ def test_processes_give_what_one_gives(backend: str, split: str, tmp_path: FileP
         losses, gradients = zip(*(part[name, reduction, mode] for part in found), strict=True)
         loss, gradient = evaluate(name, slice(0, sum(sizes)), None, reduction, backend, mode)
         together = torch.cat(losses) if reduction == "none" else torch.stack(losses).sum()
-        torch.testing.assert_close(together, loss, rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(torch.cat(gradients), gradient, rtol=1e-11, atol=1e-13)
+        assert_together(together, loss)
+        assert_together(torch.cat(gradients), gradient)
 
 
 def evaluate_images(rank: int, sizes: tuple[int, ...], backend: str) -> dict[str, tuple[Tensor, Tensor]]:
@@ -101,7 +112,7 @@ def evaluate_images(rank: int, sizes: tuple[int, ...], backend: str) -> dict[str
     found = {}
     for name in LOSSES:
         case = STANDARDIZED[name]
-        tensors = make_inputs((sum(sizes), 20, 9, 11), torch.float64)
+        tensors = make_inputs((sum(sizes), 20, 9, 11), dtype_of(backend))
         student, teacher, target = (tensor[start : start + sizes[rank]] for tensor in tensors)
         target[:, 2:4] = -100
         student.requires_grad_()
@@ -118,8 +129,8 @@ def test_pixels_of_several_processes(backend: str, tmp_path: FilePath) -> None:
     parts = run(2, tmp_path, evaluate_images, (3, 1), backend)
     for name, (loss, gradient) in evaluate_images(0, (4,), backend).items():
         losses, gradients = zip(*(part[name] for part in parts), strict=True)
-        torch.testing.assert_close(torch.stack(losses).sum(), loss, rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(torch.cat(gradients), gradient, rtol=1e-11, atol=1e-13)
+        assert_together(torch.stack(losses).sum(), loss)
+        assert_together(torch.cat(gradients), gradient)
 
 
 def evaluate_alone(rank: int, backend: str) -> tuple[Tensor, Tensor]:
@@ -177,9 +188,11 @@ def digits() -> tuple[Tensor, Tensor]:
 def train(rank: int, processes: int, backend: str) -> list[Tensor]:
     """Some steps on the digits, every process with every ``processes``-th image of a batch."""
     images, labels = digits()
+    dtype = dtype_of(backend)
+    images = images.to(dtype)
     torch.manual_seed(0)
-    teacher = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10)).double()
-    student = nn.Sequential(nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10)).double()
+    teacher = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10)).to(dtype)
+    student = nn.Sequential(nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10)).to(dtype)
     model = nn.parallel.DistributedDataParallel(student) if processes > 1 else student
     group = dist.group.WORLD if processes > 1 else None
     loss_function = kdkernels.DKDLoss(
@@ -205,7 +218,7 @@ def test_data_parallel_training(backend: str, tmp_path: FilePath) -> None:
     want = train(0, 1, backend)
     for parameters in run(2, tmp_path, train, 2, backend):
         for got, alone in zip(parameters, want, strict=True):
-            torch.testing.assert_close(got, alone, rtol=1e-10, atol=1e-12)
+            assert_together(got, alone)
 
 
 # Modules --------------------------------------------------------------------------------------------------------------

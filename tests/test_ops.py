@@ -1,4 +1,4 @@
-"""The native ops as torch sees them: schemas, fake kernels, poisoned outputs, torch.compile."""
+"""The native ops as torch sees them: schemas, fake kernels, poisoned outputs, errors, torch.compile."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from helpers import (
-    OUTPUTS,
     Path,
     assert_gradient,
     assert_same,
@@ -20,14 +19,18 @@ from helpers import (
     needed_target,
     require,
 )
-from losses import LOSSES, SOME_LOSSES, Case, each
+from losses import LOSSES, SOME_LOSSES, STANDARDIZED, Case, each
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import kdkernels
-from kdkernels import objective
+from kdkernels import objective, ops
+from kdkernels.backends import Arguments
 from kdkernels.validation import REDUCTIONS
+
+OPS = torch.ops.kdkernels
+CASES = SOME_LOSSES | {name: STANDARDIZED[name] for name in ("pr_dkd", "pr_gdkd", "ls_gdkd")}
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +41,7 @@ def native() -> None:
 # Schemas and fake kernels -------------------------------------------------------------------------------------------
 
 
-def forward_arguments(
+def arguments_of(
     case: Case,
     student: Tensor,
     teacher: Tensor,
@@ -50,94 +53,133 @@ def forward_arguments(
     reduction: str = "mean",
     class_dim: int = 1,
     num_classes: int | None = None,
-    gradient: bool = True,
-    save: bool = True,
     parts: bool = True,
-) -> tuple[Any, ...]:
-    """Arguments of ``torch.ops.kdkernels.forward``."""
-    classes = num_classes or student.shape[class_dim]
-    tensors = (student, teacher, target, sample_weight, denominator)
-    flags = (gradient, save, parts)
-    return (
-        *tensors,
-        None,
-        *case.objective.encode(),
-        scale,
-        REDUCTIONS.index(reduction),
-        class_dim,
-        classes,
-        -100,
-        *flags,
-    )
+) -> Arguments:
+    """What the ops that give a loss have in common; moments where the loss standardises by class."""
+    samples = (student.detach(), teacher, target, sample_weight)
+    shape = (class_dim, num_classes or student.shape[class_dim], -100)
+    moments = OPS.class_moments(*samples, *shape) if case.objective.standardize == "class" else None
+    tensors = (student, teacher, target, sample_weight, denominator, moments)
+    return Arguments(*tensors, *case.objective.encode(), scale, REDUCTIONS.index(reduction), *shape, parts, None)
 
 
-def backward_arguments(arguments: tuple[Any, ...], grad_loss: Tensor) -> tuple[Any, ...]:
-    """Arguments of ``torch.ops.kdkernels.backward`` after a forward that saved."""
-    student, teacher, target, _, _, _, *objective, _, _, class_dim, classes, _, _, _, _ = arguments
+def fused_inputs(arguments: Arguments, gradient: bool = True) -> tuple[Any, ...]:
+    """Inputs of the op ``fused``."""
+    return (*arguments[:-2], gradient, *arguments[-2:])
+
+
+def calls(arguments: Arguments, grad_loss: Tensor | None = None) -> dict[str, tuple[Any, ...]]:
+    """Inputs of every op, each with what the ops before it gave."""
+    student, *samples, denominator, moments = arguments[:6]
+    encoded, (scale, reduction), shape = arguments[6:8], arguments[8:10], arguments[10:13]
+    inputs: dict[str, tuple[Any, ...]] = {"fused": fused_inputs(arguments), "evaluate": tuple(arguments)}
     with torch.no_grad():
-        *_, saved, members = torch.ops.kdkernels.forward(*arguments)
-    return grad_loss, student, teacher, target, saved, members, None, None, *objective, class_dim, classes
+        inputs["class_moments"] = (student, *samples, *shape)
+        inputs["select"] = (student, *samples, moments, *encoded, *shape)
+        selected = OPS.select(*inputs["select"])
+        inputs["reduce"] = (student, *samples, selected, moments, *encoded, *shape)
+        stats = OPS.reduce(*inputs["reduce"])
+        weights = (*samples[1:], denominator, *encoded, scale, reduction, student.shape)
+        inputs["finalize"] = (stats, *weights, *shape, arguments.parts)
+        *_, coefficients = OPS.finalize(*inputs["finalize"])
+        grad_loss = torch.tensor(0.5) if grad_loss is None else grad_loss
+        inputs["apply"] = (grad_loss, student, *samples, selected, coefficients, moments, *encoded, *shape)
+        gradient, sums = OPS.apply(*inputs["apply"])
+        if moments is not None:
+            one = torch.tensor(1.0)
+            of_norm = (gradient, student, *samples[1:], moments, sums, one, *encoded, *shape)
+            inputs["class_norm_backward"] = of_norm
+            inputs["class_norm_backward_"] = (gradient.clone(), *of_norm[1:])
+    return inputs
 
 
-FLAGS = OUTPUTS | {
+FLAGS: dict[str, dict[str, Any]] = {
+    "all": {},
+    "loss": {"gradient": False, "parts": False},
+    "gradient": {"parts": False},
+    "rows": {"reduction": "none"},
     "sum": {"reduction": "sum", "scale": 0.25},
     "denominator": {"reduction": "sum", "denominator": torch.tensor(3.0)},
     "weighted": {"sample_weight": torch.tensor([1.0, 0.5, 0.0])},
     "padded": {"num_classes": 20},
 }
+each_flags = pytest.mark.parametrize("flags", FLAGS.values(), ids=FLAGS.keys())
 GRAD = pytest.mark.parametrize("requires_grad", [True, False], ids=["grad", "no_grad"])
 
 
-# The check differentiates through the op, which only ever runs inside an autograd function.
+# The check differentiates through ops that only ever run inside an autograd function.
 UNDIFFERENTIATED = pytest.mark.filterwarnings("ignore:.*an autograd kernel was not registered:UserWarning")
 
 
-def opcheck(op: object, arguments: tuple[Any, ...], requires_grad: bool) -> None:
+def opcheck(name: str, inputs: tuple[Any, ...], requires_grad: bool) -> None:
     """All of torch's checks of an op; that of the autograd registration needs an input that requires grad."""
     skipped = () if requires_grad else ("test_autograd_registration",)
     if requires_grad and torch.__version__.startswith("2.10."):
         skipped = ("test_schema",)  # it copies tensors that have no storage there
     every = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(op, arguments, test_utils=[name for name in every if name not in skipped])
+    op = getattr(OPS, name).default
+    torch.library.opcheck(op, inputs, test_utils=[check for check in every if check not in skipped])
 
 
 @UNDIFFERENTIATED
 @GRAD
-@pytest.mark.parametrize("flags", FLAGS.values(), ids=FLAGS.keys())
-def test_forward_op(flags: dict[str, Any], requires_grad: bool) -> None:
+@each_flags
+def test_fused_op(flags: dict[str, Any], requires_grad: bool) -> None:
     student, teacher, target = make_inputs((3, 23))
-    arguments = forward_arguments(LOSSES["dkd"], student.requires_grad_(requires_grad), teacher, target % 20, **flags)
-    opcheck(torch.ops.kdkernels.forward.default, arguments, requires_grad)
-
-
-@UNDIFFERENTIATED
-@GRAD
-@each(SOME_LOSSES)
-def test_forward_op_of_each_loss(case: Case, requires_grad: bool) -> None:
-    student, teacher, target = make_inputs((2, 23, 2, 3), torch.bfloat16, torch.float32)
-    student = student.contiguous(memory_format=torch.channels_last).requires_grad_(requires_grad)
-    target = target if case.needs_target else None
-    opcheck(torch.ops.kdkernels.forward.default, forward_arguments(case, student, teacher, target), requires_grad)
+    gradient = flags.get("gradient", True)
+    options = {name: value for name, value in flags.items() if name != "gradient"}
+    arguments = arguments_of(LOSSES["dkd"], student.requires_grad_(requires_grad), teacher, target % 20, **options)
+    opcheck("fused", fused_inputs(arguments, gradient), requires_grad)
+    opcheck("evaluate", arguments, requires_grad)
 
 
 @UNDIFFERENTIATED
 @GRAD
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-@each(SOME_LOSSES)
-def test_backward_op(case: Case, reduction: str, requires_grad: bool) -> None:
-    student, teacher, target = make_inputs((3, 23))
-    arguments = forward_arguments(case, student.requires_grad_(requires_grad), teacher, target, reduction=reduction)
-    grad_loss = torch.tensor(0.5) if reduction == "mean" else torch.tensor([0.5]).expand(3)
-    opcheck(torch.ops.kdkernels.backward.default, backward_arguments(arguments, grad_loss), requires_grad)
+@each(CASES)
+def test_every_op_of_each_loss(case: Case, reduction: str, requires_grad: bool) -> None:
+    student, teacher, target = make_inputs((2, 23, 2, 3), torch.bfloat16, torch.float32)
+    student = student.contiguous(memory_format=torch.channels_last).requires_grad_(requires_grad)
+    target = target if case.needs_target else None
+    grad_loss = torch.tensor(0.5) if reduction == "mean" else torch.tensor(0.5).expand(2, 2, 3)
+    without = {"finalize", "class_norm_backward_"}  # no logits to differentiate in
+    if case.objective.standardize == "class" and reduction == "none":
+        without.add("fused")  # sums over samples, of which each has its own upstream gradient: that is evaluate's
+    for name, inputs in calls(arguments_of(case, student, teacher, target, reduction=reduction), grad_loss).items():
+        constant = tuple(given.detach() if isinstance(given, Tensor) else given for given in inputs)
+        opcheck(name, constant if name in without else inputs, requires_grad and name not in without)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@each(CASES)
+def test_the_steps_are_the_whole(case: Case, reduction: str) -> None:
+    """``select``, ``reduce`` and ``finalize`` give what ``evaluate`` gives, and with ``apply`` what ``fused`` does."""
+    student, teacher, target = make_inputs((6, 23))
+    target[1] = -100
+    weight = torch.tensor([1.0, 2.0, 0.5, 0.0, 1.0, 1.0])
+    arguments = arguments_of(case, student, teacher, target, sample_weight=weight, reduction=reduction)
+    inputs = calls(arguments, torch.ones(() if reduction == "mean" else 6))
+    loss, parts, selected, coefficients = OPS.evaluate(*arguments)
+    steps = (*OPS.finalize(*inputs["finalize"])[:2], *inputs["apply"][5:7])
+    for got, want in zip(steps, (loss, parts, selected, coefficients), strict=True):
+        assert torch.equal(got, want)
+    fused_loss, fused_parts, gradient, sums = OPS.fused(*fused_inputs(arguments))
+    torch.testing.assert_close(loss, fused_loss)
+    torch.testing.assert_close(parts, fused_parts)
+    applied, applied_sums = OPS.apply(*inputs["apply"])
+    assert_gradient(applied, gradient, 1e-6)
+    assert (sums is None) == (arguments.moments is None)
+    if sums is not None:
+        torch.testing.assert_close(applied_sums, sums, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
 @pytest.mark.parametrize("factor", [torch.tensor(2.0), torch.tensor(1.0), torch.tensor([0.5, 1.0, 2.0])], ids=str)
 def test_scale_op(factor: Tensor, dtype: torch.dtype) -> None:
     gradient = make_inputs((3, 23), dtype).student
-    opcheck(torch.ops.kdkernels.scale_.default, (gradient.clone(), factor, 1), False)
+    opcheck("scale_", (gradient.clone(), factor, 1), False)
     want = (gradient.double() * (factor[:, None] if factor.dim() else factor)).to(dtype)
-    torch.ops.kdkernels.scale_(gradient, factor, 1)
+    OPS.scale_(gradient, factor, 1)
     assert torch.equal(gradient, want)
 
 
@@ -147,7 +189,7 @@ def test_scale_op_along_any_dimension(class_dim: int) -> None:
     samples = [size for dim, size in enumerate(gradient.shape) if dim != class_dim]
     factor = torch.arange(1.0, 1.0 + torch.Size(samples).numel()).reshape(samples)
     want = gradient * factor.unsqueeze(class_dim)
-    torch.ops.kdkernels.scale_(gradient, factor, class_dim)
+    OPS.scale_(gradient, factor, class_dim)
     assert torch.equal(gradient, want)
 
 
@@ -161,55 +203,121 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("flags", FLAGS.values(), ids=FLAGS.keys())
+@each_flags
+@pytest.mark.parametrize("name", ["gdkd", "pr_gdkd"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_fake_kernels_tell_the_truth(layout: str, flags: dict[str, Any]) -> None:
+def test_fake_kernels_tell_the_truth(layout: str, name: str, flags: dict[str, Any]) -> None:
     """Shapes, dtypes and strides of what the kernels return, which compiled code relies on."""
-    student, teacher, target = make_inputs((2, 23, 3, 4), torch.bfloat16, torch.float64)
+    student, teacher, target = make_inputs((2, 23, 3, 4), torch.bfloat16, torch.float32)
     student, teacher = LAYOUTS[layout](student), LAYOUTS[layout](teacher)
     target = target[: student.shape[0], ..., : student.shape[3]] % 20
-    flags = dict(flags)
-    if "sample_weight" in flags:
-        flags["sample_weight"] = torch.ones(target.shape)
-    arguments = forward_arguments(LOSSES["gdkd"], student, teacher, target, **flags)
-    real = torch.ops.kdkernels.forward(*arguments)
-    with FakeTensorMode() as mode:
-        convert = mode.from_tensor
-        fake = torch.ops.kdkernels.forward(*(convert(a) if isinstance(a, Tensor) else a for a in arguments))
-    for got, want in zip(fake, real, strict=True):
-        assert (got is None) == (want is None)
-        if want is not None:
-            assert (got.shape, got.dtype, got.stride()) == (want.shape, want.dtype, want.stride())
+    options = {name: value for name, value in flags.items() if name != "gradient"}
+    if "sample_weight" in options:
+        options["sample_weight"] = torch.ones(target.shape)
+    arguments = arguments_of((LOSSES | STANDARDIZED)[name], student, teacher, target, **options)
+    inputs = calls(arguments) | {"fused": fused_inputs(arguments, flags.get("gradient", True))}
+    for op, given in inputs.items():
+        real = getattr(OPS, op)(*given)
+        with FakeTensorMode() as mode:
+            convert = mode.from_tensor
+            fake = getattr(OPS, op)(*(convert(a) if isinstance(a, Tensor) else a for a in given))
+        real, fake = (out if isinstance(out, tuple) else (out,) for out in (real, fake))
+        for got, want in zip(fake, real, strict=True):
+            assert (got is None) == (want is None), op
+            if want is not None:
+                assert (got.shape, got.dtype, got.stride()) == (want.shape, want.dtype, want.stride()), op
 
 
 # Poison -------------------------------------------------------------------------------------------------------------
 
 
-@each(SOME_LOSSES)
+@each(CASES)
 def test_the_poison_reaches_the_kernels_outputs(case: Case) -> None:
     """The suite's NaN filling covers memory that the ops allocate in C++: a fill for each output that is not empty."""
     student, teacher, target = make_inputs((3, 23))
-    arguments = forward_arguments(case, student, teacher, target)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        outputs = torch.ops.kdkernels.forward(*arguments)
-    events = profile.events()
-    assert events is not None
-    filled = sum(event.name == "aten::fill_" for event in events)
-    assert filled >= sum(output.numel() > 0 for output in outputs)
+    for name, inputs in calls(arguments_of(case, student, teacher, target)).items():
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            outputs = getattr(OPS, name)(*inputs)
+        events = profile.events()
+        assert events is not None
+        filled = sum(event.name == "aten::fill_" for event in events)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        assert filled >= sum(output is not None and output.numel() > 0 for output in outputs), name
 
 
-@pytest.mark.parametrize("flags", FLAGS.values(), ids=FLAGS.keys())
-@each(SOME_LOSSES)
+@each_flags
+@each(CASES)
 def test_no_output_keeps_the_poison(case: Case, flags: dict[str, Any]) -> None:
-    """Also in what forward saves for backward, and for samples that do not count."""
+    """Also in what one step gives another, and for samples that do not count."""
     student, teacher, target = make_inputs((3, 23))
     target %= 20
     target[1] = -100
-    outputs = torch.ops.kdkernels.forward(*forward_arguments(case, student, teacher, target, **flags))
-    for output in (output for output in outputs if output is not None):
-        assert not output.isnan().any()
-        if not output.is_floating_point():
-            assert not output.eq(torch.iinfo(output.dtype).max).any()
+    options = {name: value for name, value in flags.items() if name != "gradient"}
+    for name, inputs in calls(arguments_of(case, student, teacher, target, **options)).items():
+        outputs = getattr(OPS, name)(*inputs)
+        for output in outputs if isinstance(outputs, tuple) else (outputs,):
+            if output is None:
+                continue
+            assert not output.isnan().any(), name
+            if not output.is_floating_point():
+                assert not output.eq(torch.iinfo(output.dtype).max).any(), name
+
+
+# Errors -------------------------------------------------------------------------------------------------------------
+
+
+def refused(name: str, inputs: tuple[Any, ...], error: type[Exception], match: str) -> None:
+    with pytest.raises(error, match=match):
+        ops.run(getattr(OPS, name).default, inputs)
+
+
+def test_what_backward_reads_is_checked_again() -> None:
+    """Classes that were changed behind autograd's back: nothing outside the logits is read."""
+    student, teacher, target = make_inputs((3, 23))
+    inputs = calls(arguments_of(LOSSES["gdkd_ce"], student, teacher, target))["apply"]
+    for at, name in ((3, "target"), (5, "selected")):
+        for outside in (-1, 23, 10**12):
+            changed = inputs[at].clone()
+            changed.view(-1)[1] = outside
+            message = f"{name} must be in \\[0, 23\\).*got {outside} for sample"
+            refused("apply", (*inputs[:at], changed, *inputs[at + 1 :]), IndexError, message)
+
+
+@pytest.mark.parametrize(
+    ("name", "at", "wrong", "message"),
+    [
+        (
+            "fused",
+            2,
+            torch.tensor([0, 23, 1]),
+            r"target must be in \[0, 23\) or ignore_index -100, got 23 for sample 1",
+        ),
+        ("fused", 2, torch.tensor([0, 1]), "target must have 3 numbers, got 2"),
+        ("evaluate", 3, torch.tensor([1.0, -1.0, 1.0]), "sample_weight must be >= 0, got -1 for sample 1"),
+        ("fused", 1, torch.zeros(3, 22), "at least 23 classes, got 22"),
+        ("fused", 1, torch.zeros(2, 23), "the same sample dimensions"),
+        ("fused", 0, torch.zeros(3, 23, dtype=torch.float64), "got float64, which the reference backend serves"),
+        ("fused", 5, torch.zeros(2, 3, 23), "moments must be given where, and only where"),
+        ("fused", 6, [0, 0, 0], "structure must be what Objective.encode"),
+        ("fused", 7, torch.zeros(3), "numbers must be the float64 CPU tensor that Objective.encode"),
+        ("reduce", 4, torch.zeros(3, 4, dtype=torch.int64), "selected must be contiguous.* with 3 x 5 numbers, got 12"),
+        ("finalize", 0, torch.zeros(3, 4), "stats must be contiguous"),
+        ("apply", 6, torch.zeros(3, 4), "coefficients must be contiguous"),
+        ("apply", 0, torch.ones(2), "grad_loss must have 3 numbers, got 2"),
+    ],
+)
+def test_what_the_ops_refuse(name: str, at: int, wrong: Any, message: str) -> None:
+    student, teacher, target = make_inputs((3, 23))
+    inputs = calls(arguments_of(LOSSES["gdkd_ce"], student, teacher, target))[name]
+    error = IndexError if "or ignore_index" in message else ValueError
+    refused(name, (*inputs[:at], wrong, *inputs[at + 1 :]), error, message)
+
+
+@pytest.mark.parametrize(("at", "wrong"), [(4, torch.zeros(2, 3, 22)), (5, torch.zeros(2, 22)), (6, torch.ones(3))])
+def test_what_the_chain_rule_of_classes_refuses(at: int, wrong: Tensor) -> None:
+    student, teacher, target = make_inputs((3, 23))
+    inputs = calls(arguments_of(STANDARDIZED["pr_dkd"], student, teacher, target))["class_norm_backward_"]
+    refused("class_norm_backward_", (*inputs[:at], wrong, *inputs[at + 1 :]), ValueError, "must have .* numbers, got")
 
 
 # torch.compile ------------------------------------------------------------------------------------------------------

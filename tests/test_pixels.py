@@ -13,7 +13,6 @@ import torch
 from helpers import (
     DTYPES,
     GRADIENT_TOLERANCE,
-    LOSS_TOLERANCE,
     Path,
     allocations,
     arithmetic_dtype,
@@ -65,8 +64,7 @@ def check_pixels(
     )
     assert got.loss.shape == sizes
     assert tuple(got.parts) == case.parts
-    # The table's accuracy is that of a batch; among hundreds of single values some are twice as far off.
-    tolerance = max(2 * LOSS_TOLERANCE[got.loss.dtype], loss_tolerance(got.loss))
+    tolerance = loss_tolerance(got.loss, want.weight)
     assert_values(got.loss.flatten(), want.loss, tolerance)
     for name, part in got.parts.items():
         assert_values(part.flatten(), want.parts[name], tolerance, f"part {name!r}")
@@ -94,8 +92,7 @@ def test_dtypes(case: Case, dtypes: tuple[torch.dtype, torch.dtype], native_path
 def test_instruction_sets(case: Case, name: str) -> None:
     try:
         kdkernels.set_cpu_instruction_set(name)
-        for dtype in (torch.float32, torch.float64):
-            check_pixels(case, (1, 5, 17), 21, Path("cpu", "fused"), (dtype, dtype))
+        check_pixels(case, (1, 5, 17), 21, Path("cpu", "fused"), (torch.float32, torch.float32))
     finally:
         kdkernels.set_cpu_instruction_set("auto")
 
@@ -178,7 +175,7 @@ def test_masked_and_sure_classes(case: Case, native_path: Path) -> None:
     assert got.gradient.isfinite().all()
     assert got.gradient[:, 18].count_nonzero() == 0
     finite = want.loss.isfinite()
-    assert_values(got.loss.flatten()[finite], want.loss[finite], loss_tolerance(got.loss))
+    assert_values(got.loss.flatten()[finite], want.loss[finite], loss_tolerance(got.loss, want.weight))
 
 
 @pytest.mark.parametrize("num_classes", [19, 21])

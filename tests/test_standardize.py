@@ -158,10 +158,10 @@ def test_a_mean_far_above_the_deviation(name: str, kind: str, dtype: torch.dtype
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @each({name: CASES[name] for name in CASES if name.startswith(("reverse", "dkd", "gdkd3", "everything"))})
-def test_gradcheck(case: Case, reduction: str, native_path: Path) -> None:
+def test_gradcheck(case: Case, reduction: str, double_path: Path) -> None:
     """The gradient is that of the loss, statistics included."""
     student, teacher, target = inputs_for((4, 6), torch.float64)
-    options = {"target": target % 6, "reduction": reduction, **native_path.options}
+    options = {"target": target % 6, "reduction": reduction, **double_path.options}
     torch.autograd.gradcheck(lambda s: case.call(s, teacher, **options), student.requires_grad_())
 
 
@@ -189,13 +189,14 @@ def test_the_reference_is_the_papers_formula(kind: str, formula: Callable[[Tenso
 
 def test_top_k_looks_at_the_standardised_teacher(path: Path) -> None:
     """A class that is always large does not lead once it is standardised."""
-    student, teacher, _ = inputs_for((5, 12), torch.float64)
+    student, teacher, _ = inputs_for((5, 12))
     teacher[:, 7] += 100.0
     got = measured(partial(kdkernels.gdkd_loss, k=2, standardize="class"), student, teacher, **path.options)
     teacher[:, 7] -= 100.0
     same = measured(partial(kdkernels.gdkd_loss, k=2, standardize="class"), student, teacher, **path.options)
-    assert_values(got.loss, same.loss, 1e-10)
-    assert_gradient(got.gradient, same.gradient, 1e-9)
+    # Adding 100 has rounded the logits of that class, by 2^-18 of their deviation.
+    assert_values(got.loss, same.loss, 1e-4)
+    assert_gradient(got.gradient, same.gradient, 1e-4)
 
 
 # Edges --------------------------------------------------------------------------------------------------------------
@@ -375,7 +376,7 @@ def test_nothing_is_kept_without_grad(native_path: Path) -> None:
 # Ops ----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=name_of)
 @pytest.mark.parametrize("shape", [(1, 5), (7, 33), (500, 20), (40, 2100)], ids=name_of)
 def test_class_moments(shape: tuple[int, int], dtype: torch.dtype) -> None:
     require("cpu")
@@ -385,10 +386,9 @@ def test_class_moments(shape: tuple[int, int], dtype: torch.dtype) -> None:
     for side, logits in zip(got, (student, teacher), strict=True):
         valid = logits[target != -100].double()
         assert torch.equal(side[0], torch.full((shape[1],), float(len(valid)), dtype=torch.float64))
-        # Deviations are added up, a few at a time, in the arithmetic's precision.
-        precision = 1e-13 if dtype == torch.float64 else 4e-7
-        torch.testing.assert_close(side[1], valid.mean(0), rtol=precision, atol=precision)
-        torch.testing.assert_close(side[2], valid.var(0, correction=0) * len(valid), rtol=precision, atol=1e-12)
+        # Deviations are added up, a few at a time, in float32.
+        torch.testing.assert_close(side[1], valid.mean(0), rtol=4e-7, atol=4e-7)
+        torch.testing.assert_close(side[2], valid.var(0, correction=0) * len(valid), rtol=4e-7, atol=1e-12)
 
 
 @pytest.mark.filterwarnings("ignore:.*an autograd kernel was not registered:UserWarning")
@@ -404,16 +404,19 @@ def test_ops_pass_torchs_checks(name: str) -> None:
         torch.library.opcheck(ops.class_moments.default, arguments)
         moments = ops.class_moments(*arguments)
     objective = case.objective.encode()
-    arguments = (student, teacher, target, None, None, moments, *objective, 1.0, 2, 1, 23, -100, False, True, True)
-    torch.library.opcheck(ops.forward.default, arguments)
-    *_, saved, members = ops.forward(*arguments)
-    sums = None
-    if moments is not None:
-        arguments = (torch.tensor(1.0), student, teacher, target, saved, members, moments, *objective, 1, 23)
-        torch.library.opcheck(ops.class_sums.default, arguments)
-        sums = ops.class_sums(*arguments)
-    arguments = (torch.tensor(1.0), student, teacher, target, saved, members, moments, sums, *objective, 1, 23)
-    torch.library.opcheck(ops.backward.default, arguments)
+    shape = (1, 23, -100)
+    arguments = (student, teacher, target, None, None, moments, *objective, 1.0, 2, *shape)
+    torch.library.opcheck(ops.fused.default, (*arguments, True, True))
+    torch.library.opcheck(ops.evaluate.default, (*arguments, True))
+    _, _, selected, coefficients = ops.evaluate(*arguments, True)
+    one, samples = torch.tensor(1.0), (student, teacher, target, None)
+    arguments = (one, *samples, selected, coefficients, moments, *objective, *shape)
+    torch.library.opcheck(ops.apply.default, arguments)
+    if moments is None:
+        return
+    gradient, sums = ops.apply(*arguments)
+    for op in (ops.class_norm_backward.default, ops.class_norm_backward_.default):
+        torch.library.opcheck(op, (gradient, student, target, None, moments, sums, one, *objective, *shape))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -160,7 +160,7 @@ def _unpacked(structure: list[int], numbers: Tensor, parts: bool, double: bool) 
 
 def _standardisation(structure: list[int], numbers: Tensor) -> tuple[float, float]:
     """Bessel's correction and eps of an encoded objective."""
-    return float(structure[1]), numbers.numpy()[2].item()
+    return float(structure[2]), numbers.numpy()[2].item()
 
 
 def _affines(matrices: Matrices, moments: Tensor, sums: Tensor | None, standardisation: tuple[float, float]) -> Tensor:
@@ -192,7 +192,7 @@ def forward(
     parts: bool,
     process_group: str | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """See :meth:`kdkernels.ops.Ops.forward`."""
+    """The op ``forward``: see :class:`kdkernels.backends.GpuBackend`."""
     by_class = moments is not None
     grad = torch.empty_like(student) if gradient and not by_class else None
     m = _matrices(student, teacher, class_dim, num_classes, grad)
@@ -502,7 +502,7 @@ def backward(
     class_dim: int,
     num_classes: int,
 ) -> Tensor:
-    """See :meth:`kdkernels.ops.Ops.backward`."""
+    """The op ``backward``: see :class:`kdkernels.backends.GpuBackend`."""
     m = _matrices(student, teacher, class_dim, num_classes, torch.empty_like(student))
     assert m.gradient is not None
     problem = _unpacked(structure, numbers, False, m.dtype == torch.float64)
@@ -525,7 +525,7 @@ def class_moments(
     num_classes: int,
     ignore_index: int,
 ) -> Tensor:
-    """See :meth:`kdkernels.ops.Ops.class_moments`."""
+    """The op ``class_moments``: see :class:`kdkernels.backends.GpuBackend`."""
     m = _matrices(student, teacher, class_dim, num_classes)
     layout = m.layout
     moments = m.new(2, 3, num_classes, dtype=torch.float64)
@@ -576,7 +576,7 @@ def class_sums(
     class_dim: int,
     num_classes: int,
 ) -> Tensor:
-    """See :meth:`kdkernels.ops.Ops.class_sums`."""
+    """The op ``class_sums``: see :class:`kdkernels.backends.GpuBackend`."""
     m = _matrices(student, teacher, class_dim, num_classes)
     problem = _unpacked(structure, numbers, False, m.dtype == torch.float64)
     with _on_device(student):
@@ -635,7 +635,7 @@ def _check_moments(problem: Problem, moments: Tensor | None) -> None:
 
 
 def scale_(gradient: Tensor, factor: Tensor, class_dim: int) -> None:
-    """See :meth:`kdkernels.ops.Ops.scale_`."""
+    """The op ``scale_``: see :class:`kdkernels.backends.GpuBackend`."""
     if gradient.numel() == 0:
         return
     layout = _matrices(gradient, gradient, class_dim, gradient.shape[class_dim]).layout

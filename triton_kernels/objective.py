@@ -13,7 +13,7 @@ WHOLE, TARGET, TOPK, TOP1_TOPK = (tl.constexpr(kind) for kind in range(4))
 BY_CLASS, BY_SAMPLE = tl.constexpr(1), tl.constexpr(2)
 _GROUPS = (1, 2, 2, 3)
 # Integers and numbers before those of the terms, and integers of a term.
-_STRUCTURE_HEADER, _STRUCTURE_TERM, _NUMBERS_HEADER = 2, 4, 3
+_STRUCTURE_HEADER, _STRUCTURE_TERM, _NUMBERS_HEADER = 3, 4, 3
 
 # Where numbers are: those before the terms, and those of a term from its first one on.
 CE_WEIGHT, CORRECTION, EPS, NOTHING = (tl.constexpr(i) for i in range(4))
@@ -69,7 +69,7 @@ def unpack(structure: tuple[int, ...], values: tuple[float, ...], parts: bool, d
     count, rest = divmod(len(structure) - _STRUCTURE_HEADER, _STRUCTURE_TERM)
     if count not in (1, 2) or rest:
         raise ValueError(f"structure must be what Objective.encode() returns, got {len(structure)} integers")
-    standardize, correction = structure[:_STRUCTURE_HEADER]
+    _, standardize, correction = structure[:_STRUCTURE_HEADER]
     ce_weight, weight, eps = values[:_NUMBERS_HEADER]
     numbers = [ce_weight, float(correction), eps, 0.0]
     terms, ks = [], []
@@ -129,7 +129,7 @@ def _shares(weights: list[float]) -> list[float]:
 
 def _fold(terms: list[tuple[float, ...]]) -> list[list[tuple[float, ...]]]:
     """Encoded terms, those together that have one partition and one temperature."""
-    same = len(terms) == 2 and terms[0][:3] == terms[1][:3] and bool(terms[1][3])
+    same = len(terms) == 2 and terms[0][:4] == terms[1][:4]
     return [terms] if same else [[term] for term in terms]
 
 

@@ -3,8 +3,8 @@
 
 #include <cstdint>
 
-#include "../matrix.h"
-#include "../objective.h"
+#include "../common/matrix.h"
+#include "objective.h"
 
 namespace kdk::cuda {
 

@@ -1,5 +1,5 @@
 // Kernels that see no matrices.
-#include "../objective.h"
+#include "objective.h"
 #include "small.h"
 #include "standardize.cuh"
 

@@ -187,6 +187,6 @@ __device__ __forceinline__ double exp(double x) {
   return x > -700 ? result : x == x ? 0 : x;
 }
 
-#include "../evaluate.h"
+#include "evaluate.h"
 
 }  // namespace kdk::cuda

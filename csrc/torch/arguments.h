@@ -13,12 +13,10 @@
 #include <optional>
 #include <string>
 #include <tuple>
-#include <type_traits>
 #include <utility>
 #include <vector>
 
-#include "matrix.h"
-#include "objective.h"
+#include "../common/matrix.h"
 
 namespace kdk {
 
@@ -39,22 +37,28 @@ inline DType dtype_of(const Tensor& tensor) {
   return DType::f32;
 }
 
-inline Objective decoded(const std::vector<int64_t>& structure) {
+// What Objective.encode() returns: integers, of which the first says whether there is a cross entropy, as sizes depend
+// on it, and the others are read by decode_structure(); and numbers, which decode_numbers() reads.
+template <class Objective>
+Objective decoded(const std::vector<int64_t>& structure) {
   Objective objective{};
-  STD_TORCH_CHECK(decode_structure(structure.data(), static_cast<int64_t>(structure.size()), objective),
-                  "ValueError: structure must be what Objective.encode() returns, got ", structure.size(), " integers");
+  const auto count = static_cast<int64_t>(structure.size());
+  STD_TORCH_CHECK(count > 0 && decode_structure(structure.data() + 1, count - 1, objective),
+                  "ValueError: structure must be what Objective.encode() returns, got ", count, " integers");
+  objective.ce_weight = structure[0] != 0 ? 1 : 0;
   return objective;
 }
 
-// An objective from what Objective.encode() returns, for so many classes. Its numbers are on the CPU, whatever device
-// the logits are on.
-inline Objective decoded(const std::vector<int64_t>& structure, const Tensor& numbers, int64_t classes) {
-  Objective objective = decoded(structure);
+// `decode(numbers, count, objective)` reads the numbers. They are on the CPU, whatever device the logits are on.
+template <class Objective, class Decode>
+Objective decoded(const std::vector<int64_t>& structure, const Tensor& numbers, Decode decode) {
+  Objective objective = decoded<Objective>(structure);
+  const bool has_ce = objective.has_ce();
   STD_TORCH_CHECK(numbers.scalar_type() == ScalarType::Double && numbers.is_cpu() && numbers.is_contiguous() &&
-                      decode_numbers(static_cast<const double*>(numbers.data_ptr()), numbers.numel(), objective),
+                      decode(static_cast<const double*>(numbers.data_ptr()), numbers.numel(), objective) &&
+                      objective.has_ce() == has_ce,
                   "ValueError: numbers must be the float64 CPU tensor that Objective.encode() returns, got ",
                   numbers.numel(), " numbers");
-  drop_single_groups(objective, classes);
   return objective;
 }
 
@@ -97,37 +101,6 @@ inline Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& sizes, 
 inline Tensor new_like(const Tensor& like) {
   return like.is_contiguous() ? new_tensor(like, like.sizes().vec(), like.scalar_type())
                               : torch::stable::empty_like(like);
-}
-
-// What forward returns: the loss and, where they were asked for, its parts, the gradient, saved numbers and members.
-using Forward =
-    std::tuple<Tensor, std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>>;
-
-// The schemas that all backends' ops have.
-inline void define_ops(torch::stable::detail::StableLibrary& m) {
-  m.def(
-      "class_moments(Tensor student, Tensor teacher, Tensor? target, Tensor? sample_weight, int class_dim, "
-      "SymInt num_classes, int ignore_index) -> Tensor");
-  m.def(
-      "forward(Tensor student, Tensor teacher, Tensor? target, Tensor? sample_weight, Tensor? denominator, "
-      "Tensor? moments, int[] structure, Tensor numbers, float scale, int reduction, int class_dim, SymInt "
-      "num_classes, "
-      "int ignore_index, bool gradient, bool save, bool parts, str? process_group=None) -> "
-      "(Tensor loss, Tensor? parts, Tensor? gradient, Tensor? saved, Tensor? members)");
-  m.def(
-      "class_sums(Tensor grad_loss, Tensor student, Tensor teacher, Tensor? target, Tensor saved, Tensor members, "
-      "Tensor moments, int[] structure, Tensor numbers, int class_dim, SymInt num_classes) -> Tensor");
-  m.def(
-      "backward(Tensor grad_loss, Tensor student, Tensor teacher, Tensor? target, Tensor saved, Tensor members, "
-      "Tensor? moments, Tensor? sums, int[] structure, Tensor numbers, int class_dim, SymInt num_classes) -> Tensor");
-  m.def("scale_(Tensor(a!) gradient, Tensor factor, int class_dim) -> ()");
-  // Numbers a sample of the loss parts, of what forward saves, and of the leading classes.
-  m.def("sizes(int[] structure) -> int[]");
-}
-
-inline std::vector<int64_t> sizes(const std::vector<int64_t>& structure) {
-  const Objective objective = decoded(structure);
-  return {objective.parts(), saved_size(objective), members_size(objective)};
 }
 
 }  // namespace kdk

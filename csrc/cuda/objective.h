@@ -5,7 +5,7 @@
 
 #include "stats.h"
 
-namespace kdk {
+namespace kdk::cuda {
 
 constexpr int kMaxTerms = 2;
 constexpr int kMaxGroups = 3;
@@ -206,4 +206,4 @@ inline bool decode_numbers(const double* next, int64_t count, Objective& objecti
   return true;
 }
 
-}  // namespace kdk
+}  // namespace kdk::cuda

@@ -8,12 +8,24 @@
 #include <cstring>
 #include <memory>
 
-#include "cuda/driver.h"
-#include "cuda/small.h"
-#include "torch_arguments.h"
+#include "../cuda/driver.h"
+#include "../cuda/small.h"
+#include "arguments.h"
 
 namespace kdk::cuda {
 namespace {
+
+// What forward returns: the loss and, where they were asked for, its parts, the gradient, saved numbers and members.
+using Forward =
+    std::tuple<Tensor, std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>>;
+
+Objective decoded(const std::vector<int64_t>& structure, const Tensor& numbers, int64_t classes) {
+  auto objective = kdk::decoded<Objective>(
+      structure, numbers,
+      [](const double* values, int64_t count, Objective& into) { return decode_numbers(values, count, into); });
+  drop_single_groups(objective, classes);
+  return objective;
+}
 
 // Launches go to the tensor's device, and to torch's current stream there.
 class OnDevice {
@@ -495,8 +507,30 @@ int64_t cuda_most_leads(int64_t device) {
   return 0;
 }
 
+std::vector<int64_t> sizes(const std::vector<int64_t>& structure) {
+  const Objective objective = kdk::decoded<Objective>(structure);
+  return {objective.parts(), saved_size(objective), members_size(objective)};
+}
+
 STABLE_TORCH_LIBRARY(kdkernels_cuda, m) {
-  define_ops(m);
+  m.def(
+      "class_moments(Tensor student, Tensor teacher, Tensor? target, Tensor? sample_weight, int class_dim, "
+      "SymInt num_classes, int ignore_index) -> Tensor");
+  m.def(
+      "forward(Tensor student, Tensor teacher, Tensor? target, Tensor? sample_weight, Tensor? denominator, "
+      "Tensor? moments, int[] structure, Tensor numbers, float scale, int reduction, int class_dim, SymInt "
+      "num_classes, "
+      "int ignore_index, bool gradient, bool save, bool parts, str? process_group=None) -> "
+      "(Tensor loss, Tensor? parts, Tensor? gradient, Tensor? saved, Tensor? members)");
+  m.def(
+      "class_sums(Tensor grad_loss, Tensor student, Tensor teacher, Tensor? target, Tensor saved, Tensor members, "
+      "Tensor moments, int[] structure, Tensor numbers, int class_dim, SymInt num_classes) -> Tensor");
+  m.def(
+      "backward(Tensor grad_loss, Tensor student, Tensor teacher, Tensor? target, Tensor saved, Tensor members, "
+      "Tensor? moments, Tensor? sums, int[] structure, Tensor numbers, int class_dim, SymInt num_classes) -> Tensor");
+  m.def("scale_(Tensor(a!) gradient, Tensor factor, int class_dim) -> ()");
+  // Numbers a sample of the loss parts, of what forward saves, and of the leading classes.
+  m.def("sizes(int[] structure) -> int[]");
   // Compute capabilities that the kernels were compiled for; whether a device of some capability can run them.
   m.def("targets() -> int[]");
   m.def("serves(int capability) -> bool");

@@ -15,7 +15,7 @@
 #define KDK_ONE_BY_ONE
 #endif
 
-namespace kdk {
+namespace kdk::cuda {
 
 constexpr double kLog2E = 1.4426950408889634074;
 constexpr double kLn2 = 0.69314718055994530942;
@@ -126,4 +126,4 @@ KDK_HOST_DEVICE void merge(Moments<R>& into, const Moments<R>& other) {
   into.count = count;
 }
 
-}  // namespace kdk
+}  // namespace kdk::cuda
