@@ -64,11 +64,11 @@ struct Sums {
     const Vec es = exp2(xs * by.inv_t), et = exp2(xt * by.inv_t), gap = xt - xs;
     student.chain[chain] += es;
     teacher.chain[chain] += et;
-    teacher_ratio.chain[chain] += product(et, gap, t, s);
+    add_ratio(teacher_ratio.chain[chain], et, gap, t, s);
     store(exps.student + i, es);
     store(exps.teacher + i, et);
     if constexpr (Reverse) {
-      student_ratio.chain[chain] += product(es, gap, s, t);
+      add_ratio(student_ratio.chain[chain], es, gap, s, t);
       if (exps.gap) store(exps.gap + i, gap);
     }
     if constexpr (Ce) {
@@ -89,11 +89,16 @@ struct Sums {
   }
 
  private:
-  static KDK_INLINE Vec product(Vec e, Vec gap, Vec own, Vec other) {
-    if constexpr (!Careful) return e * gap;
-    const Vec infinite = gap > 0 ? broadcast(INFINITY) : broadcast(-INFINITY);
-    const auto masked = (own > -INFINITY) & (other == -INFINITY);
-    return masked ? infinite : e == 0 ? Vec{} : e * gap;
+  // The same bits either way for a class that takes no care: what one lane needs shows in no other.
+  static KDK_INLINE void add_ratio(Vec& sum, Vec e, Vec gap, Vec own, Vec other) {
+    if constexpr (!Careful) {
+      sum += e * gap;
+    } else {
+      const Ints masked = (own > -INFINITY) & (other == -INFINITY);
+      const Vec finite = (masked | (e == 0)) ? Vec{} : gap;
+      sum += e * finite;
+      sum += masked ? (gap > 0 ? broadcast(INFINITY) : broadcast(-INFINITY)) : Vec{};
+    }
   }
 };
 
