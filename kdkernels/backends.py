@@ -165,7 +165,7 @@ class _NormBackward:
 
 
 class _Fused(Way):
-    """Loss and gradient at once. With moments of classes that processes share, the gradient is that for constant ones."""
+    """Loss and gradient at once, for constant moments where processes share those of the classes."""
 
     recomputes, finds_moments = False, True
 
