@@ -27,11 +27,12 @@ inline bool side_by_side(const Problem& p, const Matrix& matrix) {
 // Whether samples go a lane each: those that lie side by side, and rows of few classes, along which vectors would be
 // mostly empty.
 inline bool by_channels(const Problem& p) {
-  constexpr int64_t few_classes = 64;
-  constexpr int64_t exact_in_float = int64_t{1} << 24;  // classes are compared as floats
+  constexpr int64_t very_few_classes = 64, few_classes = 256;  // the latter pay where tiles are full
+  constexpr int64_t exact_in_float = int64_t{1} << 24;         // classes are compared as floats
   if (p.dims == 0 || p.samples == 0) return false;
   const bool planes = side_by_side(p, p.student) && side_by_side(p, p.teacher);
-  return p.classes <= few_classes || (p.classes < exact_in_float && planes);
+  const bool few = p.classes <= (p.samples >= kMostSamples ? few_classes : very_few_classes);
+  return few || (p.classes < exact_in_float && planes);
 }
 
 // Runs of at most `size` samples, which follow one another in memory where they do so in any of the matrices.

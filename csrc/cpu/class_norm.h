@@ -153,14 +153,18 @@ struct CentredSums {
 
   CentredSums(const float* logits, int count, float centre) {
     Vec present[2]{}, s[2]{}, q[2]{};
-    for (int i = 0; i < count; i += kLanes) {
-      const int chain = i / kLanes % 2;
-      const Vec v = load_first(logits + i, count - i, -INFINITY);
+    const auto add = [&](Vec v, int chain) KDK_INLINE {
       const Vec d = v == -INFINITY ? Vec{} : v - centre;
       present[chain] += v == -INFINITY ? Vec{} : broadcast(1.0f);
       s[chain] += d;
       q[chain] += d * d;
+    };
+    int i = 0;
+    for (; i + 2 * kLanes <= count; i += 2 * kLanes) {
+      add(load(logits + i), 0);
+      add(load(logits + i + kLanes), 1);
     }
+    for (; i < count; i += kLanes) add(load_first(logits + i, count - i, -INFINITY), 0);
     there = horizontal_sum(present[0] + present[1]);
     sum = horizontal_sum(s[0] + s[1]);
     square = horizontal_sum(q[0] + q[1]);

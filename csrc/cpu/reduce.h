@@ -109,16 +109,34 @@ bool add_tile(const Tile& from, float inv_t, GroupStats<double>& stats, const Ex
   const Shifts by{broadcast(static_cast<float>(finite_shift(stats.student_shift))),
                   broadcast(static_cast<float>(finite_shift(stats.teacher_shift))), inv_t};
   Sums<Reverse, Ce, Careful> sums;
-  for (int i = 0; i < tile.count;) {
-    for (const int end = std::min(tile.count, i + 2 * kRun * kLanes); i < end; i += 2 * kLanes) {
-      for (int chain = 0; chain < 2; ++chain) {
-        const int at = i + chain * kLanes;
-        next.fetch(at, chain);
-        sums.add(load(tile.student + at), load(tile.teacher + at), by, chain, exps, at);
+  const int patches = tile.patches ? tile.patches->count : 0;
+  int i = 0, run_end = 2 * kRun * kLanes;
+  const auto add = [&](int at, int chain) KDK_INLINE {
+    next.fetch(at, chain);
+    sums.add(load(tile.student + at), load(tile.teacher + at), by, chain, exps, at);
+  };
+  for (int p = 0; p <= patches; ++p) {  // classes that are where they are, then a patch
+    const int end = p < patches ? tile.patches->at[p] : tile.count;
+    while (i + 2 * kLanes <= end) {
+      for (const int until = std::min(end, run_end); i + 2 * kLanes <= until; i += 2 * kLanes) {
+        add(i, 0);
+        add(i + kLanes, 1);
+      }
+      if (i + 2 * kLanes <= end) {
+        sums.flush();
+        run_end = i + 2 * kRun * kLanes;
       }
     }
-    sums.flush();
+    if (i < end) {
+      add(i, 0);
+      i += kLanes;
+    }
+    if (p == patches) break;
+    next.fetch(i, 0);
+    sums.add(load(tile.patches->student + p * kLanes), load(tile.patches->teacher + p * kLanes), by, 1, exps, i);
+    i += kLanes;
   }
+  sums.flush();
   if (!Careful && !sums.finite()) return false;
   stats.student_sum += sums.student.total();
   stats.teacher_sum += sums.teacher.total();

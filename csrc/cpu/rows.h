@@ -13,11 +13,11 @@
 namespace KDK_NAMESPACE {
 namespace {
 
-constexpr int64_t kChunk = 8 * kTile;     // classes of a chunk, the unit of work where a row is split over threads
-constexpr int64_t kKeptFloats = 1 << 17;  // of a row's exponentials that are kept for the gradient (they fit in L2)
-constexpr int64_t kSplitSamples = 16;     // fewer samples than this may be split over threads
-constexpr int64_t kBatchClasses = 16 * kTile;  // of the rows that finalize takes together, at most
-constexpr int64_t kGrainClasses = 16384;       // least work that is worth a thread
+constexpr int64_t kChunk = 4 * kTile;         // classes of a chunk, the unit of work where a row is split over threads
+constexpr int64_t kKeptFloats = 1 << 17;      // of a row's exponentials that are kept for the gradient (they fit in L2)
+constexpr int64_t kSplitSamples = 16;         // fewer samples than this may be split over threads
+constexpr int64_t kBatchClasses = 8 * kTile;  // of the rows that finalize takes together, at most
+constexpr int64_t kGrainClasses = 16384;      // least work that is worth a thread
 
 // Whether rows are few and long enough to be split over threads, if those are more. Samples that are standardised each
 // by its own moments are not.
@@ -49,14 +49,15 @@ struct RowStats {
 
 // Memory that a thread keeps from call to call.
 struct RowScratch {
-  alignas(64) float student[kTile], teacher[kTile];            // logits as they are read
-  alignas(64) float tile_student[kTile], tile_teacher[kTile];  // dense
+  alignas(64) float student[kTile], teacher[kTile];          // logits as they are read
+  alignas(64) float few_student[kTile], few_teacher[kTile];  // those of selected classes
+  Patches patches;
   alignas(64) float exps[4][kTile], gradient[kTile];
   Buffer<float> kept, columns;
   std::vector<int64_t> selected;
   std::vector<int> unsorted, holes;
   std::vector<std::pair<float, int64_t>> selected_gradients;
-  Ranking ranking;
+  Ranking ranking, best;
 
   Exps tile_exps(bool gap, bool ce) { return {exps[0], exps[1], gap ? exps[2] : nullptr, ce ? exps[3] : nullptr}; }
   static RowScratch& of_this_thread() {
@@ -132,12 +133,12 @@ class RowWorker {
   void select(const Row& row, int64_t* selected) {
     for (int s = 0; s < o_.sweeps; ++s) {
       if (!o_.sweep[s].partition.by_rank()) continue;
-      Ranking best;
-      for (int64_t c = 0; c < chunks(p_); ++c) {
+      select_chunk(row, s, 0, scratch_.best);
+      for (int64_t c = 1; c < chunks(p_); ++c) {
         select_chunk(row, s, c, scratch_.ranking);
-        best.insert(best.end(), scratch_.ranking.begin(), scratch_.ranking.end());
+        scratch_.best.insert(scratch_.best.end(), scratch_.ranking.begin(), scratch_.ranking.end());
       }
-      selected = store_selected(s, best, selected);
+      selected = store_selected(s, scratch_.best, selected);
     }
   }
   // Writes the best of all chunks; returns where those of the next sweep go.
@@ -156,10 +157,7 @@ class RowWorker {
       for (int s = 0; s < o_.sweeps; ++s) {
         const Holes holes = holes_of(row, s, begin, count);
         const auto load = [&](float absent, Tile& tile) {
-          tile = {student, teacher, padded(count)};
-          if (holes.count == 0 && tile.count == count) return maxima_of(tile);
-          tile = {scratch_.tile_student, scratch_.tile_teacher, tile.count};
-          return load_tile(student, teacher, count, holes, absent, scratch_.tile_student, scratch_.tile_teacher);
+          return load_tile(student, teacher, count, holes, absent, scratch_.patches, tile);
         };
         GroupStats<double>& rest = stats.group[s][o_.sweep[s].groups() - 1];
         reduce_tile(reduction(s), load, exps_of(row, s, begin), ahead(row, begin + count), rest);
@@ -396,14 +394,14 @@ class RowWorker {
       for (int i = 0; i < count; ++i) largest = to[i] > largest ? to[i] : largest;
       std::fill(to + count, to + padded(count), absent);
     };
-    collect(0, scratch_.tile_student, top.student);
-    collect(1, scratch_.tile_teacher, top.teacher);
+    collect(0, scratch_.few_student, top.student);
+    collect(1, scratch_.few_teacher, top.teacher);
     return top;
   }
   void reduce_few(const Row& row, int s, const int64_t* classes, int count, GroupStats<double>& stats) const {
     if (count == 1 && stats.student_sum == 0) return reduce_single(row, s, classes, stats);
     const auto load = [&](float absent, Tile& tile) {
-      tile = {scratch_.tile_student, scratch_.tile_teacher, padded(count)};
+      tile = {scratch_.few_student, scratch_.few_teacher, padded(count)};
       return gather(row, classes, count, absent);
     };
     reduce_tile(reduction(s), load, scratch_.tile_exps(false, reduction(s).ce), {}, stats);
@@ -423,7 +421,7 @@ class RowWorker {
         }
         each_selected(row, s, g, [&](const int64_t* classes, int count) {
           gather(row, classes, count, -INFINITY);
-          apply.logits(scratch_.tile_student, scratch_.tile_teacher, count, of, scratch_.gradient);
+          apply.logits(scratch_.few_student, scratch_.few_teacher, count, of, scratch_.gradient);
           for (int i = 0; i < count; ++i) list.emplace_back(scratch_.gradient[i], classes[i]);
         });
       }
@@ -457,7 +455,7 @@ class RowWorker {
       }
       // Selected classes are not of the rest.
       const Holes holes = holes_of(row, s, begin, count);
-      float* before = scratch_.tile_student;
+      float* before = scratch_.patches.student;
       for (int i = 0; i < holes.count; ++i) before[i] = s > 0 ? out[holes.at[i]] : 0;
       apply.logits(student, teacher, count, of, out);
       for (int i = 0; i < holes.count; ++i) out[holes.at[i]] = before[i];
@@ -535,8 +533,8 @@ class RowWorker {
   void reduce_single(const Row& row, int s, const int64_t* classes, GroupStats<double>& stats) const {
     gather(row, classes, 1, 0);
     stats = {};
-    stats.student_shift = *scratch_.tile_student;
-    stats.teacher_shift = *scratch_.tile_teacher;
+    stats.student_shift = *scratch_.few_student;
+    stats.teacher_shift = *scratch_.few_teacher;
     stats.student_sum = single_sum(stats.student_shift);
     stats.teacher_sum = single_sum(stats.teacher_shift);
     if (reduction(s).ce) stats.ce_sum = stats.student_sum;

@@ -117,17 +117,23 @@ class Selection {
   void add(const float* teacher, int64_t begin, int count) {
     largest_ ? add_tile<true>(teacher, begin, count) : add_tile<false>(teacher, begin, count);
   }
-  void finish() { keep_best(best_, k_); }
+  void finish() {
+    if (!sorted_) keep_best(best_, k_);
+  }
 
  private:
   template <bool Largest>
   void add_tile(const float* teacher, int64_t begin, int count) {
     const Ranked<Largest> ranked{teacher};
     const float bound = least_ > -INFINITY ? least_ : lower_bound_of_best(ranked, count, static_cast<int>(k_));
-    each_not_below(ranked, count, bound, [&](int i) { best_.push_back(key_of(ranked[i], begin + i)); });
+    each_not_below(ranked, count, bound, [&](int i) {
+      best_.push_back(key_of(ranked[i], begin + i));
+      sorted_ = false;
+    });
     // Sorted after each tile, or, where that is dear, whenever as many have come again.
     if (best_.size() < (k_ <= kTile / 32 ? k_ : 2 * k_)) return;
     keep_best(best_, k_);
+    sorted_ = true;
     least_ = value_of(best_.back());
   }
 
@@ -135,6 +141,7 @@ class Selection {
   const size_t k_;
   const bool largest_;
   float least_ = -INFINITY;
+  bool sorted_ = false;
 };
 
 }  // namespace

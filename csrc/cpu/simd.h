@@ -59,6 +59,12 @@ inline void stream_fence() {
 #endif
 }
 
+template <int... I>
+constexpr Ints lane_index(std::integer_sequence<int, I...>) {
+  return Ints{I...};
+}
+constexpr Ints kLaneIndex = lane_index(std::make_integer_sequence<int, kLanes>());
+
 inline Vec broadcast(float value) { return Vec{} + value; }
 
 // The first `count` lanes, `other` in the rest; memory beyond is not touched.

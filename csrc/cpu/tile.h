@@ -7,7 +7,7 @@
 namespace KDK_NAMESPACE {
 namespace {
 
-constexpr int kTile = 1024;  // classes of a tile of a row: both sides, exponentials and gradient stay in L1
+constexpr int kTile = 2048;  // classes of a tile of a row: both sides, exponentials and gradient stay in L1
 
 // A selected class in the tile of the rest, or what is behind its end: as a logit far below all others its exponential
 // is 0 and its gap finite.
@@ -137,11 +137,19 @@ struct Holes {
   int count = 0;
 };
 
-// One sample's classes of both sides, whole pairs of vectors.
+// Vectors of a tile in which classes are absent: where they are, ascending, and what is taken instead of the logits.
+struct Patches {
+  alignas(64) float student[kTile], teacher[kTile];
+  int at[kTile / kLanes];
+  int count = 0;
+};
+
+// Some classes of one sample, both sides: where they are in memory, but for the patches. `count` is of whole vectors.
 struct Tile {
   const float* student;
   const float* teacher;
   int count;
+  const Patches* patches = nullptr;
 };
 
 struct Maxima {
@@ -150,56 +158,43 @@ struct Maxima {
   bool deep() const { return !(student > kDeep && teacher > kDeep); }
 };
 
-// Copies classes of both sides to dense arrays, with absent ones in the holes and up to a whole pair of vectors, and
-// finds the maxima on the way. The copies may be where the logits are.
+// Makes a tile of classes without those in the holes, and finds the maxima.
 inline Maxima load_tile(const float* student, const float* teacher, int count, const Holes& holes, float absent,
-                        float* to_student, float* to_teacher) {
+                        Patches& patches, Tile& tile) {
   constexpr int W = kLanes;
+  tile = {student, teacher, static_cast<int>(round_up(count, W)), &patches};
   Vec top_s[2] = {broadcast(-INFINITY), broadcast(-INFINITY)}, top_t[2] = {top_s[0], top_s[0]};
-  const auto move = [&](int i, int chain) KDK_INLINE {
-    const Vec s = load(student + i), t = load(teacher + i);
-    store(to_student + i, s);
-    store(to_teacher + i, t);
+  const auto look_at = [&](Vec s, Vec t, int chain) KDK_INLINE {
     top_s[chain] = max(s, top_s[chain]);
     top_t[chain] = max(t, top_t[chain]);
   };
+  patches.count = 0;
   int i = 0, hole = 0;
   while (true) {
     const int whole = (hole < holes.count ? holes.at[hole] : count) / W * W;
     for (; i + 2 * W <= whole; i += 2 * W) {
-      move(i, 0);
-      move(i + W, 1);
+      look_at(load(student + i), load(teacher + i), 0);
+      look_at(load(student + i + W), load(teacher + i + W), 1);
     }
-    for (; i < whole; i += W) move(i, 0);
+    for (; i < whole; i += W) look_at(load(student + i), load(teacher + i), 0);
     if (i >= count) break;
-    store(to_student + i, load_first(student + i, count - i, absent));
-    store(to_teacher + i, load_first(teacher + i, count - i, absent));
-    for (; hole < holes.count && holes.at[hole] < i + W; ++hole)
-      to_student[holes.at[hole]] = to_teacher[holes.at[hole]] = absent;
-    top_s[1] = max(load(to_student + i), top_s[1]);
-    top_t[1] = max(load(to_teacher + i), top_t[1]);
+    Vec s = load_first(student + i, count - i, absent), t = load_first(teacher + i, count - i, absent);
+    for (; hole < holes.count && holes.at[hole] < i + W; ++hole) {
+      const Ints gone = kLaneIndex == holes.at[hole] - i;  // a store to a lane would have to be waited for
+      s = gone ? broadcast(absent) : s;
+      t = gone ? broadcast(absent) : t;
+    }
+    store(patches.student + patches.count * W, s);
+    store(patches.teacher + patches.count * W, t);
+    look_at(s, t, 1);
+    patches.at[patches.count++] = i;
     i += W;
   }
-  if (i % (2 * W)) {
-    store(to_student + i, broadcast(absent));
-    store(to_teacher + i, broadcast(absent));
-  }
   return {horizontal_max(max(top_s[0], top_s[1])), horizontal_max(max(top_t[0], top_t[1]))};
 }
 
-// The maxima of classes that are used where they are: whole pairs of vectors.
-inline Maxima maxima_of(const Tile& tile) {
-  Vec top_s[2] = {broadcast(-INFINITY), broadcast(-INFINITY)}, top_t[2] = {top_s[0], top_s[0]};
-  for (int i = 0; i < tile.count; i += 2 * kLanes)
-    for (int chain = 0; chain < 2; ++chain) {
-      top_s[chain] = max(load(tile.student + i + chain * kLanes), top_s[chain]);
-      top_t[chain] = max(load(tile.teacher + i + chain * kLanes), top_t[chain]);
-    }
-  return {horizontal_max(max(top_s[0], top_s[1])), horizontal_max(max(top_t[0], top_t[1]))};
-}
-
-// Whole pairs of vectors.
-inline int padded(int64_t count) { return static_cast<int>(round_up(count, 2 * kLanes)); }
+// Whole vectors.
+inline int padded(int64_t count) { return static_cast<int>(round_up(count, kLanes)); }
 
 }  // namespace
 }  // namespace KDK_NAMESPACE
