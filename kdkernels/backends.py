@@ -165,7 +165,7 @@ class _NormBackward:
 
 
 class _Fused(Way):
-    """Loss and gradient at once. With moments of classes that processes share, the gradient is that for constant ones."""
+    """Loss and gradient at once, for constant moments where processes share those of the classes."""
 
     recomputes, finds_moments = False, True
 
@@ -212,19 +212,20 @@ class _Evaluated(Way):
         return arguments
 
     def kept(self, arguments: Arguments, outputs: Tensors) -> Tensors:
-        student, teacher, target, sample_weight, _, moments = arguments[:_TENSORS]
+        student, teacher, target, _, _, moments = arguments[:_TENSORS]
         _, _, selected, coefficients = outputs
-        return student, teacher, target, sample_weight, selected, coefficients, moments
+        return student, teacher, target, selected, coefficients, moments
 
     def gradient(self, settings: Settings, kept: Tensors, grad_loss: Tensor, *, again: bool, ours: bool) -> Tensor:
         structure, numbers, _, _, class_dim, num_classes, ignore_index, _, group = settings
-        student, _, target, sample_weight, _, _, moments = kept
-        of_logits = structure, numbers, class_dim, num_classes, ignore_index
+        student, *_, coefficients, moments = kept
+        of_logits = structure, numbers, class_dim, num_classes
         gradient, sums = run(self._apply, (grad_loss, *kept, *of_logits))
         if moments is None:
             return gradient
-        of_samples = student, target, sample_weight, moments
-        inputs = (gradient, *of_samples, distributed.summed(sums, group), sums.new_ones(()), *of_logits)
+        weight = coefficients[:, -1]  # those of the samples that counted, whatever has become of the targets
+        of_samples = student, None, weight, moments, distributed.summed(sums, group)
+        inputs = (gradient, *of_samples, sums.new_ones(()), *of_logits, ignore_index)
         return self._norm_backward(inputs, in_place=True)
 
 

@@ -260,7 +260,7 @@ def _register_cpu_fakes() -> None:
         return *loss, stats.new_empty((stats.shape[0], coefficients), dtype=f32)
 
     @torch.library.register_fake("kdkernels::apply")
-    def _(_g, student, _t, _y, _w, _s, _c, moments, _o, _n, class_dim, num_classes, _i):
+    def _(_g, student, _t, _y, _s, _c, moments, _o, _n, class_dim, num_classes):
         sums = student.new_empty((2, 0 if moments is None else num_classes), dtype=torch.float64)
         return torch.empty_like(student), sums
 

@@ -83,7 +83,8 @@ def calls(arguments: Arguments, grad_loss: Tensor | None = None) -> dict[str, tu
         inputs["finalize"] = (stats, *weights, *shape, arguments.parts)
         *_, coefficients = OPS.finalize(*inputs["finalize"])
         grad_loss = torch.tensor(0.5) if grad_loss is None else grad_loss
-        inputs["apply"] = (grad_loss, student, *samples, selected, coefficients, moments, *encoded, *shape)
+        logits = (student, *samples[:2])
+        inputs["apply"] = (grad_loss, *logits, selected, coefficients, moments, *encoded, *shape[:2])
         gradient, sums = OPS.apply(*inputs["apply"])
         if moments is not None:
             one = torch.tensor(1.0)
@@ -160,7 +161,7 @@ def test_the_steps_are_the_whole(case: Case, reduction: str) -> None:
     arguments = arguments_of(case, student, teacher, target, sample_weight=weight, reduction=reduction)
     inputs = calls(arguments, torch.ones(() if reduction == "mean" else 6))
     loss, parts, selected, coefficients = OPS.evaluate(*arguments)
-    steps = (*OPS.finalize(*inputs["finalize"])[:2], *inputs["apply"][5:7])
+    steps = (*OPS.finalize(*inputs["finalize"])[:2], *inputs["apply"][4:6])
     for got, want in zip(steps, (loss, parts, selected, coefficients), strict=True):
         assert torch.equal(got, want)
     fused_loss, fused_parts, gradient, sums = OPS.fused(*fused_inputs(arguments))
@@ -275,7 +276,7 @@ def test_what_backward_reads_is_checked_again() -> None:
     """Classes that were changed behind autograd's back: nothing outside the logits is read."""
     student, teacher, target = make_inputs((3, 23))
     inputs = calls(arguments_of(LOSSES["gdkd_ce"], student, teacher, target))["apply"]
-    for at, name in ((3, "target"), (5, "selected")):
+    for at, name in ((3, "target"), (4, "selected")):
         for outside in (-1, 23, 10**12):
             changed = inputs[at].clone()
             changed.view(-1)[1] = outside
@@ -302,7 +303,7 @@ def test_what_backward_reads_is_checked_again() -> None:
         ("fused", 7, torch.zeros(3), "numbers must be the float64 CPU tensor that Objective.encode"),
         ("reduce", 4, torch.zeros(3, 4, dtype=torch.int64), "selected must be contiguous.* with 3 x 5 numbers, got 12"),
         ("finalize", 0, torch.zeros(3, 4), "stats must be contiguous"),
-        ("apply", 6, torch.zeros(3, 4), "coefficients must be contiguous"),
+        ("apply", 5, torch.zeros(3, 4), "coefficients must be contiguous"),
         ("apply", 0, torch.ones(2), "grad_loss must have 3 numbers, got 2"),
     ],
 )

@@ -409,8 +409,8 @@ def test_ops_pass_torchs_checks(name: str) -> None:
     torch.library.opcheck(ops.fused.default, (*arguments, True, True))
     torch.library.opcheck(ops.evaluate.default, (*arguments, True))
     _, _, selected, coefficients = ops.evaluate(*arguments, True)
-    one, samples = torch.tensor(1.0), (student, teacher, target, None)
-    arguments = (one, *samples, selected, coefficients, moments, *objective, *shape)
+    one = torch.tensor(1.0)
+    arguments = (one, student, teacher, target, selected, coefficients, moments, *objective, *shape[:2])
     torch.library.opcheck(ops.apply.default, arguments)
     if moments is None:
         return

@@ -86,11 +86,15 @@ class Step {
     problem.moments = moments_.data();
   }
 
+  void set_weights(const OptionalTensor& target, const OptionalTensor& sample_weight, int64_t ignore_index) {
+    set_target(target);
+    problem.weight = {1, array<double>("sample_weight", sample_weight, problem.samples), problem.target, ignore_index};
+  }
+  void set_target(const OptionalTensor& target) { problem.target = array<int64_t>("target", target, problem.samples); }
+
   // Sets what counts of the samples. Everything that can be wrong with them is found here, before anything is computed.
   void set_samples(const OptionalTensor& target, const OptionalTensor& sample_weight, int64_t ignore_index) {
-    problem.target = array<int64_t>("target", target, problem.samples);
-    const double* given = array<double>("sample_weight", sample_weight, problem.samples);
-    problem.weight = {1, given, problem.target, ignore_index};
+    set_weights(target, sample_weight, ignore_index);
     valid = kernels().valid_samples(problem, parallel());
     for (int64_t n = 0; n < problem.samples && !valid.right; ++n) check_sample(n);
   }
@@ -101,36 +105,32 @@ class Step {
         reduction_factor(reduction, array<double>("denominator", denominator, 1), scale, batch, valid.weight);
   }
 
-  // Takes the gradient of the loss, one for all samples or one for each, for the samples' weights.
-  void set_upstream(const Tensor& grad_loss) {
+  // Takes the gradient of the loss, one for all samples or one for each, for the samples' weights, which are in the
+  // coefficients, the last a sample. Classes are checked once more, since they can be changed behind autograd's back:
+  // nothing outside the logits may be read. A sample that did not count may have become anything.
+  void set_upstream(const Tensor& grad_loss, const float* coefficients, const int64_t* selected) {
     const bool each = grad_loss.dim() != 0;
     const double* upstream = array<double>("grad_loss", grad_loss, each ? problem.samples : 1);
-    const double* given = problem.weight.given;
-    problem.weight.factor = each ? 1 : *upstream;
-    problem.weight.given = each ? upstream : nullptr;
-    if (!given) return;
-    upstream_.resize(problem.samples);  // samples without weight do not count, whatever comes from above
-    for (int64_t n = 0; n < problem.samples; ++n) upstream_[n] = given[n] == 0 ? 0 : each ? upstream[n] : 1;
-    problem.weight.given = upstream_.data();
+    problem.weight = {each ? 1 : *upstream, each ? upstream : nullptr, nullptr, 0};
+    const int64_t columns = coefficients_size(problem.objective), ranks = selected_size(problem.objective);
+    const int64_t* target = problem.objective.has_target() ? problem.target : nullptr;
+    const auto counted = [&](int64_t n) { return coefficients[n * columns + columns - 1] != 0; };
+    for (int64_t n = 0; n < problem.samples; ++n) {
+      if (!counted(n)) continue;
+      ++valid.count;
+      if (target) check_class("target", target[n], n);
+      for (int64_t i = 0; i < ranks; ++i) check_class("selected", selected[n * ranks + i], n);
+    }
+    if (valid.count == problem.samples) return;
+    upstream_.resize(problem.samples);
+    for (int64_t n = 0; n < problem.samples; ++n) upstream_[n] = !counted(n) ? 0 : each ? upstream[n] : *upstream;
+    problem.weight = {1, upstream_.data(), nullptr, 0};
   }
 
   // Spares the kernels writing the gradients of ignored samples where those are many.
   void skip_zeros(const Tensor& gradient) {
     if (4 * valid.count > 3 * problem.samples) return;
     problem.gradient_is_zero = zero_on_demand(gradient.data_ptr(), gradient.numel() * gradient.element_size());
-  }
-
-  const int64_t* selected(const Tensor& tensor) const {
-    const int64_t ranks = selected_size(problem.objective);
-    const auto* classes = data_of<int64_t>("selected", tensor, ScalarType::Long, problem.samples, ranks);
-    for (int64_t n = 0; n < problem.samples && ranks > 0; ++n) {
-      if (problem.weight(n) == 0) continue;
-      for (int64_t i = 0; i < ranks; ++i)
-        STD_TORCH_CHECK(0 <= classes[n * ranks + i] && classes[n * ranks + i] < problem.classes,
-                        "IndexError: selected must be in [0, ", problem.classes, "), got ", classes[n * ranks + i],
-                        " for sample ", n);
-    }
-    return classes;
   }
 
   template <class T>
@@ -151,6 +151,11 @@ class Step {
   template <class T>
   const T* array(const char* name, const OptionalTensor& tensor, int64_t size) {
     return tensor ? array<T>(name, *tensor, size) : nullptr;
+  }
+
+  void check_class(const char* name, int64_t index, int64_t sample) const {
+    STD_TORCH_CHECK(0 <= index && index < problem.classes, "IndexError: ", name, " must be in [0, ", problem.classes,
+                    "), got ", index, " for sample ", sample);
   }
 
  private:
@@ -178,7 +183,7 @@ class Step {
 
   std::vector<Tensor> held_;
   std::list<std::vector<double>> doubles_;
-  std::vector<double> upstream_, moments_;
+  std::vector<double> moments_, upstream_;
 };
 
 // The student's gradient, in the student's own memory format.
@@ -310,7 +315,12 @@ Tensor reduce_op(const Tensor& student, const Tensor& teacher, const OptionalTen
   Step step(student, &teacher, nullptr, class_dim, num_classes);
   step.set_objective(structure, numbers, moments);
   step.set_samples(target, sample_weight, ignore_index);
-  return reduce(step, step.selected(selected), student);
+  const int64_t ranks = selected_size(step.problem.objective);
+  const auto* classes = data_of<int64_t>("selected", selected, ScalarType::Long, step.problem.samples, ranks);
+  for (int64_t n = 0; n < step.problem.samples && ranks > 0; ++n)
+    for (int64_t i = 0; i < ranks && step.problem.weight(n) != 0; ++i)
+      step.check_class("selected", classes[n * ranks + i], n);
+  return reduce(step, classes, student);
 }
 
 using Finalized = std::tuple<Tensor, OptionalTensor, Tensor>;
@@ -357,23 +367,21 @@ Evaluated evaluate(const Tensor& student, const Tensor& teacher, const OptionalT
   return {loss, part_values, selected, coefficients};
 }
 
-// Targets and selections are checked once more, since they can be changed behind autograd's back: nothing outside the
-// logits may be read.
 std::tuple<Tensor, Tensor> apply(const Tensor& grad_loss, const Tensor& student, const Tensor& teacher,
-                                 const OptionalTensor& target, const OptionalTensor& sample_weight,
-                                 const Tensor& selected, const Tensor& coefficients, const OptionalTensor& moments,
-                                 const std::vector<int64_t>& structure, const Tensor& numbers, int64_t class_dim,
-                                 int64_t num_classes, int64_t ignore_index) {
+                                 const OptionalTensor& target, const Tensor& selected, const Tensor& coefficients,
+                                 const OptionalTensor& moments, const std::vector<int64_t>& structure,
+                                 const Tensor& numbers, int64_t class_dim, int64_t num_classes) {
   Tensor gradient = new_gradient(student);
   Tensor sums = new_tensor(student, {2, moments ? num_classes : 0}, ScalarType::Double);
   Step step(student, &teacher, &gradient, class_dim, num_classes);
   step.set_objective(structure, numbers, moments);
-  step.set_samples(target, sample_weight, ignore_index);
-  const int64_t* classes = step.selected(selected);
-  step.set_upstream(grad_loss);
-  step.skip_zeros(gradient);
+  step.set_target(target);
+  const int64_t samples = step.problem.samples, ranks = selected_size(step.problem.objective);
+  const auto* classes = data_of<int64_t>("selected", selected, ScalarType::Long, samples, ranks);
   const int64_t columns = coefficients_size(step.problem.objective);
-  const auto* by = data_of<float>("coefficients", coefficients, ScalarType::Float, step.problem.samples, columns);
+  const auto* by = data_of<float>("coefficients", coefficients, ScalarType::Float, samples, columns);
+  step.set_upstream(grad_loss, by, classes);
+  step.skip_zeros(gradient);
   kernels().apply(step.problem, classes, by, moments ? static_cast<double*>(sums.data_ptr()) : nullptr, parallel());
   return {gradient, sums};
 }
@@ -384,7 +392,7 @@ void class_norm_backward_(const Tensor& gradient, const Tensor& student, const O
                           int64_t class_dim, int64_t num_classes, int64_t ignore_index) {
   Step step(student, nullptr, &gradient, class_dim, num_classes);
   step.set_objective(structure, numbers, moments);
-  step.set_samples(target, sample_weight, ignore_index);
+  step.set_weights(target, sample_weight, ignore_index);
   const double* by = step.array<double>("factor", factor, 1);
   const double* of_classes = step.array<double>("sums", sums, 2 * num_classes);
   kernels().class_norm_backward(step.problem, of_classes, *by, parallel());
@@ -466,11 +474,12 @@ STABLE_TORCH_LIBRARY(kdkernels, m) {
       "finalize(Tensor stats, Tensor? target, Tensor? sample_weight, Tensor? denominator, int[] structure, "
       "Tensor numbers, float scale, int reduction, SymInt[] shape, int class_dim, SymInt num_classes, "
       "int ignore_index, bool parts) -> (Tensor loss, Tensor? parts, Tensor coefficients)");
-  // The gradient, times grad_loss (a scalar, or one a sample); sums as those of fused or, without moments, (2, 0).
+  // The gradient, times grad_loss (a scalar, or one a sample), of the samples that counted for finalize; sums as those
+  // of fused or, without moments, (2, 0).
   m.def(
-      "apply(Tensor grad_loss, Tensor student, Tensor teacher, Tensor? target, Tensor? sample_weight, "
-      "Tensor selected, Tensor coefficients, Tensor? moments, int[] structure, Tensor numbers, int class_dim, "
-      "SymInt num_classes, int ignore_index) -> (Tensor gradient, Tensor sums)");
+      "apply(Tensor grad_loss, Tensor student, Tensor teacher, Tensor? target, Tensor selected, Tensor coefficients, "
+      "Tensor? moments, int[] structure, Tensor numbers, int class_dim, SymInt num_classes) -> "
+      "(Tensor gradient, Tensor sums)");
   // Count, mean and sum of squared deviations of each class over the samples that count, without logits of -inf:
   // (2, 3, num_classes) float64, of the student, then of the teacher.
   m.def(
