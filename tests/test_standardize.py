@@ -409,12 +409,15 @@ def test_ops_pass_torchs_checks(name: str) -> None:
     torch.library.opcheck(ops.fused.default, (*arguments, True, True))
     torch.library.opcheck(ops.evaluate.default, (*arguments, True))
     _, _, selected, coefficients = ops.evaluate(*arguments, True)
-    one = torch.tensor(1.0)
-    arguments = (one, student, teacher, target, selected, coefficients, moments, *objective, *shape[:2])
-    torch.library.opcheck(ops.apply.default, arguments)
+    one, sums = torch.tensor(1.0), None
+    kept, of_logits = (one, student, teacher, target, selected, coefficients, moments), (*objective, *shape[:2])
+    if moments is not None:
+        torch.library.opcheck(ops.class_sums.default, (*kept, *of_logits))
+        sums = ops.class_sums(*kept, *of_logits)
+    torch.library.opcheck(ops.apply.default, (*kept, sums, *of_logits))
     if moments is None:
         return
-    gradient, sums = ops.apply(*arguments)
+    gradient = torch.zeros_like(student)
     for op in (ops.class_norm_backward.default, ops.class_norm_backward_.default):
         torch.library.opcheck(op, (gradient, student, target, None, moments, sums, one, *objective, *shape))
 
