@@ -113,6 +113,16 @@ def version() -> str:
     return text.split('__version__ = "')[1].split('"')[0]
 
 
+def test_the_release_is_described() -> None:
+    """The changelog begins with this version, and the citation names it with the same date."""
+    released = re.search(r"^## \[(.+)\] - (\d{4}-\d\d-\d\d)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert released is not None
+    assert released[1] == version()
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert f"\nversion: {released[1]}\n" in citation
+    assert f"\ndate-released: {released[2]}\n" in citation
+
+
 def test_the_build_step_compiles(tree: Tree) -> None:
     """Images for the targets asked for, once; then what was touched, and the object that has the images in it."""
     done = tree.build(KDKERNELS_CUDA_ARCHS="90;80;90")
