@@ -224,20 +224,20 @@ class Build(BuildExtension):
             self.extensions = []
 
 
-def glibc_platform(library: Path) -> str | None:
-    """The platform of a wheel with this library, manylinux of the newest glibc that it asks for; None without glibc."""
-    minors = re.findall(rb"\0GLIBC_2\.(\d+)", library.read_bytes())
-    machine = sysconfig.get_platform().removeprefix("linux-")
-    return f"manylinux_2_{max(map(int, minors))}_{machine}" if minors else None
+def glibc_minor(library: Path) -> int | None:
+    """y of the oldest glibc 2.y that has every symbol this library asks for; None if it asks for none."""
+    return max(map(int, re.findall(rb"\0GLIBC_2\.(\d+)", library.read_bytes())), default=None)
 
 
 class Wheel(bdist_wheel):
-    """One wheel for all Pythons (the limited ABI), named by the oldest Linux that can load its extension."""
+    """One wheel for all Pythons (the limited ABI), named by the oldest glibc that can load its extension."""
 
     def get_tag(self) -> tuple[str, str, str]:
         python, abi, platform = super().get_tag()
-        for library in Path(self.bdist_dir).glob("kdkernels/_C*.so"):
-            platform = glibc_platform(library) or platform
+        for library in Path(self.bdist_dir).glob("kdkernels/_C*.so"):  # one, or none where a compiler failed
+            minor = glibc_minor(library)
+            if minor is not None and platform.startswith("linux_"):
+                platform = f"manylinux_2_{minor}_{platform.removeprefix('linux_')}"
         return python, abi, platform
 
 

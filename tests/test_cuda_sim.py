@@ -14,12 +14,12 @@ from functools import partial
 
 import pytest
 import torch
-from cuda_targets import ARCHITECTURES, FIRST, LAST, check, missing, needs_simulator, run
+from cuda_targets import ARCHITECTURES, DEVICE, FIRST, LAST, check, device, missing, needs_simulator, run
 from helpers import Path, make_inputs, must_have_native, name_of, needed_target
 from losses import LOSSES, STANDARDIZED
 from ptxsim import device_bytes
 
-from kdkernels import distillation_loss, objective
+from kdkernels import distillation_loss, doctor, objective
 
 ALL = LOSSES | STANDARDIZED
 FUSED, RECOMPUTE = Path("cuda", "fused"), Path("cuda", "recompute")
@@ -46,6 +46,13 @@ def test_every_loss(name: str) -> None:
     """Several rows a block, and a last block with fewer."""
     inputs = make_inputs((21, 100))
     check(ALL[name], inputs.student, inputs.teacher, FUSED, LAST, target=inputs.target)
+
+
+@pytest.mark.parametrize("case", doctor.CASES)
+def test_the_doctor(case: str) -> None:
+    """What ``python -m kdkernels`` finds of right kernels."""
+    with device(LAST):
+        assert doctor.check("cuda", DEVICE.type, case).problem is None
 
 
 @pytest.mark.parametrize("name", ["kd", "bdd_two_temperatures", "gdkd3", "everything", "pr_dkd", "ls_gdkd"])

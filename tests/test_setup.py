@@ -223,18 +223,16 @@ def test_a_wheel_without_the_extension(tree: Tree) -> None:
 
 
 @pytest.mark.parametrize(
-    ("symbols", "platform"),
+    ("symbols", "minor"),
     [
-        (b"\0GLIBC_2.17\0GLIBC_2.9\0", "manylinux_2_17"),
-        (b"\0GLIBC_2.2.5\0GLIBCXX_3.4.32\0GLIBC_PRIVATE\0", "manylinux_2_2"),
+        (b"\0GLIBC_2.17\0GLIBC_2.9\0", 17),
+        (b"\0GLIBC_2.2.5\0GLIBCXX_3.4.32\0GLIBC_PRIVATE\0", 2),
         (b"\0made by musl\0", None),
     ],
 )
-def test_the_platform(functions: dict[str, Any], symbols: bytes, platform: str | None, tmp_path: Path) -> None:
+def test_the_glibc_of_a_library(functions: dict[str, Any], symbols: bytes, minor: int | None, tmp_path: Path) -> None:
     (tmp_path / "library.so").write_bytes(symbols)
-    found = functions["glibc_platform"](tmp_path / "library.so")
-    machine = sysconfig.get_platform().removeprefix("linux-")
-    assert found == (platform and f"{platform}_{machine}")
+    assert functions["glibc_minor"](tmp_path / "library.so") == minor
 
 
 def test_the_extension_needs_torch_alone() -> None:
