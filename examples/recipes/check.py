@@ -26,7 +26,9 @@ def same(what: str, ours: Tensor | float, theirs: Tensor | float, tolerance: flo
         sys.exit(f"FAILED: {what} have shapes {tuple(ours.shape)} and {tuple(theirs.shape)}")
     difference = ((ours - theirs).norm() / theirs.norm()).item()
     equal = difference <= tolerance  # false for NaN
-    print(f"{'same' if equal else 'DIFFERENT':10}{what}: relative difference {difference:.1e} (allowed {tolerance:.0e})")
+    print(
+        f"{'same' if equal else 'DIFFERENT':10}{what}: relative difference {difference:.1e} (allowed {tolerance:.0e})"
+    )
     if not equal:
         sys.exit(f"FAILED: {what} differ")
 

@@ -1,8 +1,8 @@
 """Channel-wise distillation (CWD; Shu et al., ICCV 2021) is KD with the channels as samples and the pixels as classes.
 
-CWD takes a softmax over the H x W positions of each channel of a feature map or a logit map, and adds up
-T^2 / C * KL(teacher || student) over the channels. In the words of kdkernels: ``flatten(2)`` makes ``(N, C, H * W)``, a
-view without a copy; ``class_dim=-1`` compares positions; ``reduction="mean"`` is the mean over N * C channels.
+CWD takes a softmax over the H x W positions of each channel of a feature map or a logit map, and adds up T^2 / C *
+KL(teacher || student) over the channels. In the words of kdkernels: ``flatten(2)`` makes ``(N, C, H * W)``, a view
+without a copy; ``class_dim=-1`` compares positions; ``reduction="mean"`` is the mean over N * C channels.
 
 Compared below, in loss and gradient, with the authors' formula, for contiguous and channels-last maps.
 

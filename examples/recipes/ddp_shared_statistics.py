@@ -1,14 +1,14 @@
 """Data parallel training with class statistics of the global batch: two processes give what one gives.
 
-``standardize="class"`` (PR-KD, LumiNet) standardises each class over the batch, so a sample's loss depends on the whole
-batch. ``process_group=`` shares these statistics as ``SyncBatchNorm`` does, forward and backward. The processes' batches
-may differ in size: here 5 and 3 samples.
+``standardize="class"`` (PR-KD, LumiNet) standardises each class over the batch, so a sample's loss depends on the
+whole batch. ``process_group=`` shares these statistics as ``SyncBatchNorm`` does, forward and backward. The
+processes' batches may differ in size: here 5 and 3 samples.
 
 The mean: DistributedDataParallel averages the gradients over the processes. So that this is the mean over the global
 batch, each process divides by its share of the global count: ``denominator=global_count / world_size``.
 
-Compared below with one process that has the whole batch: loss, gradients, and the weights after a step. And against the
-formula in plain PyTorch, float64.
+Compared below with one process that has the whole batch: loss, gradients, and the weights after a step. And against
+the formula in plain PyTorch, float64.
 
     python examples/recipes/ddp_shared_statistics.py
 """

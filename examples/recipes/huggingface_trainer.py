@@ -2,16 +2,17 @@
 
 What the Trainer's words mean here:
 
-- ``num_items_in_batch`` (tokens with a label in all micro-batches of a step) is ``denominator``. So gradient accumulation
-  gives the gradient of the whole batch, however unequal the micro-batches are. It is None where the Trainer did not count
-  (evaluation, models that take no loss arguments): ``denominator=None`` is the mean over the tokens of this batch.
+- ``num_items_in_batch`` (tokens with a label in all micro-batches of a step) is ``denominator``. So gradient
+  accumulation gives the gradient of the whole batch, however unequal the micro-batches are. It is None where the
+  Trainer did not count (evaluation, models that take no loss arguments): ``denominator=None`` is the mean over the
+  tokens of this batch.
 - ``batchmean`` of ``F.kl_div`` over the selected tokens, ``(tokens, V)``, is our ``"mean"`` with ``class_dim=-1``.
-- A model's logits at position i predict token i + 1. Models shift the logits; shift the *labels* instead: the backward
-  of ``logits[:, :-1]`` allocates and fills a second matrix of the logits' size.
+- A model's logits at position i predict token i + 1. Models shift the logits; shift the *labels* instead: the
+  backward of ``logits[:, :-1]`` allocates and fills a second matrix of the logits' size.
 - ``-100`` (prompt, padding) is ``ignore_index``'s default: such tokens count nowhere.
 
-Compared below: the loss with the model's own cross entropy and ``F.kl_div``; a step with 4 x 2 sequences accumulated with
-a step with 8; both with plain PyTorch. Tiny random Llamas; nothing is downloaded.
+Compared below: the loss with the model's own cross entropy and ``F.kl_div``; a step with 4 x 2 sequences accumulated
+with a step with 8; both with plain PyTorch. Tiny random Llamas; nothing is downloaded.
 
     python examples/recipes/huggingface_trainer.py
 """
@@ -147,7 +148,8 @@ def main() -> None:
     expected.backward()
     expected_gradients = check.gradients(student)
     count = int((batch["labels"][:, 1:] != -100).sum())
-    check.same("the formula with num_items_in_batch and with its mean", formula(student, teacher, batch, count), expected)
+    counted = formula(student, teacher, batch, count)
+    check.same("the formula with num_items_in_batch and with its own mean", counted, expected)
 
     whole_gradients, whole_weights, whole_loss = step(SEQUENCES)
     check.same("the Trainer's loss, 8 sequences, and the formula", whole_loss, expected)

@@ -78,7 +78,9 @@ def compare_reductions() -> None:
     student, teacher = torch.randn(2, 2, CLASSES, 24, 32, dtype=torch.float64)
     kl_div = partial(F.kl_div, F.log_softmax(student, 1), F.softmax(teacher, 1))
     loss = partial(kdkernels.kd_loss, student.float(), teacher.float(), 1.0)
-    check.same('"batchmean" and F.kl_div(reduction="batchmean")', loss(reduction="batchmean"), kl_div(reduction="batchmean"))
+    check.same(
+        '"batchmean" and F.kl_div(reduction="batchmean")', loss(reduction="batchmean"), kl_div(reduction="batchmean")
+    )
     check.same('"mean" / C and F.kl_div(reduction="mean")', loss() / CLASSES, kl_div(reduction="mean"))
 
 

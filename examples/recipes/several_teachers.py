@@ -1,12 +1,12 @@
 """Several teachers: a weighted sum of losses, in two ways, and the memory of each.
 
-1. The sum: ``sum(w * kd_loss(student, teacher))``. Any losses, temperatures and weights. Each call keeps a gradient of
-   the student's size until backward, so K teachers keep K of them, and autograd adds them up.
-2. The same gradient from one buffer: call backward after each teacher, on a detached copy of the logits; ``leaf.grad``
-   adds up, and the network's backward follows once.
-3. Forward KL at one temperature only: KL to each teacher, weighted, is KL to the mixture of the teachers plus a number
-   that does not depend on the student. Mix the probabilities, not the logits: one call, one buffer, the same gradient.
-   The loss is smaller by that number, the weighted KL of each teacher to the mixture.
+1. The sum: ``sum(w * kd_loss(student, teacher))``. Any losses, temperatures and weights. Each call keeps a gradient
+   of the student's size until backward, so K teachers keep K of them, and autograd adds them up.
+2. The same gradient from one buffer: call backward after each teacher, on a detached copy of the logits;
+   ``leaf.grad`` adds up, and the network's backward follows once.
+3. Forward KL at one temperature only: KL to each teacher, weighted, is KL to the mixture of the teachers plus a
+   number that does not depend on the student. Mix the probabilities, not the logits: one call, one buffer, the same
+   gradient. The loss is smaller by that number, the weighted KL of each teacher to the mixture.
 
 Compared below, in loss and gradient, with the sum that PyTorch's ``F.kl_div`` gives in float64.
 
@@ -29,7 +29,9 @@ WEIGHTS = (0.5, 0.3, 0.2)
 
 
 def summed(student: Tensor, teachers: list[Tensor]) -> Tensor:
-    losses = [kdkernels.kd_loss(student, teacher, TEMPERATURE, weight=w) for w, teacher in zip(WEIGHTS, teachers, strict=True)]
+    losses = [
+        kdkernels.kd_loss(student, teacher, TEMPERATURE, weight=w) for w, teacher in zip(WEIGHTS, teachers, strict=True)
+    ]
     return torch.stack(losses).sum()
 
 
@@ -43,13 +45,19 @@ def one_after_the_other(student: Tensor, teachers: list[Tensor]) -> Tensor:
 
 def mixture(teachers: list[Tensor]) -> Tensor:
     """Logits of the teachers' mixture: T * log(sum of w * p)."""
-    logs = [torch.log_softmax(teacher.float() / TEMPERATURE, 1) + torch.tensor(w).log() for w, teacher in zip(WEIGHTS, teachers, strict=True)]
+    logs = [
+        torch.log_softmax(teacher.float() / TEMPERATURE, 1) + torch.tensor(w).log()
+        for w, teacher in zip(WEIGHTS, teachers, strict=True)
+    ]
     return TEMPERATURE * torch.logsumexp(torch.stack(logs), 0)
 
 
 def formula(student: Tensor, teachers: list[Tensor]) -> Tensor:
     logs = F.log_softmax(student / TEMPERATURE, 1)
-    losses = [w * F.kl_div(logs, F.softmax(teacher / TEMPERATURE, 1), reduction="batchmean") for w, teacher in zip(WEIGHTS, teachers, strict=True)]
+    losses = [
+        w * F.kl_div(logs, F.softmax(teacher / TEMPERATURE, 1), reduction="batchmean")
+        for w, teacher in zip(WEIGHTS, teachers, strict=True)
+    ]
     return torch.stack(losses).sum() * TEMPERATURE**2
 
 

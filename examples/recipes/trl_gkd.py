@@ -4,13 +4,14 @@ What TRL's words mean here (``GKDTrainer.generalized_jsd_loss``):
 
 - ``beta=0`` is the forward KL(teacher || student), ``kd_loss``; ``beta=1`` the reverse KL(student || teacher),
   ``reverse_kd_loss``. The betas between (Jensen-Shannon) are not in kdkernels yet: NotImplementedError.
-- Its ``temperature`` divides both logits and brings no factor T^2: ``square_temperature=False``. ``GKDConfig.temperature``
-  is the temperature at which the student's answers are sampled; TRL's own loss is at 1 whatever it says, and so is this.
+- Its ``temperature`` divides both logits and brings no factor T^2: ``square_temperature=False``.
+  ``GKDConfig.temperature`` is the temperature at which the student's answers are sampled; TRL's own loss is at 1
+  whatever it says, and so is this.
 - ``reduction="batchmean"`` is per token with a label: our ``"mean"``. ``num_items_in_batch`` is ``denominator``.
 - TRL slices the logits, ``[:, :-1]``; here the labels are shifted, which saves a matrix of the logits' size.
 
-Compared below with ``generalized_jsd_loss`` and with the gradients of a step of TRL's own trainer. Tiny random Llamas and
-a tokenizer of a few words; nothing is downloaded.
+Compared below with ``generalized_jsd_loss`` and with the gradients of a step of TRL's own trainer. Tiny random Llamas
+and a tokenizer of a few words; nothing is downloaded.
 
     python examples/recipes/trl_gkd.py
 """
@@ -35,7 +36,8 @@ from trl.experimental.gkd import GKDConfig, GKDTrainer
 
 import kdkernels
 
-WORDS = "<pad> <end> user assistant : how many apples are there one two three four red green and".split()
+WORDS = ("<pad>", "<end>", "user", "assistant", ":", "how", "many", "apples", "are", "there")
+WORDS += ("one", "two", "three", "four", "red", "green", "and")
 
 
 def gkd_loss(
@@ -153,7 +155,6 @@ def step(trainer_class: type[GKDTrainer], beta: float, micro_batch: int) -> tupl
             max_grad_norm=0.0,
             use_cpu=True,
             bf16=False,
-            gradient_checkpointing=False,
             report_to=[],
             save_strategy="no",
             logging_strategy="no",
