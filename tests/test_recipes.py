@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -12,6 +13,7 @@ import pytest
 from helpers import must_have_native
 
 FOLDER = Path(__file__).parents[1] / "examples" / "recipes"
+DOCUMENT = Path(__file__).parents[1] / "docs" / "recipes.md"
 #: The scripts, and the packages of the extra "recipes" that each imports.
 RECIPES: dict[str, tuple[str, ...]] = {
     "cwd": (),
@@ -56,6 +58,24 @@ def require_packages(name: str) -> None:
     if must_have_native():
         pytest.fail(reason)
     pytest.skip(reason)
+
+
+def shown_code() -> list[str]:
+    """The Python blocks of docs/recipes.md that are not run there, without indentation."""
+    blocks = re.findall(r"^```python\n# docs: not run\n(.*?)^```", DOCUMENT.read_text(), re.DOTALL | re.MULTILINE)
+    return [flush_left(block) for block in blocks]
+
+
+def flush_left(code: str) -> str:
+    return "\n".join(line.strip() for line in code.strip().splitlines())
+
+
+def test_code_of_the_docs_is_that_of_the_scripts() -> None:
+    scripts = [flush_left(path.read_text()) for path in FOLDER.glob("*.py")]
+    blocks = shown_code()
+    assert blocks
+    for block in blocks:
+        assert any(block in script for script in scripts), f"in no script:\n{block}"
 
 
 def test_all_scripts_are_listed() -> None:
