@@ -5,9 +5,9 @@ A recipe exits with status 1 as soon as two things differ that have to be equal.
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import sys
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -51,20 +51,24 @@ def parameters(model: torch.nn.Module) -> Tensor:
 
 
 def _let_torchvision_load() -> list[torch.library.Library]:
-    """Declares operators of torchvision where its binaries cannot load; no recipe calls them.
+    """Declares operators of torchvision where its binaries do not load; no recipe calls them.
 
-    PyPI's torchvision is built for CUDA. Beside a torch without CUDA, ``import torchvision`` fails for want of these
-    declarations, and so do timm, transformers and lightning, which import it. With a torchvision from the same index as
-    torch there is nothing to do.
+    PyPI's torchvision for Linux is built for CUDA. Beside a torch without CUDA, ``import torchvision`` fails for want
+    of these declarations. So do timm, torchdistill, transformers and lightning, which import it. With a torchvision
+    from the same index as torch there is nothing to do.
     """
-    if torch.version.cuda or torch.version.hip or importlib.util.find_spec("torchvision") is None:
+    found = importlib.util.find_spec("torchvision")
+    binaries = [] if found is None else list(Path(found.origin).parent.glob("_C*.so"))
+    if not binaries:
         return []
-    if "+cpu" in importlib.metadata.version("torchvision"):
-        return []
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    for signature in _TORCHVISION_OPERATORS:
-        library.define(signature)
-    return [library]
+    try:
+        torch.ops.load_library(binaries[0])
+    except OSError:
+        library = torch.library.Library("torchvision", "FRAGMENT")
+        for signature in _TORCHVISION_OPERATORS:
+            library.define(signature)
+        return [library]
+    return []
 
 
-_kept = _let_torchvision_load()  # a library lives as long as the object
+_declarations = _let_torchvision_load()  # they end with their library, so it is kept

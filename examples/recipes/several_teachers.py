@@ -1,8 +1,8 @@
-"""Several teachers: a weighted sum of losses, in two ways, and the memory of each.
+"""Several teachers: a weighted sum of losses, in three ways, and the memory of each.
 
 1. The sum: ``sum(w * kd_loss(student, teacher))``. Any losses, temperatures and weights. Each call keeps a gradient
    of the student's size until backward, so K teachers keep K of them, and autograd adds them up.
-2. The same gradient from one buffer: call backward after each teacher, on a detached copy of the logits;
+2. The same gradient with two buffers at most: call backward after each teacher, on a detached copy of the logits;
    ``leaf.grad`` adds up, and the network's backward follows once.
 3. Forward KL at one temperature only: KL to each teacher, weighted, is KL to the mixture of the teachers plus a
    number that does not depend on the student. Mix the probabilities, not the logits: one call, one buffer, the same
