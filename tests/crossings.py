@@ -495,6 +495,9 @@ def _compare_gradients(
         if crossing.standardize == "sample":
             # Without deviation the kernels multiply by 1e-30, which keeps -inf what it is.
             smallest = max(smallest, 1e-29)
+        if dtype in (F16, BF16) and crossing.mode == "fused" and crossing.upstream != "ones":
+            # A gradient that waits in 16 bits for its factor is rounded twice, of few numbers both times unluckily.
+            bound += torch.finfo(dtype).eps / 2 * norm
         bound += 4 * unit * size + smallest * math.sqrt(got.numel())
     assert error <= bound, f"gradient: error {error:.3g} of {norm:.3g} is {error / bound:.3g} times the bound"
 
@@ -536,7 +539,8 @@ def _term_size(term: Term, a: Tensor, b: Tensor, groups: list[Tensor]) -> Tensor
 
     def size(log_q: Tensor, log_p: Tensor, weights: tuple[float, float]) -> Tensor:
         q, p = log_q.exp(), log_p.exp()
-        gap = (log_q - log_p).where((q > 0) & (p > 0), 0.0).abs()
+        # A gap is a difference of rounded logits even where a probability underflows, of saturated pairs say.
+        gap = (log_q - log_p).nan_to_num(0.0, 0.0, 0.0).abs()
         return sum(weights) * (q + p) + weights[1] * q * (gap + (q * gap).sum(1, keepdim=True))
 
     def logs(x: Tensor, group: Tensor) -> Tensor:

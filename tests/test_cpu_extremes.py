@@ -367,3 +367,38 @@ def test_leading_classes_changed_by_a_hook(layout: str) -> None:
         return
     with pytest.raises(IndexError, match=r"members must be in \[0, 100\).*got 100 for sample 0"):
         loss.backward()
+
+
+# Masks of one side where the other underflows -------------------------------------------------------------------------
+
+#: Classes: few, transposed or in double precision; a tile; tiles whose sums begin at origins far below, and merge;
+#: chunks that may be split over threads.
+UNDERFLOWING = [7, 40, 600, 5000, 17000]
+
+
+@pytest.mark.parametrize("classes", UNDERFLOWING)
+@pytest.mark.parametrize("masked_side", ["teacher", "student"])
+@pytest.mark.parametrize("at", ["first", "last", "alone"])
+def test_a_mask_of_one_side_is_infinite_however_little_the_other_side_has(
+    classes: int, masked_side: str, at: str
+) -> None:
+    """Reverse where the teacher masks a class, forward where the student does: also where the other's probability
+    underflows, in single or in double precision, or together with the whole group's."""
+    student, teacher, _ = make_inputs((4, classes), scale=1.0)
+    masked, other = (teacher, student) if masked_side == "teacher" else (student, teacher)
+    index = {"first": 0, "last": classes - 1, "alone": classes // 2}[at]
+    masked[:3, index] = -INF
+    other[0, index], other[1, index], other[2, index] = -5.0, -200.0, -3000.0
+    if at == "first":
+        other[:, classes // 2] = 50.0  # later tiles leave nothing of what the first ones added
+    target = torch.full((4,), index) if at == "alone" else torch.full((4,), (index + 1) % classes)
+    direction = (0.0, 1.0) if masked_side == "teacher" else (1.0, 0.0)
+    for partition, groups in ((WHOLE, (direction,)), (TARGET, (direction, direction))):
+        value = Objective((Term(1.0, partition, direction, groups),))
+        every, want = results(value, student, teacher, target=target)
+        assert want.loss.isinf().tolist() == [True, True, True, False]
+        for got in every:
+            assert_losses(value, got, want)
+            assert_close(got.gradient[3], want.gradient[3])
+            if masked_side == "student":
+                assert_close(got.gradient, want.gradient)
