@@ -87,11 +87,9 @@ KDK_HOST_DEVICE void add_masses(const Term& term, Result<R>& result) {
   const R *qs = student.mass, *qt = teacher.mass, *log_qs = student.log, *log_qt = teacher.log;
   const bool reversed = term.mass.reverse != 0 || term.mass_part.reverse != 0;
   R forward{}, reverse{};
-  // Without mass a group adds nothing, unless only the other side masks it, however little the mass was.
-  const auto share = [](R mass, R gap) { return gap == INFINITY ? gap : mass == 0 ? R{} : mass * gap; };
   for (int g = 0; g < kGroups; ++g) {
-    forward += share(qt[g], log_qt[g] - log_qs[g]);
-    if (reversed) reverse += share(qs[g], log_qs[g] - log_qt[g]);
+    forward += qt[g] == 0 ? R{} : qt[g] * (log_qt[g] - log_qs[g]);
+    if (reversed) reverse += qs[g] == 0 ? R{} : qs[g] * (log_qs[g] - log_qt[g]);
   }
   for (int g = 0; g < kGroups; ++g) {
     // qs_g * (L_g - KL) with L = log qs - log qt, as a sum of differences: nothing large cancels where a group holds
@@ -118,11 +116,6 @@ KDK_HOST_DEVICE void evaluate_group(const Term& term, int g, const GroupStats<R>
   const Number<R> scale = term.scale, slope = term.slope, ln2 = kLn2;
   const Number<R> nats = ln2 * unit;
   const R one = R{} + 1, infinite = R{} + INFINITY;
-  // Of sums that are numbers, gaps are none where one is infinite, as only one side masks its class, and the other's
-  // exponential underflowed.
-  const R sums = s.student_sum + s.teacher_sum, of_mask = sums == sums ? infinite : sums;
-  const R teacher_gap = s.teacher_gap == s.teacher_gap ? s.teacher_gap : of_mask;
-  const R student_gap = s.student_gap == s.student_gap ? s.student_gap : -of_mask;
   // start() of stats.h for an R that may be a vector: that function is not built for the kernels' instruction set.
   const R student_start = s.student_origin == -INFINITY ? R{} : s.student_origin;
   const R teacher_start = s.teacher_origin == -INFINITY ? R{} : s.teacher_origin;
@@ -137,8 +130,8 @@ KDK_HOST_DEVICE void evaluate_group(const Term& term, int g, const GroupStats<R>
     student_log = log(s.student_sum == 0 ? one : s.student_sum);
     teacher_log = log(s.teacher_sum == 0 ? one : s.teacher_sum);
     const R log_ratio = teacher_log - student_log;
-    student_mean_gap = ln2 * student_gap * student_inverse;
-    forward = s.student_sum == 0 ? infinite : ln2 * teacher_gap * teacher_inverse - log_ratio;
+    student_mean_gap = ln2 * s.student_gap * student_inverse;
+    forward = s.student_sum == 0 ? infinite : ln2 * s.teacher_gap * teacher_inverse - log_ratio;
     forward = s.teacher_sum == 0 ? R{} : forward;
     reverse = s.teacher_sum == 0 ? infinite : log_ratio - student_mean_gap;
     reverse = s.student_sum == 0 ? R{} : reverse;
@@ -151,7 +144,7 @@ KDK_HOST_DEVICE void evaluate_group(const Term& term, int g, const GroupStats<R>
   result.parts[1 + slot] = scale * weighed(term.group_part[g], forward, reverse);
   const R pull = s.teacher_sum == 0 ? R{} : one;  // of a teacher that masks the whole group the forward KL is 0
   result.group[slot].student = slope * student_inverse * weighed(weights, pull, student_mean_gap);
-  result.set_level(slot, slope * Number<R>(weights.forward) * student_inverse * pull, student_gap * student_inverse);
+  result.set_level(slot, slope * Number<R>(weights.forward) * student_inverse * pull, s.student_gap * student_inverse);
   result.group[slot].tilt = -slope * ln2 * Number<R>(weights.reverse) * student_inverse;
   result.group[slot].teacher = slope * Number<R>(weights.forward) * teacher_inverse;
 }

@@ -167,7 +167,7 @@ def _logsumexp(x: Tensor, group: Tensor) -> Tensor:
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     """KL(p || q) along dim 1 from log-probabilities.
 
-    A class with p = 0 adds nothing, to the gradient neither; but one that only q masks is infinite, however small p was.
+    A class with p = 0 adds nothing, to the gradient neither; one that only q masks is infinite, however small p was.
     """
     p = log_p.exp()
     infinite = (p == 0) & (log_p > -torch.inf) & (log_q == -torch.inf)

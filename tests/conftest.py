@@ -32,7 +32,7 @@ from ptxsim.verified import is_verified
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Options of tests/test_fuzz.py."""
     group = parser.getgroup("fuzz", "random cases (pytest -m fuzz)")
-    group.addoption("--fuzz-cases", type=int, help="number of random cases; 300 with -m fuzz, otherwise 40")
+    group.addoption("--fuzz-cases", type=int, default=300, help="number of random cases; 300 by default")
     group.addoption("--fuzz-seed", type=int, default=0, help="another seed, other cases; 0 by default")
 
 

@@ -156,7 +156,7 @@ BESIDE = {
 
 
 @pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("classes", [20, 2500])
+@pytest.mark.parametrize("classes", [20, 2500])  # transposed; more than a tile
 @pytest.mark.parametrize("name", BESIDE)
 def test_masked_in_the_teacher_beside_a_reverse_group(name: str, classes: int, mask: float) -> None:
     student, teacher, _ = make_inputs((8, classes), scale=1.0)
@@ -275,7 +275,7 @@ def test_tiny_and_huge_logits_are_standardised(kind: str, size: float) -> None:
 
 
 @pytest.mark.parametrize("temperature", [20.0, 100.0, 1000.0])
-@pytest.mark.parametrize("classes", [19, 100, 1000])
+@pytest.mark.parametrize("classes", [19, 100, 1000])  # losses in double precision, and in single of short and long rows
 def test_single_samples_at_high_temperatures(classes: int, temperature: float) -> None:
     student, teacher, target = make_inputs((64, classes), scale=3.0)
     both = Objective((Term(temperature, WHOLE, groups=((1.0, 1.0),)),))

@@ -143,6 +143,7 @@ def test_logits_far_from_zero(name: str, size: tuple[int, ...], path: Path) -> N
     check(ALL[name], student + 1e4, teacher - 3e4, path, LAST, return_parts=False, target=target)
 
 
+#: Rows of a group, and of two classes that are a group each; the same of pixels; a cluster's rows.
 @pytest.mark.parametrize("size", [(5, 40), (5, 2), (1, 2, 3, 5), (1, 40, 3, 5), (2, 20001)], ids=name_of)
 @pytest.mark.parametrize("in_target", [True, False])
 def test_a_nan_stays_in_its_sample(size: tuple[int, ...], in_target: bool) -> None:
@@ -156,7 +157,7 @@ def test_a_nan_stays_in_its_sample(size: tuple[int, ...], in_target: bool) -> No
     assert torch.equal(got.gradient.isnan().any(1), bad)
 
 
-@pytest.mark.parametrize("classes", [6, 40])
+@pytest.mark.parametrize("classes", [6, 40])  # hardly more than lead; many more
 @pytest.mark.parametrize("name", ["gdkd", "gdkd_k1", "gdkd_worst", "gdkd_both_ce", "gdkd3", "gdkd3_worst_both"])
 def test_leading_classes_of_a_thread(name: str, classes: int) -> None:
     """Equals, of which the first lead; masked classes, which lead where too few others are left."""

@@ -700,7 +700,7 @@ class PixelWorker {
         store(exps_[t][1] + at, et);
         if constexpr (!Sums) continue;
         if (fetches) ahead.fetch();
-        // As in GroupSums: a masked class adds nothing, one that only the other side masks what evaluate_group() knows.
+        // As in GroupSums: a masked class adds nothing, one that only the other side masks perhaps NaN.
         const Vec<T> forward = xt == -infinite ? nothing : et * gap, reverse = xs == -infinite ? nothing : es * gap;
         for (int g = first_summed; g < G; ++g) {
           const auto add = [&](WideSum<T>& sum, Vec<T> value) INLINED { sum.add(members.choose(g, value, nothing)); };

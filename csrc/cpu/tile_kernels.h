@@ -251,7 +251,7 @@ struct GroupSums {
   ChainedSum<T> student_sum, teacher_sum, teacher_gap, student_gap;
 
   // A masked class adds nothing, however infinite its gap: where there may be such. One that only the other side masks
-  // has an infinite gap, and adds NaN where its exponential underflows: see evaluate_group().
+  // has an infinite gap, and adds NaN where its exponential underflows: see settle_masked_classes().
   template <bool MayBeMasked>
   __attribute__((always_inline)) void add(int chain, Vec<T> es, Vec<T> et, Vec<T> xs, Vec<T> xt) {
     const Vec<T> gap = xt - xs;
