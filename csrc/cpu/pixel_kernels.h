@@ -700,8 +700,8 @@ class PixelWorker {
         store(exps_[t][1] + at, et);
         if constexpr (!Sums) continue;
         if (fetches) ahead.fetch();
-        // A class without probability adds nothing, however infinite its gap.
-        const Vec<T> forward = et == 0 ? nothing : et * gap, reverse = es == 0 ? nothing : es * gap;
+        // As in GroupSums: a masked class adds nothing, one that only the other side masks perhaps NaN.
+        const Vec<T> forward = xt == -infinite ? nothing : et * gap, reverse = xs == -infinite ? nothing : es * gap;
         for (int g = first_summed; g < G; ++g) {
           const auto add = [&](WideSum<T>& sum, Vec<T> value) INLINED { sum.add(members.choose(g, value, nothing)); };
           add(student_sum[g], es);

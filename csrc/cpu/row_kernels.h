@@ -28,6 +28,27 @@ struct BatchStats {
   SoftmaxStats<Doubles> ce;
 };
 
+// Of sums that are numbers, gaps are none where one is infinite, as only one side masks its class, and the other's
+// exponential underflowed.
+inline void settle_masked_classes(GroupStats<Doubles>& stats) {
+  const Doubles sums = stats.student_sum + stats.teacher_sum, infinite = sums == sums ? Doubles{} + INFINITY : sums;
+  stats.teacher_gap = stats.teacher_gap == stats.teacher_gap ? stats.teacher_gap : infinite;
+  stats.student_gap = stats.student_gap == stats.student_gap ? stats.student_gap : -infinite;
+}
+
+// Where only one side masks a whole group the masses' divergence is infinite, however little mass the other side has.
+inline void settle_masked_groups(const Term& term, CentredTermResult<Doubles>& result) {
+  const Doubles infinite = Doubles{} + INFINITY;
+  Doubles forward{}, reverse{};
+  for (int g = 0; g < term.groups(); ++g) {
+    const auto student = result.student_lse[g] == -infinite, teacher = result.teacher_lse[g] == -infinite;
+    forward = student & ~teacher ? infinite : forward;
+    reverse = teacher & ~student ? infinite : reverse;
+  }
+  result.loss += weighed(term.mass, forward, reverse);
+  result.parts[0] += weighed(term.mass_part, forward, reverse);
+}
+
 // The result of a term from some samples' statistics, with `unit` as that of their origins. Masses depend on
 // differences of origins only: taken first, they are exact however large the logits are.
 inline CentredTermResult<Doubles> evaluated(const Term& term, const GroupStats<Doubles>* stats, int64_t classes,
@@ -41,10 +62,12 @@ inline CentredTermResult<Doubles> evaluated(const Term& term, const GroupStats<D
     for (int g = 0; g < groups; ++g) relative[g].*origin = stats[g].*origin - top;
   };
   std::copy_n(stats, groups, relative);
+  for (int g = 0; g < groups; ++g) settle_masked_classes(relative[g]);
   set_origins(&GroupStats<Doubles>::student_origin);
   set_origins(&GroupStats<Doubles>::teacher_origin);
   CentredTermResult<Doubles> result;
   evaluate(term, relative, classes, unit, result);
+  settle_masked_groups(term, result);
   return result;
 }
 

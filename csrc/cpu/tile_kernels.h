@@ -250,16 +250,18 @@ template <class T, bool Reverse>
 struct GroupSums {
   ChainedSum<T> student_sum, teacher_sum, teacher_gap, student_gap;
 
-  // A class without probability adds nothing, however infinite its gap: where there may be such.
-  template <bool MayBeZero>
-  __attribute__((always_inline)) void add(int chain, Vec<T> es, Vec<T> et, Vec<T> gap) {
-    const auto add_gap = [&](Vec<T>& sum, Vec<T> e) INLINED {
-      sum = MayBeZero ? (e == 0 ? sum : sum + e * gap) : sum + e * gap;
+  // A masked class adds nothing, however infinite its gap: where there may be such. One that only the other side masks
+  // has an infinite gap, and adds NaN where its exponential underflows: see settle_masked_classes().
+  template <bool MayBeMasked>
+  __attribute__((always_inline)) void add(int chain, Vec<T> es, Vec<T> et, Vec<T> xs, Vec<T> xt) {
+    const Vec<T> gap = xt - xs;
+    const auto add_gap = [&](Vec<T>& sum, Vec<T> e, Vec<T> x) INLINED {
+      sum = MayBeMasked ? (x == -INFINITY ? sum : sum + e * gap) : sum + e * gap;
     };
     student_sum.chain[chain] += es;
     teacher_sum.chain[chain] += et;
-    add_gap(teacher_gap.chain[chain], et);
-    if constexpr (Reverse) add_gap(student_gap.chain[chain], es);
+    add_gap(teacher_gap.chain[chain], et, xt);
+    if constexpr (Reverse) add_gap(student_gap.chain[chain], es, xs);
   }
   void flush() {
     student_sum.flush();
@@ -331,17 +333,19 @@ void add_sums(const Source<T>& student, const Source<T>& teacher, const Classes&
       classes,
       [&, student, teacher, ahead, exps, times = to.squarings](int i, auto lanes, int chain) INLINED {
         ahead.fetch(i, chain);
-        const Vec<T> xs = student.template seen_at<ByClass>(i, lanes) - student_start;
-        const Vec<T> xt = teacher.template seen_at<ByClass>(i, lanes) - teacher_start;
-        const Vec<T> es = exp2(xs * k, lanes), et = exp2(xt * k, lanes), gap = xt - xs;
-        constexpr bool may_be_zero = Careful || std::is_same_v<decltype(lanes), Lanes>;
-        sums.template add<may_be_zero>(chain, es, et, gap);
-        if constexpr (Serves == Also::squares) squares.template add<may_be_zero>(chain, es * es, et * et, gap);
+        const auto at = [i, lanes](const Source<T>& from) INLINED {  // hidden classes are to be seen as masked
+          return Careful ? from.template at<ByClass>(i, lanes) : from.template seen_at<ByClass>(i, lanes);
+        };
+        const Vec<T> xs = at(student) - student_start, xt = at(teacher) - teacher_start;
+        const Vec<T> es = exp2(xs * k, lanes), et = exp2(xt * k, lanes);
+        constexpr bool may_be_masked = Careful || std::is_same_v<decltype(lanes), Lanes>;
+        sums.template add<may_be_masked>(chain, es, et, xs, xt);
+        if constexpr (Serves == Also::squares) squares.template add<may_be_masked>(chain, es * es, et * et, xs, xt);
         if constexpr (Serves == Also::softmax) softmax.chain[chain] += squared<T>(es, times);
         if constexpr (Keep) {
           store(exps.student + i, es);
           store(exps.teacher + i, et);
-          if constexpr (Reverse) store(exps.gap + i, gap);
+          if constexpr (Reverse) store(exps.gap + i, xt - xs);
         }
       },
       [&]() INLINED {
