@@ -57,6 +57,8 @@ def draw_speed(path: Path, results_path: Path) -> None:
         for name in ("eager", "compile", "fused", "floor"):
             of_name = [row for row in rows if (row["loss"], row["contender"]) == (loss, name)]
             points = sorted((row["samples"] * row["classes"], row["milliseconds"]) for row in of_name)
+            if not points:  # not run, or its error exceeds the tolerance
+                continue
             style = "--" if name == "floor" else "-"
             label = "kdkernels" if name == "fused" else name
             axis.loglog(*zip(*points, strict=True), style, marker="o", ms=4, color=COLOURS[name], label=label)
