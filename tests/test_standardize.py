@@ -69,11 +69,11 @@ def inputs_for(shape: tuple[int, ...], *dtypes: torch.dtype, **options: Any) -> 
 # Of two samples, a class has the logits -1 and 1: every class ties, and next to no gradient is left. So more of them.
 SHAPES = [
     (6, 7),  # less than one vector
-    (9, 33),
-    (8, 100),
+    (9, 33),  # one more than two vectors
+    (8, 100),  # no multiple of a vector
     (200, 10),  # several blocks of samples
-    (70, 333),
-    (8, 1000),
+    (70, 333),  # more than one block of samples, an odd count of classes
+    (8, 1000),  # whole vectors
     (12, 2049),  # a tile and one class
     (10, 17000),  # more than a chunk
 ]
