@@ -199,8 +199,7 @@ class _Evaluated(Way):
 
     def __init__(self, namespace: Any) -> None:
         self.op = namespace.evaluate.default
-        self._apply = namespace.apply.default
-        self._norm_backward = _NormBackward(namespace)
+        self._apply, self._class_sums = namespace.apply.default, namespace.class_sums.default
 
     def inputs(self, arguments: Arguments) -> tuple[Any, ...]:
         return arguments
@@ -211,16 +210,11 @@ class _Evaluated(Way):
         return student, teacher, target, selected, coefficients, moments
 
     def gradient(self, settings: Settings, kept: Tensors, grad_loss: Tensor, again: bool, ours: bool) -> Tensor:
-        structure, numbers, _, _, class_dim, num_classes, ignore_index, _, group = settings
-        student, *_, coefficients, moments = kept
-        of_logits = structure, numbers, class_dim, num_classes
-        gradient, sums = run(self._apply, (grad_loss, *kept, *of_logits))
-        if moments is None:
-            return gradient
-        weight = coefficients[:, -1]  # those of the samples that counted, whatever has become of the targets
-        of_samples = student, None, weight, moments, distributed.summed(sums, group)
-        inputs = (gradient, *of_samples, sums.new_ones(()), *of_logits, ignore_index)
-        return self._norm_backward(inputs, in_place=True)
+        structure, numbers, _, _, class_dim, num_classes, _, _, group = settings
+        of_logits, sums = (structure, numbers, class_dim, num_classes), None
+        if kept[-1] is not None:  # moments of classes
+            sums = distributed.summed(run(self._class_sums, (grad_loss, *kept, *of_logits)), group)
+        return run(self._apply, (grad_loss, *kept, sums, *of_logits))
 
 
 class CpuBackend(Backend):
@@ -231,14 +225,16 @@ class CpuBackend(Backend):
         self.loss = _Fused(self.ops, gradient=False)
         self._fused, self._evaluated = _Fused(self.ops, gradient=True), _Evaluated(self.ops)
         self.differentiable = self._fused.op, self._evaluated.op
-        names = "select", "reduce", "finalize", "apply", "class_norm_backward"
+        names = "select", "reduce", "finalize", "apply", "class_sums", "class_norm_backward"
         of_steps = (getattr(self.ops, name).default for name in names)
         self.batched = *self.differentiable, self.class_moments, *of_steps
 
     def way(self, call: Call, *, recompute: bool, transformed: bool) -> Way:
-        # By class what flows through the moments depends on the upstream gradient of each sample.
-        each = call.objective.standardize == "class" and call.reduction == "none"
-        return self._evaluated if recompute or transformed or each or _rounds_too_early(call) else self._fused
+        if call.objective.standardize == "class":
+            # What flows through the moments depends on the upstream gradient of each sample, and all but cancels the
+            # rest where samples are few: too late for what was rounded to 16 bits.
+            recompute = recompute or call.reduction == "none" or call.student.dtype != torch.float32
+        return self._evaluated if recompute or transformed or _rounds_too_early(call) else self._fused
 
     def way_of(self, op: Any, inputs: tuple[Any, ...]) -> tuple[Way, Arguments] | None:
         if op is self._evaluated.op:

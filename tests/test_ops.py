@@ -84,8 +84,13 @@ def calls(arguments: Arguments, grad_loss: Tensor | None = None) -> dict[str, tu
         *_, coefficients = OPS.finalize(*inputs["finalize"])
         grad_loss = torch.tensor(0.5) if grad_loss is None else grad_loss
         logits = (student, *samples[:2])
-        inputs["apply"] = (grad_loss, *logits, selected, coefficients, moments, *encoded, *shape[:2])
-        gradient, sums = OPS.apply(*inputs["apply"])
+        kept = (grad_loss, *logits, selected, coefficients, moments)
+        sums = None
+        if moments is not None:
+            inputs["class_sums"] = (*kept, *encoded, *shape[:2])
+            sums = OPS.class_sums(*inputs["class_sums"])
+        inputs["apply"] = (*kept, sums, *encoded, *shape[:2])
+        gradient = OPS.apply(*inputs["apply"])
         if moments is not None:
             one = torch.tensor(1.0)
             of_norm = (gradient, student, *samples[1:], moments, sums, one, *encoded, *shape)
@@ -167,11 +172,12 @@ def test_the_steps_are_the_whole(case: Case, reduction: str) -> None:
     fused_loss, fused_parts, gradient, sums = OPS.fused(*fused_inputs(arguments))
     torch.testing.assert_close(loss, fused_loss)
     torch.testing.assert_close(parts, fused_parts)
-    applied, applied_sums = OPS.apply(*inputs["apply"])
-    assert_gradient(applied, gradient, 1e-6)
     assert (sums is None) == (arguments.moments is None)
     if sums is not None:
-        torch.testing.assert_close(applied_sums, sums, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(OPS.class_sums(*inputs["class_sums"]), sums, rtol=1e-5, atol=1e-5)
+        _, *of_norm = inputs["class_norm_backward"]
+        gradient = OPS.class_norm_backward(gradient, *of_norm)
+    assert_gradient(OPS.apply(*inputs["apply"]), gradient, 2e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)

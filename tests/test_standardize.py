@@ -410,12 +410,17 @@ def test_ops_pass_torchs_checks(name: str) -> None:
     torch.library.opcheck(ops.fused.default, (*arguments, True, True))
     torch.library.opcheck(ops.evaluate.default, (*arguments, True))
     _, _, selected, coefficients = ops.evaluate(*arguments, True)
-    one = torch.tensor(1.0)
-    arguments = (one, student, teacher, target, selected, coefficients, moments, *objective, *shape[:2])
+    one, sums = torch.tensor(1.0), None
+    kept = (one, student, teacher, target, selected, coefficients, moments)
+    if moments is not None:
+        arguments = (*kept, *objective, *shape[:2])
+        torch.library.opcheck(ops.class_sums.default, arguments)
+        sums = ops.class_sums(*arguments)
+    arguments = (*kept, sums, *objective, *shape[:2])
     torch.library.opcheck(ops.apply.default, arguments)
     if moments is None:
         return
-    gradient, sums = ops.apply(*arguments)
+    gradient = ops.apply(*arguments)
     for op in (ops.class_norm_backward.default, ops.class_norm_backward_.default):
         torch.library.opcheck(op, (gradient, student, target, None, moments, sums, one, *objective, *shape))
 

@@ -167,11 +167,13 @@ struct ChannelScratch {
 // One tile of samples on its way through the steps.
 class ChannelWorker {
  public:
-  ChannelWorker(const Problem& problem, const ClassNorms& norms, PlaneSums* sums = nullptr)
+  // `sums` are added to; `flow` is what flows through the classes' mean and deviation, if that is to be taken off.
+  ChannelWorker(const Problem& problem, const ClassNorms& norms, PlaneSums* sums, const NormBackward* flow = nullptr)
       : p_(problem),
         o_(problem.objective),
         norms_(norms),
         sums_(sums),
+        flow_(flow),
         scratch_(ChannelScratch::of_this_thread()),
         tile_(tile_samples(problem)),
         pitch_(tile_ + 16) {
@@ -199,8 +201,8 @@ class ChannelWorker {
     int valid = 0;
     for (int i = 0; i < count; ++i) {
       lanes_.weight[i] = static_cast<float>(p_.weight(first + i));
-      scratch_.valid[i] = lanes_.weight[i] != 0;
-      valid += lanes_.weight[i] != 0;
+      scratch_.valid[i] = p_.valid(first + i);
+      valid += p_.valid(first + i);
     }
     all_valid_ = valid == tile_;
     return valid > 0;
@@ -250,9 +252,10 @@ class ChannelWorker {
     for (int i = 0; i < count_; i += kLanes) finalizer.run(lanes_, i);
   }
   const SampleLanes& lanes() const { return lanes_; }
-  // Takes coefficients of one sample after the other, for an upstream gradient that is in the weights.
-  void set_coefficients(const float* from) {
+  // Takes coefficients of one sample after the other, for an upstream gradient.
+  void set_coefficients() {
     const int64_t size = coefficients_size(o_);
+    const float* from = p_.coefficients + first_ * size;
     for (int i = 0; i < tile_; ++i) {
       const bool valid = i < count_ && scratch_.valid[i] != 0;
       for (int64_t c = 0; c < size; ++c) lanes_.coefficients[c][i] = valid ? from[i * size + c] : 0;
@@ -269,6 +272,7 @@ class ChannelWorker {
       add_selected_gradients(s);
     }
     if (sums_) add_class_sums();
+    if (!p_.gradient.data) return;
     if (o_.standardize != Standardize::none) chain();
     if (o_.has_ce()) add_ce_gradient();
     store_gradient();
@@ -289,14 +293,6 @@ class ChannelWorker {
       for (int64_t j = begin; j < end; ++j)
         std::fill_n(static_cast<Element*>(out_) + j * p_.gradient.class_stride, count_, Element{});
     });
-  }
-
-  // Takes from coefficients which samples count.
-  void set_valid(const float* coefficients) {
-    const int64_t size = coefficients_size(o_);
-    for (int i = 0; i < count_; ++i)
-      if (coefficients[i * size + size - 1] == 0) scratch_.valid[i] = lanes_.weight[i] = 0;
-    all_valid_ = std::find(scratch_.valid, scratch_.valid + tile_, 0.0f) == scratch_.valid + tile_;
   }
 
  private:
@@ -716,7 +712,8 @@ class ChannelWorker {
       for (int64_t j = 0; j < p_.classes; ++j) {
         float* at = gradient_ + j * pitch_ + i;
         const Vec h = load(logits_[0] + j * pitch_ + i);
-        const Vec value = (load(at) - h * slope) * (by_class ? broadcast(norms_[0].factor[j]) : factor);
+        const Vec through = !by_class ? h * slope : flow_ ? flow_->flow_of_one(j, h) : Vec{};
+        const Vec value = (load(at) - through) * (by_class ? broadcast(norms_[0].factor[j]) : factor);
         store(at, h == -INFINITY ? Vec{} : value);
       }
     }
@@ -759,6 +756,7 @@ class ChannelWorker {
   const Objective& o_;
   const ClassNorms& norms_;
   PlaneSums* const sums_;
+  const NormBackward* const flow_;
   ChannelScratch& scratch_;
   bool streams_ = false;  // the gradient past the caches
   const int tile_;        // samples of a tile, some of which may be missing
@@ -829,19 +827,11 @@ class ChannelRunner {
     });
   }
 
-  void apply(const int64_t* selected, const float* coefficients, double* sums) const {
-    const int64_t size = coefficients_size(p_.objective);
-    each_tile({nullptr, 0, sums}, [&](ChannelWorker& worker, int64_t first, int count, double*) {
-      if (!worker.begin_tile(first, count)) return worker.clear(0);
-      const float* of_tile = coefficients + first * size;
-      worker.set_valid(of_tile);
-      worker.load_logits();
-      worker.set_selected(selected);
-      worker.reduce();  // for the exponentials
-      worker.set_coefficients(of_tile);
-      worker.apply();
-    });
+  void apply(const int64_t* selected, const double* sums) const {
+    const std::unique_ptr<NormBackward> flow(sums ? new NormBackward(p_, norms_, sums, 1) : nullptr);
+    apply({}, selected, flow.get());
   }
+  void class_sums(const int64_t* selected, double* sums) const { apply({nullptr, 0, sums}, selected, nullptr); }
 
  private:
   // What is added up over samples: totals of the values, and, of classes, what class standardisation needs.
@@ -850,6 +840,20 @@ class ChannelRunner {
     int64_t columns = 0;
     double* of_classes = nullptr;
   };
+
+  void apply(const Sums& sums, const int64_t* selected, const NormBackward* flow) const {
+    each_tile(
+        sums,
+        [&](ChannelWorker& worker, int64_t first, int count, double*) {
+          if (!worker.begin_tile(first, count)) return worker.clear(0);
+          worker.load_logits();
+          worker.set_selected(selected);
+          worker.reduce();  // for the exponentials
+          worker.set_coefficients();
+          worker.apply();
+        },
+        flow);
+  }
 
   void store_values(const SampleLanes& lanes, const Values& values, int64_t first, int count, double* totals) const {
     for (int i = 0; i < count; ++i)
@@ -866,7 +870,7 @@ class ChannelRunner {
   // Calls body(worker, first, count, totals) for all tiles, in blocks whose sums are added up in order: the same
   // whatever the threads.
   template <class Body>
-  void each_tile(const Sums& sums, const Body& body) const {
+  void each_tile(const Sums& sums, const Body& body, const NormBackward* flow = nullptr) const {
     constexpr int64_t kBlockLogits = 1 << 18, kMostSummed = 16;
     const int64_t most = sums.of_classes ? kMostSummed : runs_.count * runs_.most * p_.classes / kBlockLogits;
     const int64_t blocks = std::clamp<int64_t>(most, 1, std::max<int64_t>(runs_.count, 1));
@@ -874,7 +878,7 @@ class ChannelRunner {
     std::vector<double> totals(blocks * sums.columns), of_classes(blocks * 2 * classes);
     parallel_.run(0, blocks, 1, [&](int64_t begin, int64_t end) {
       PlaneSums of_block(classes);
-      ChannelWorker worker(p_, norms_, classes ? &of_block : nullptr);
+      ChannelWorker worker(p_, norms_, classes ? &of_block : nullptr, flow);
       for (int64_t block = begin; block < end; ++block) {
         of_block.start(of_classes.data() + block * 2 * classes);
         double* to = sums.totals ? totals.data() + block * sums.columns : nullptr;

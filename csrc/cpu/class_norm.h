@@ -337,13 +337,17 @@ class NormBackward {
     }
   }
 
+  // What flows through mean and deviation, in the standardised logit h of classes j, j + 1, ... or of class j.
+  Vec flow(int64_t j, Vec h) const { return load(level_ + j) + h * load(slope_ + j); }
+  Vec flow_of_one(int64_t j, Vec h) const { return level_[j] + h * slope_[j]; }
+
   // Classes from `begin` on of one sample.
   void classes(int64_t begin, int count, const float* logits, float* gradient) const {
     const Norms norms = norms_.from(begin);
     for (int i = 0; i < count; i += kLanes) {
       const Vec h = norms.at(i, load_first(logits + i, count - i, 0));
-      const Vec flow = (load(level_ + begin + i) + h * load(slope_ + begin + i)) * load(norms.factor + i);
-      const Vec value = (load_first(gradient + i, count - i, 0) - flow) * factor_;
+      const Vec through = flow(begin + i, h) * load(norms.factor + i);
+      const Vec value = (load_first(gradient + i, count - i, 0) - through) * factor_;
       store_first(gradient + i, h == -INFINITY ? Vec{} : value, count - i);
     }
   }

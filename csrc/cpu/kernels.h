@@ -23,6 +23,12 @@ struct SampleWeights {
   }
 };
 
+// Columns of the coefficients that APPLY takes of a sample: for each sweep and group the student's and the teacher's
+// shift and those of Coefficients in their order, then, with a cross entropy, the target's coefficient and, where that
+// sees other logits than the terms, the shift and coefficient of its softmax; last the sample's weight, which is in the
+// coefficients: 0 of samples that do not count.
+inline int64_t coefficients_size(const Objective& objective) { return stats_size(objective) + 1; }
+
 // The logits of a call, float32 or 16 bit, and what they mean. Arrays that were not given are null.
 struct Problem {
   Objective objective;
@@ -36,6 +42,15 @@ struct Problem {
   const int64_t* target = nullptr;
   SampleWeights weight;
   const double* moments = nullptr;  // where logits are standardised by class: count, mean, m2, of student, then teacher
+  const float* coefficients = nullptr;  // that APPLY takes: those of finalize, with problem.weight as upstream gradient
+
+  // Whether a sample counts. A sample that counted for finalize does without an upstream gradient of its own, too, if
+  // its logits are in the statistics of others.
+  bool valid(int64_t n) const {
+    if (!coefficients) return weight(n) != 0;
+    const int64_t columns = coefficients_size(objective);
+    return coefficients[n * columns + columns - 1] != 0 && (moments || weight(n) != 0);
+  }
 };
 
 // What FINALIZE gives of each sample, unweighted: the loss, then, if `parts`, the objective's parts.
@@ -48,12 +63,6 @@ struct Values {
 
 // The classes that are selected by rank, selected_size() a sample: sweep by sweep, best first.
 using Selected = int64_t*;
-
-// Columns of the coefficients that APPLY takes of a sample: for each sweep and group the student's and the teacher's
-// shift and those of Coefficients in their order, then, with a cross entropy, the target's coefficient and, where that
-// sees other logits than the terms, the shift and coefficient of its softmax; last the sample's weight, which is in the
-// coefficients: 0 of samples that do not count.
-inline int64_t coefficients_size(const Objective& objective) { return stats_size(objective) + 1; }
 
 // parallel_for(begin, end, grain, body) calls body(from, to) on threads of the caller's choice.
 using ParallelFor = std::function<void(int64_t, int64_t, int64_t, const std::function<void(int64_t, int64_t)>&)>;
@@ -83,8 +92,10 @@ struct Kernels {
   void (*select)(const Problem&, Selected selected, const Parallel&);
   void (*reduce)(const Problem&, const int64_t* selected, float* stats, const Parallel&);
   void (*finalize)(const Problem&, const float* stats, const Values&, float* coefficients, const Parallel&);
-  // With problem.weight as the upstream gradient: one factor, or one given for each sample.
-  void (*apply)(const Problem&, const int64_t* selected, const float* coefficients, double* sums, const Parallel&);
+  // By problem.coefficients. With sums of classes, over all processes, the gradient is not one for constant moments.
+  void (*apply)(const Problem&, const int64_t* selected, const double* sums, const Parallel&);
+  // These sums alone.
+  void (*class_sums)(const Problem&, const int64_t* selected, double* sums, const Parallel&);
   // Count, mean and m2 of each class over the samples that count, without logits of -inf: 3 x classes numbers of the
   // student, then of the teacher.
   void (*class_moments)(const Problem&, const Parallel&, double* moments);

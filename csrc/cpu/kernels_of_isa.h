@@ -73,10 +73,13 @@ void finalize(const Problem& p, const float* stats, const Values& values, float*
   with_sample_values(p, values, [&](const Values& each) { finalize_samples(p, stats, each, coefficients); });
 }
 
-void apply(const Problem& p, const int64_t* selected, const float* coefficients, double* sums,
-           const Parallel& parallel) {
-  by_channels(p) ? ChannelRunner(p, parallel).apply(selected, coefficients, sums)
-                 : RowRunner(p, parallel).apply(selected, coefficients, sums);
+void class_sums(const Problem& p, const int64_t* selected, double* sums, const Parallel& parallel) {
+  by_channels(p) ? ChannelRunner(p, parallel).class_sums(selected, sums)
+                 : RowRunner(p, parallel).class_sums(selected, sums);
+}
+
+void apply(const Problem& p, const int64_t* selected, const double* sums, const Parallel& parallel) {
+  by_channels(p) ? ChannelRunner(p, parallel).apply(selected, sums) : RowRunner(p, parallel).apply(selected, sums);
 }
 
 void class_moments(const Problem& p, const Parallel& parallel, double* moments) {
@@ -131,6 +134,7 @@ void scale(const Problem& p, const double* factor, bool per_sample, const Parall
 }  // namespace
 
 extern const Kernels kernels;
-const Kernels kernels{valid_samples, fused, select, reduce, finalize, apply, class_moments, class_norm_backward, scale};
+const Kernels kernels{valid_samples,       fused, select, reduce, finalize, apply, class_sums, class_moments,
+                      class_norm_backward, scale};
 
 }  // namespace KDK_NAMESPACE

@@ -80,8 +80,15 @@ struct Row {
 
 class RowWorker {
  public:
-  RowWorker(const Problem& problem, const ClassNorms& norms, ColumnSums* sums = nullptr)
-      : p_(problem), o_(problem.objective), norms_(norms), sums_(sums), scratch_(RowScratch::of_this_thread()) {
+  // `sums` are added to; `flow` is what flows through the classes' mean and deviation, if that is to be taken off.
+  RowWorker(const Problem& problem, const ClassNorms& norms, ColumnSums* sums = nullptr,
+            const NormBackward* flow = nullptr)
+      : p_(problem),
+        o_(problem.objective),
+        norms_(norms),
+        sums_(sums),
+        flow_(flow),
+        scratch_(RowScratch::of_this_thread()) {
     int64_t columns = 0;
     for (int s = 0; s < o_.sweeps; ++s) {
       first_column_[s] = columns;
@@ -107,7 +114,7 @@ class RowWorker {
     row.sample = sample;
     row.lane = lane;
     row.gradient = p_.gradient.data ? element(p_, p_.gradient, sample) : nullptr;
-    if (p_.weight(sample) == 0) return false;
+    if (!p_.valid(sample)) return false;
     row.student = element(p_, p_.student, sample);
     row.teacher = element(p_, p_.teacher, sample);
     for (int s = 0; s < o_.sweeps; ++s) {
@@ -205,22 +212,23 @@ class RowWorker {
   // APPLY: the gradient of classes in [first, end).
   void apply(const Row& row, const Columns& coefficients, int64_t first, int64_t end) {
     by_ = coefficients;
-    const bool direct = in_place(p_.gradient);
+    const bool direct = row.gradient && in_place(p_.gradient);
     list_selected_gradients(row);
     const float slope = o_.standardize == Standardize::by_sample ? row.unit_slope * product_sum(row) : 0;
     each_tile(first, end, [&](int64_t begin, int count) {
       float* out = direct ? static_cast<float*>(row.gradient) + begin : scratch_.gradient;
       tile_gradient(row, begin, count, out);
       if (o_.standardize != Standardize::none) chain(row, slope, begin, count, out);
-      if (!direct) write_classes(p_.gradient, row.gradient, begin, count, out);
+      if (!direct && row.gradient) write_classes(p_.gradient, row.gradient, begin, count, out);
     });
-    if (end == p_.classes) clear_classes(p_.gradient, row.gradient, p_.classes, p_.gradient_classes);
+    if (row.gradient && end == p_.classes) clear_classes(p_.gradient, row.gradient, p_.classes, p_.gradient_classes);
   }
   // The coefficients of one row for an upstream gradient.
-  Columns weighted(const float* coefficients, double upstream) {
+  Columns weighted(int64_t sample) {
     float* to = lanes_.coefficients.data;
-    std::copy_n(coefficients, coefficients_size(o_), to);
-    multiply_coefficients(o_, {to, 1}, static_cast<float>(upstream));
+    const int64_t size = coefficients_size(o_);
+    std::copy_n(p_.coefficients + sample * size, size, to);
+    multiply_coefficients(o_, {to, 1}, static_cast<float>(p_.weight(sample)));
     return {to, 1};
   }
   // The same of a sample that does not count.
@@ -507,11 +515,13 @@ class RowWorker {
     const float* h = source(row, 0, begin, count, scratch_.student);
     const bool by_class = o_.standardize == Standardize::by_class;
     if (by_class && sums_) sums_->add(begin, count, h, out);
+    if (!row.gradient) return;
     const Vec factor = broadcast(row.norm[0].factor);
     for (int i = 0; i < count; i += kLanes) {
       const Vec logit = load_first(h + i, count - i, -INFINITY), gradient = load_first(out + i, count - i, 0);
       const Vec by = by_class ? load(norms_[0].factor + begin + i) : factor;
-      const Vec value = (by_class ? gradient : gradient - logit * slope) * by;
+      const Vec through = !by_class ? logit * slope : flow_ ? flow_->flow(begin + i, logit) : Vec{};
+      const Vec value = (gradient - through) * by;
       store_first(out + i, logit == -INFINITY ? Vec{} : value, count - i);
     }
     if (o_.has_ce()) add_own_softmax_gradient(row, begin, count, out);
@@ -544,6 +554,7 @@ class RowWorker {
   const Objective& o_;
   const ClassNorms& norms_;
   ColumnSums* const sums_;
+  const NormBackward* const flow_;
   RowScratch& scratch_;
   int64_t first_column_[kMaxTerms], ce_column_;  // of the statistics and of the coefficients
   SampleLanes lanes_;
@@ -582,9 +593,9 @@ class RowRunner {
   }
   // Calls body(worker, row) for each row.
   template <class Body>
-  void each_row(const int64_t* selected, const Body& body) const {
+  void each_row(const int64_t* selected, const Body& body, const NormBackward* flow = nullptr) const {
     parallel_.run(0, p_.samples, row_grain(p_), [&](int64_t begin, int64_t end) {
-      RowWorker worker(p_, norms_);
+      RowWorker worker(p_, norms_, nullptr, flow);
       for (int64_t n = begin; n < end; ++n) {
         Row row;
         worker.begin_row(row, n, 0, selected_of(selected, n));
@@ -658,35 +669,35 @@ class RowRunner {
     });
   }
 
-  void apply(const int64_t* selected, const float* coefficients, double* sums) const {
-    const int64_t size = coefficients_size(p_.objective);
-    const auto one = [&](RowWorker& worker, const Row& row, int64_t begin, int64_t end) {
-      const float* of_row = coefficients + row.sample * size;
-      const bool valid = counts(row) && of_row[size - 1] != 0;
-      valid ? worker.apply(row, worker.weighted(of_row, p_.weight(row.sample)), begin, end)
-            : worker.clear(row, begin, end);
-    };
-    if (sums) {
-      each_block(sums, [&](RowWorker& worker, int64_t begin, int64_t end) {
-        for (int64_t n = begin; n < end; ++n) {
-          Row row;
-          worker.begin_row(row, n, 0, selected_of(selected, n));
-          one(worker, row, 0, p_.classes);
-        }
-      });
-    } else if (split_) {
+  void apply(const int64_t* selected, const double* sums) const {
+    const std::unique_ptr<NormBackward> flow(sums ? new NormBackward(p_, norms_, sums, 1) : nullptr);
+    if (split_) {
       each_chunk(selected, [&](RowWorker& worker, const Row& row, int64_t chunk) {
-        one(worker, row, chunk * kChunk, std::min(p_.classes, (chunk + 1) * kChunk));
+        apply_one(worker, row, chunk * kChunk, std::min(p_.classes, (chunk + 1) * kChunk));
       });
     } else {
-      each_row(selected, [&](RowWorker& worker, const Row& row) { one(worker, row, 0, p_.classes); });
+      each_row(selected, [&](RowWorker& worker, const Row& row) { apply_one(worker, row, 0, p_.classes); }, flow.get());
     }
   }
 
+  void class_sums(const int64_t* selected, double* sums) const {
+    each_block(sums, [&](RowWorker& worker, int64_t begin, int64_t end) {
+      for (int64_t n = begin; n < end; ++n) {
+        Row row;
+        worker.begin_row(row, n, 0, selected_of(selected, n));
+        apply_one(worker, row, 0, p_.classes);
+      }
+    });
+  }
+
  private:
-  bool counts(const Row& row) const { return p_.weight(row.sample) != 0; }
+  bool counts(const Row& row) const { return p_.valid(row.sample); }
   const int64_t* selected_of(const int64_t* selected, int64_t n) const {
     return selected ? selected + n * selected_size(p_.objective) : nullptr;
+  }
+
+  void apply_one(RowWorker& worker, const Row& row, int64_t begin, int64_t end) const {
+    counts(row) ? worker.apply(row, worker.weighted(row.sample), begin, end) : worker.clear(row, begin, end);
   }
 
   // The steps one after the other: few long rows.
@@ -698,9 +709,10 @@ class RowRunner {
     reduce(selected.data(), stats.data());
     finalize_samples(p_, stats.data(), values, coefficients.data());
     if (!p_.gradient.data) return;
-    Problem unweighted = p_;  // the weights are in the coefficients
-    unweighted.weight = {};
-    RowRunner(unweighted, parallel_).apply(selected.data(), coefficients.data(), nullptr);
+    Problem backward = p_;
+    backward.weight = {};  // it is in the coefficients
+    backward.coefficients = coefficients.data();
+    RowRunner(backward, parallel_).apply(selected.data(), nullptr);
   }
 
   // Rows block by block, whose sums of columns are added up in order: the same whatever the threads.

@@ -121,10 +121,7 @@ class Step {
       if (target) check_class("target", target[n], n);
       for (int64_t i = 0; i < ranks; ++i) check_class("selected", selected[n * ranks + i], n);
     }
-    if (valid.count == problem.samples) return;
-    upstream_.resize(problem.samples);
-    for (int64_t n = 0; n < problem.samples; ++n) upstream_[n] = !counted(n) ? 0 : each ? upstream[n] : *upstream;
-    problem.weight = {1, upstream_.data(), nullptr, 0};
+    problem.coefficients = coefficients;
   }
 
   // Spares the kernels writing the gradients of ignored samples where those are many.
@@ -183,7 +180,7 @@ class Step {
 
   std::vector<Tensor> held_;
   std::list<std::vector<double>> doubles_;
-  std::vector<double> moments_, upstream_;
+  std::vector<double> moments_;
 };
 
 // The student's gradient, in the student's own memory format.
@@ -367,23 +364,50 @@ Evaluated evaluate(const Tensor& student, const Tensor& teacher, const OptionalT
   return {loss, part_values, selected, coefficients};
 }
 
-std::tuple<Tensor, Tensor> apply(const Tensor& grad_loss, const Tensor& student, const Tensor& teacher,
-                                 const OptionalTensor& target, const Tensor& selected, const Tensor& coefficients,
-                                 const OptionalTensor& moments, const std::vector<int64_t>& structure,
-                                 const Tensor& numbers, int64_t class_dim, int64_t num_classes) {
+// A step of backward, from what evaluate gave of the samples.
+struct Backward : Step {
+  const int64_t* selected;
+  const float* coefficients;
+
+  Backward(const Tensor& student, const Tensor& teacher, const Tensor* gradient, int64_t class_dim, int64_t num_classes)
+      : Step(student, &teacher, gradient, class_dim, num_classes) {}
+
+  void set_samples_of(const Tensor& grad_loss, const OptionalTensor& target, const Tensor& of_select,
+                      const Tensor& of_finalize) {
+    set_target(target);
+    const Objective& objective = problem.objective;
+    selected = data_of<int64_t>("selected", of_select, ScalarType::Long, problem.samples, selected_size(objective));
+    coefficients =
+        data_of<float>("coefficients", of_finalize, ScalarType::Float, problem.samples, coefficients_size(objective));
+    set_upstream(grad_loss, coefficients, selected);
+  }
+};
+
+Tensor apply(const Tensor& grad_loss, const Tensor& student, const Tensor& teacher, const OptionalTensor& target,
+             const Tensor& selected, const Tensor& coefficients, const OptionalTensor& moments,
+             const OptionalTensor& sums, const std::vector<int64_t>& structure, const Tensor& numbers,
+             int64_t class_dim, int64_t num_classes) {
+  STD_TORCH_CHECK(moments.has_value() == sums.has_value(), "ValueError: sums must be given with moments");
   Tensor gradient = new_gradient(student);
-  Tensor sums = new_tensor(student, {2, moments ? num_classes : 0}, ScalarType::Double);
-  Step step(student, &teacher, &gradient, class_dim, num_classes);
+  Backward step(student, teacher, &gradient, class_dim, num_classes);
   step.set_objective(structure, numbers, moments);
-  step.set_target(target);
-  const int64_t samples = step.problem.samples, ranks = selected_size(step.problem.objective);
-  const auto* classes = data_of<int64_t>("selected", selected, ScalarType::Long, samples, ranks);
-  const int64_t columns = coefficients_size(step.problem.objective);
-  const auto* by = data_of<float>("coefficients", coefficients, ScalarType::Float, samples, columns);
-  step.set_upstream(grad_loss, by, classes);
+  step.set_samples_of(grad_loss, target, selected, coefficients);
   step.skip_zeros(gradient);
-  kernels().apply(step.problem, classes, by, moments ? static_cast<double*>(sums.data_ptr()) : nullptr, parallel());
-  return {gradient, sums};
+  const double* of_classes = sums ? step.array<double>("sums", *sums, 2 * num_classes) : nullptr;
+  kernels().apply(step.problem, step.selected, of_classes, parallel());
+  return gradient;
+}
+
+Tensor class_sums(const Tensor& grad_loss, const Tensor& student, const Tensor& teacher, const OptionalTensor& target,
+                  const Tensor& selected, const Tensor& coefficients, const Tensor& moments,
+                  const std::vector<int64_t>& structure, const Tensor& numbers, int64_t class_dim,
+                  int64_t num_classes) {
+  Tensor sums = new_tensor(student, {2, num_classes}, ScalarType::Double);
+  Backward step(student, teacher, nullptr, class_dim, num_classes);
+  step.set_objective(structure, numbers, moments);
+  step.set_samples_of(grad_loss, target, selected, coefficients);
+  kernels().class_sums(step.problem, step.selected, static_cast<double*>(sums.data_ptr()), parallel());
+  return sums;
 }
 
 void class_norm_backward_(const Tensor& gradient, const Tensor& student, const OptionalTensor& target,
@@ -474,12 +498,16 @@ STABLE_TORCH_LIBRARY(kdkernels, m) {
       "finalize(Tensor stats, Tensor? target, Tensor? sample_weight, Tensor? denominator, int[] structure, "
       "Tensor numbers, float scale, int reduction, SymInt[] shape, int class_dim, SymInt num_classes, "
       "int ignore_index, bool parts) -> (Tensor loss, Tensor? parts, Tensor coefficients)");
-  // The gradient, times grad_loss (a scalar, or one a sample), of the samples that counted for finalize; sums as those
-  // of fused or, without moments, (2, 0).
+  // The gradient, times grad_loss (a scalar, or one a sample), of the samples that counted for finalize. With moments
+  // it takes the sums over all samples and processes.
   m.def(
       "apply(Tensor grad_loss, Tensor student, Tensor teacher, Tensor? target, Tensor selected, Tensor coefficients, "
-      "Tensor? moments, int[] structure, Tensor numbers, int class_dim, SymInt num_classes) -> "
-      "(Tensor gradient, Tensor sums)");
+      "Tensor? moments, Tensor? sums, int[] structure, Tensor numbers, int class_dim, SymInt num_classes) -> Tensor");
+  // These sums over the samples at hand, (2, num_classes) float64, as those of fused.
+  m.def(
+      "class_sums(Tensor grad_loss, Tensor student, Tensor teacher, Tensor? target, Tensor selected, "
+      "Tensor coefficients, Tensor moments, int[] structure, Tensor numbers, int class_dim, SymInt num_classes) -> "
+      "Tensor");
   // Count, mean and sum of squared deviations of each class over the samples that count, without logits of -inf:
   // (2, 3, num_classes) float64, of the student, then of the teacher.
   m.def(
@@ -512,6 +540,7 @@ STABLE_TORCH_LIBRARY_IMPL(kdkernels, CPU, m) {
   m.impl("reduce", TORCH_BOX(&reduce_op));
   m.impl("finalize", TORCH_BOX(&finalize_op));
   m.impl("apply", TORCH_BOX(&apply));
+  m.impl("class_sums", TORCH_BOX(&class_sums));
   m.impl("class_moments", TORCH_BOX(&class_moments));
   m.impl("class_norm_backward", TORCH_BOX(&class_norm_backward));
   m.impl("class_norm_backward_", TORCH_BOX(&class_norm_backward_));
