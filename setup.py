@@ -15,10 +15,12 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.errors import SetupError
 from torch.utils.cpp_extension import BuildExtension, CppExtension
 
@@ -222,6 +224,23 @@ class Build(BuildExtension):
             self.extensions = []
 
 
+def glibc_minor(library: Path) -> int | None:
+    """y of the oldest glibc 2.y that has every symbol this library asks for; None if it asks for none."""
+    return max(map(int, re.findall(rb"\0GLIBC_2\.(\d+)", library.read_bytes())), default=None)
+
+
+class Wheel(bdist_wheel):
+    """One wheel for all Pythons (the limited ABI), named by the oldest glibc that can load its extension."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        python, abi, platform = super().get_tag()
+        for library in Path(self.bdist_dir).glob("kdkernels/_C*.so"):  # one, or none where a compiler failed
+            minor = glibc_minor(library)
+            if minor is not None and platform.startswith("linux_"):
+                platform = f"manylinux_2_{minor}_{platform.removeprefix('linux_')}"
+        return python, abi, platform
+
+
 # ninja may be beside Python only, in an environment that is not activated.
 os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent)])
 for name in ("CC", "CXX"):  # compilers that setuptools and torch take from the environment, empty or not
@@ -229,6 +248,8 @@ for name in ("CC", "CXX"):  # compilers that setuptools and torch take from the 
         os.environ.pop(name, None)
 reason = missing()
 with_extension = reason is None or strict()
+# Python without its global lock has no limited ABI; a wheel without the extension is for every platform.
+limited = with_extension and not sysconfig.get_config_var("Py_GIL_DISABLED")
 if not with_extension:
     report(f"native extension: none, {reason}")
 setup(
@@ -237,5 +258,6 @@ setup(
     package_dir={"kdkernels.triton_kernels": "triton_kernels"},
     package_data={"kdkernels": ["py.typed"]},
     ext_modules=[extension()] if with_extension else [],
-    cmdclass={"build_ext": Build.with_options(use_ninja=True)},
+    cmdclass={"build_ext": Build.with_options(use_ninja=True), "bdist_wheel": Wheel},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}} if limited else {},
 )

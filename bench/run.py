@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import os
 import shutil
 import sys
@@ -30,6 +31,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 import report
 import roofline
+import table
 import torch
 from losses import LOSSES, make_logits
 from measure import (
@@ -379,6 +381,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, help="time of each case and phase (default 2, with --quick 0.25)")
     parser.add_argument("--out", type=Path, default=Path("out/bench"), help="folder for results.*, %(default)s")
     parser.add_argument("--save", action="store_true", help="write to bench/results/ under the machine's name instead")
+    parser.add_argument("--table", type=Path, metavar="PAGE", help="also rewrite this page's figures (bench/table.py)")
     options = parser.parse_args(arguments)
     if options.threads is not None and options.threads < 1:
         parser.error(f"--threads must be at least 1, got {options.threads}")
@@ -445,13 +448,16 @@ def main(arguments: list[str] | None = None) -> int:
     finally:
         shutil.rmtree(cache, ignore_errors=True)
     print(report.summary(rows))
-    settings = {name: value for name, value in vars(options).items() if name not in ("out", "save")}
+    settings = {name: value for name, value in vars(options).items() if name not in ("out", "save", "table")}
     settings["shapes"] = [shape.name for shape in options.shapes]
     settings["device"] = str(options.device)
     folder, stem = options.out, "results"
     if options.save:
         folder, stem = Path(__file__).parent / "results", report.machine_name(facts)
-    print("\nwritten:", *report.save(folder, stem, facts, settings, rows))
+    paths = report.save(folder, stem, facts, settings, rows)
+    print("\nwritten:", *paths)
+    if options.table:
+        table.rewrite(options.table, json.loads(paths[0].read_text()))
     wrong = sorted({f"{row.contender} {row.loss}" for row in rows if row.status != "ok"})
     if wrong:
         print(f"NOT RIGHT: {', '.join(wrong)}", file=sys.stderr)

@@ -13,7 +13,7 @@ from kdkernels.modules import BDDLoss, DistillationLoss, DKDLoss, GDKD3Loss, GDK
 from kdkernels.objective import Objective, Partition, Term
 from kdkernels.ops import cpu_instruction_set, set_cpu_instruction_set
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "BDDLoss",

@@ -1,5 +1,7 @@
-"""``python -m kdkernels``: what was built and which backend would serve a tensor."""
+"""``python -m kdkernels``: see :mod:`kdkernels.doctor`."""
 
-from kdkernels import __version__, dispatch
+import sys
 
-print(f"kdkernels    {__version__}\n{dispatch.report()}")
+from kdkernels import doctor
+
+sys.exit(doctor.main())

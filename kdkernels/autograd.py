@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from kdkernels import distributed
-from kdkernels.backends import BACKENDS, Arguments, Backend, Tensors, Way
+from kdkernels.backends import BACKENDS, SETTINGS, Arguments, Backend, Tensors, Way
 from kdkernels.ops import run, transformed, translated
 from kdkernels.validation import REDUCTIONS, Call
 
@@ -180,13 +180,13 @@ def _tangent_of_loss(ctx: Any, tangent: Tensor | None, others: tuple[Any, ...] =
 def keep(ctx: Any, way: Way, arguments: Arguments, outputs: Tensors, *, ours: bool = False) -> None:
     """Keeps what backward needs; ``ours``: nobody else sees the outputs but the loss."""
     ctx.set_materialize_grads(False)
-    ctx.way, ctx.settings, ctx.ours, ctx.inference = way, way.settings(arguments), ours, None
-    kept = way.kept(arguments, outputs)
+    kept, inference = way.kept(arguments, outputs), None
     if len(kept) > 1:
         # Autograd does not take tensors made in inference mode; these stay beside the others.
-        ctx.inference = {i: tensor for i, tensor in enumerate(kept) if tensor is not None and tensor.is_inference()}
-        kept = [None if i in ctx.inference else tensor for i, tensor in enumerate(kept)]
+        inference = {i: tensor for i, tensor in enumerate(kept) if tensor is not None and tensor.is_inference()}
+        kept = [None if i in inference else tensor for i, tensor in enumerate(kept)]
     ctx.save_for_backward(*kept)
+    ctx.state = way, arguments[SETTINGS:], ours, inference
     if forward_ad._current_level >= 0:
         ctx.save_for_forward(*kept)
         ctx.by_class, ctx.parts, ctx.class_dim = arguments.moments is not None, arguments.parts, arguments.class_dim
@@ -204,12 +204,12 @@ def gradient_of(ctx: Any, grad_loss: Tensor | None) -> Tensor | None:
 
 
 def _gradient(ctx: Any, grad_loss: Tensor) -> Tensor:
-    kept = ctx.saved_tensors
-    if ctx.inference:
-        kept = [ctx.inference.get(i, tensor) for i, tensor in enumerate(kept)]
-    if ctx.way.recomputes and _watched():
-        return OnceFunction.apply(ctx.way, len(kept), grad_loss, *kept, *ctx.settings)
-    return ctx.way.gradient(ctx.settings, kept, grad_loss, again=_graph_is_kept(), ours=ctx.ours)
+    (way, settings, ours, inference), kept = ctx.state, ctx.saved_tensors
+    if inference:
+        kept = [inference.get(i, tensor) for i, tensor in enumerate(kept)]
+    if way.recomputes and _watched():
+        return OnceFunction.apply(way, len(kept), grad_loss, *kept, *settings)
+    return way.gradient(settings, kept, grad_loss, _graph_is_kept(), ours)
 
 
 def _watched() -> bool:
@@ -224,7 +224,7 @@ class OnceFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(way: Way, count: int, grad_loss: Tensor, *rest: Any) -> Tensor:
-        return way.gradient(rest[count:], rest[:count], grad_loss, again=True, ours=False)
+        return way.gradient(rest[count:], rest[:count], grad_loss, True, False)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

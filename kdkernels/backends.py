@@ -40,10 +40,10 @@ class Arguments(NamedTuple):
     process_group: str | None = None
 
 
-#: The fields before an op's own flags, and those that are tensors of samples or classes.
-_BEFORE_FLAGS, _TENSORS = Arguments._fields.index("parts"), Arguments._fields.index("structure")
-
-#: Of a call: its arguments that are no tensors of samples or classes, from ``structure`` on.
+#: An op's own flags are before this field.
+_FLAGS = Arguments._fields.index("parts")
+#: From this field on the arguments are no tensors of samples or classes: settings, which backward keeps.
+SETTINGS = Arguments._fields.index("structure")
 Settings = tuple[Any, ...]
 Tensors = Sequence[Any]  # of Tensor | None
 
@@ -67,16 +67,11 @@ class Way(ABC):
         """Of what went into the op and what it returned, what the gradient is made of."""
 
     @abstractmethod
-    def gradient(self, settings: Settings, kept: Tensors, grad_loss: Tensor, *, again: bool, ours: bool) -> Tensor:
+    def gradient(self, settings: Settings, kept: Tensors, grad_loss: Tensor, again: bool, ours: bool) -> Tensor:
         """The gradient for that of the loss, a scalar or one a sample.
 
         ``again``: what was kept is for other backwards, too. ``ours``: it is nobody else's.
         """
-
-    @staticmethod
-    def settings(arguments: Arguments) -> Settings:
-        """What :meth:`gradient` needs of the arguments beside what is kept."""
-        return arguments[_TENSORS:]
 
 
 class Backend(ABC):
@@ -135,7 +130,7 @@ def _product(gradient: Tensor, factor: Tensor, class_dim: int) -> Tensor:
     return torch.where(gradient == 0, gradient, (gradient * factor).to(gradient.dtype))
 
 
-def _scaled(scale_: Any, gradient: Tensor, factor: Tensor, class_dim: int, *, again: bool, ours: bool) -> Tensor:
+def _scaled(scale_: Any, gradient: Tensor, factor: Tensor, class_dim: int, again: bool, ours: bool) -> Tensor:
     if not (_is_plain(factor) and type(gradient) is Tensor):
         return _product(gradient, factor, class_dim)
     if not again and factor.dim() == 0 and factor.is_cpu and factor.item() == 1:  # asks no device
@@ -176,22 +171,21 @@ class _Fused(Way):
         self._norm_backward = _NormBackward(namespace)
 
     def inputs(self, arguments: Arguments) -> tuple[Any, ...]:
-        return (*arguments[:_BEFORE_FLAGS], self._flag, *arguments[_BEFORE_FLAGS:])
+        return (*arguments[:_FLAGS], self._flag, *arguments[_FLAGS:])
 
     def kept(self, arguments: Arguments, outputs: Tensors) -> Tensors:
         _, _, gradient, sums = outputs
         if sums is None:
             return (gradient,)
-        student, _, target, sample_weight, _, moments = arguments[:_TENSORS]
+        student, _, target, sample_weight, _, moments = arguments[:SETTINGS]
         return gradient, student, target, sample_weight, moments, sums
 
-    def gradient(self, settings: Settings, kept: Tensors, grad_loss: Tensor, *, again: bool, ours: bool) -> Tensor:
-        structure, numbers, _, _, class_dim, num_classes, ignore_index, _, group = settings
-        gradient, *shared = kept
-        gradient = _scaled(self._scale, gradient, grad_loss, class_dim, again=again, ours=ours)
-        if not shared:
+    def gradient(self, settings: Settings, kept: Tensors, grad_loss: Tensor, again: bool, ours: bool) -> Tensor:
+        gradient = _scaled(self._scale, kept[0], grad_loss, settings[4], again, ours)
+        if len(kept) == 1:
             return gradient
-        *of_samples, sums = shared
+        structure, numbers, _, _, class_dim, num_classes, ignore_index, _, group = settings
+        _, *of_samples, sums = kept
         sums = distributed.summed(sums * grad_loss, group)  # each process has its own upstream gradient
         of_logits = structure, numbers, class_dim, num_classes, ignore_index
         inputs = (gradient, *of_samples, sums, sums.new_ones(()), *of_logits)
@@ -211,11 +205,11 @@ class _Evaluated(Way):
         return arguments
 
     def kept(self, arguments: Arguments, outputs: Tensors) -> Tensors:
-        student, teacher, target, _, _, moments = arguments[:_TENSORS]
+        student, teacher, target, _, _, moments = arguments[:SETTINGS]
         _, _, selected, coefficients = outputs
         return student, teacher, target, selected, coefficients, moments
 
-    def gradient(self, settings: Settings, kept: Tensors, grad_loss: Tensor, *, again: bool, ours: bool) -> Tensor:
+    def gradient(self, settings: Settings, kept: Tensors, grad_loss: Tensor, again: bool, ours: bool) -> Tensor:
         structure, numbers, _, _, class_dim, num_classes, _, _, group = settings
         of_logits, sums = (structure, numbers, class_dim, num_classes), None
         if kept[-1] is not None:  # moments of classes
@@ -245,9 +239,9 @@ class CpuBackend(Backend):
     def way_of(self, op: Any, inputs: tuple[Any, ...]) -> tuple[Way, Arguments] | None:
         if op is self._evaluated.op:
             return self._evaluated, Arguments(*inputs)
-        if not inputs[_BEFORE_FLAGS]:
+        if not inputs[_FLAGS]:
             return None
-        return self._fused, Arguments(*inputs[:_BEFORE_FLAGS], *inputs[_BEFORE_FLAGS + 1 :])
+        return self._fused, Arguments(*inputs[:_FLAGS], *inputs[_FLAGS + 1 :])
 
 
 # GPUs: forward, which may save what backward reads ------------------------------------------------------------------
@@ -271,19 +265,19 @@ class _Forward(Way):
         self._scale = namespace.scale_.default
 
     def inputs(self, arguments: Arguments) -> tuple[Any, ...]:
-        return (*arguments[:_BEFORE_FLAGS], *self._flags, *arguments[_BEFORE_FLAGS:])
+        return (*arguments[:_FLAGS], *self._flags, *arguments[_FLAGS:])
 
     def kept(self, arguments: Arguments, outputs: Tensors) -> Tensors:
         _, _, gradient, saved, members = outputs
         if not self.recomputes:
             return (gradient,)
-        student, teacher, target, _, _, moments = arguments[:_TENSORS]
+        student, teacher, target, _, _, moments = arguments[:SETTINGS]
         return student, teacher, target, saved, members, moments, gradient
 
-    def gradient(self, settings: Settings, kept: Tensors, grad_loss: Tensor, *, again: bool, ours: bool) -> Tensor:
+    def gradient(self, settings: Settings, kept: Tensors, grad_loss: Tensor, again: bool, ours: bool) -> Tensor:
         structure, numbers, _, _, class_dim, num_classes, _, _, group = settings
         if not self.recomputes:
-            return _scaled(self._scale, *kept, grad_loss, class_dim, again=again, ours=ours)
+            return _scaled(self._scale, *kept, grad_loss, class_dim, again, ours)
         *samples, moments, sums = kept
         of_logits = structure, numbers, class_dim, num_classes
         if moments is not None:
@@ -315,10 +309,10 @@ class GpuBackend(Backend):
         return self._saved if recompute or transformed or by_class or _rounds_too_early(call) else self._written
 
     def way_of(self, op: Any, inputs: tuple[Any, ...]) -> tuple[Way, Arguments] | None:
-        gradient, save = inputs[_BEFORE_FLAGS : _BEFORE_FLAGS + 2]
+        gradient, save = inputs[_FLAGS : _FLAGS + 2]
         if not (gradient or save):
             return None
-        arguments = Arguments(*inputs[:_BEFORE_FLAGS], *inputs[_BEFORE_FLAGS + 2 :])
+        arguments = Arguments(*inputs[:_FLAGS], *inputs[_FLAGS + 2 :])
         return (self._written if not save else self._saved), arguments
 
 

@@ -130,26 +130,3 @@ def _log_once(message: str) -> None:
     if not torch.compiler.is_compiling() and message not in _logged:
         _logged.add(message)
         logger.warning(message)
-
-
-def report() -> str:
-    """What was built and what would serve a CPU and a CUDA tensor, in a few lines for a person."""
-    lines = [f"torch        {torch.__version__}"]
-    if ops.unavailable is None:
-        sets = ", ".join(ops.INSTRUCTION_SETS[i] for i in torch.ops.kdkernels.cpu_instruction_sets.default())
-        lines.append(f"extension    built; CPU kernels for {sets}; in use: {ops.cpu_instruction_set()}")
-    else:
-        lines.append(f"extension    missing: {ops.unavailable}")
-    targets = ", ".join(f"sm_{target}" for target in ops.cuda_targets())
-    lines.append(f"CUDA         {ops.cuda_unavailable or f'kernels for {targets} and, from PTX, newer GPUs'}")
-    lines.append(f"triton       {ops.triton_unavailable or 'installed'}")
-    lines.append("float64      logits are served by the reference backend")
-    lines.append(f"environment  {ENVIRONMENT}={default_backend}, {DEBUG}={debug:d}")
-    for device_type in ("cpu", "cuda"):
-        for backend in preference(device_type):
-            reason = why_not(backend, device_type)
-            if reason is None:
-                lines.append(f"{device_type:4} tensors -> {backend}")
-                break
-            lines.append(f"{device_type:4} tensors    not {backend}: {reason}")
-    return "\n".join(lines)

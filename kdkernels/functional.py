@@ -210,7 +210,8 @@ def dkd_loss(
 
     Args:
         target: integer classes in the sample dimensions' shape.
-        alpha, beta: weights >= 0 of TCKD and NCKD (paper: 1 and 8 on CIFAR-100; 1 and 0.5 with T = 1 on ImageNet).
+        alpha: weight >= 0 of TCKD (paper: 1).
+        beta: weight >= 0 of NCKD (paper: 8 on CIFAR-100; 0.5 with T = 1 on ImageNet).
         temperature: T, from 1e-6 to 1e6.
         kl_type: direction of NCKD, ``"forward"``, ``"reverse"`` or ``"both"`` (half of each); TCKD stays forward.
         options: as in :func:`distillation_loss`.
@@ -238,7 +239,9 @@ def gdkd_loss(
 
     Args:
         k: 1 <= k < C classes lead; ties go to the lowest index.
-        w0, w1, w2: weights >= 0 of mass, top and rest.
+        w0: weight >= 0 of the mass.
+        w1: weight >= 0 of the top.
+        w2: weight >= 0 of the rest.
         temperature: T, from 1e-6 to 1e6.
         strategy: ``"best"`` takes the k largest teacher logits, ``"worst"`` the k smallest.
         kl_type: direction inside the groups, ``"forward"``, ``"reverse"`` or ``"both"``; the mass stays forward.

@@ -165,10 +165,14 @@ def _logsumexp(x: Tensor, group: Tensor) -> Tensor:
 
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p || q) along dim 1 from log-probabilities; a class with p = 0 adds nothing, to the gradient neither."""
+    """KL(p || q) along dim 1 from log-probabilities.
+
+    A class with p = 0 adds nothing, to the gradient neither; one that only q masks is infinite, however small p was.
+    """
     p = log_p.exp()
+    infinite = (p == 0) & (log_p > -torch.inf) & (log_q == -torch.inf)
     gap = torch.where(p == 0, 0.0, log_p) - torch.where(p == 0, 0.0, log_q)
-    return (p * gap).sum(1)
+    return torch.where(infinite, torch.inf, p * gap).sum(1)
 
 
 def _mixed(forward: Tensor, reverse: Tensor, weights: tuple[float, float]) -> Tensor:

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+import caches
 import numpy as np
 import pytest
 import torch
@@ -24,13 +25,21 @@ from helpers import (
     require,
     served,
 )
+from ptxsim.verified import FOLDER as SIMULATOR
+from ptxsim.verified import is_verified
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Options of tests/test_fuzz.py."""
     group = parser.getgroup("fuzz", "random cases (pytest -m fuzz)")
-    group.addoption("--fuzz-cases", type=int, help="number of random cases; 300 with -m fuzz, otherwise 40")
+    group.addoption("--fuzz-cases", type=int, default=300, help="number of random cases; 300 by default")
     group.addoption("--fuzz-seed", type=int, default=0, help="another seed, other cases; 0 by default")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """A worker computes in one thread: there is one for each core already."""
+    if hasattr(config, "workerinput"):
+        torch.set_num_threads(1)
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m looks at the marks
@@ -39,6 +48,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     left_out = [name for name in ("large", "cuda") if name not in config.getoption("markexpr")]
     if not GPU_BACKENDS:
         left_out.append("gpu")
+    if is_verified() and not _asks_for_the_simulator(config):
+        left_out.append("simulator")
+    for item in items:
+        if SIMULATOR in item.path.parents:
+            item.add_marker("simulator")
     chosen = [item for item in items if not any(map(item.get_closest_marker, left_out))]
     of_gpus = ["triton"] if INTERPRETED else GPU_BACKENDS
     chosen = [item for item in chosen if not item.get_closest_marker("of_gpus") or backend_of(item) in of_gpus]
@@ -55,6 +69,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         item.add_marker("quick")
     config.hook.pytest_deselected(items=list(set(items) - set(chosen)))
     items[:] = chosen
+
+
+def _asks_for_the_simulator(config: pytest.Config) -> bool:
+    """Whether the simulator's own tests are asked for, by a mark or by their path."""
+    marks = config.getoption("markexpr")
+    return "simulator" in marks or "full" in marks or any(SIMULATOR.name in argument for argument in config.args)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Between files what they had compiled is freed."""
+    if nextitem is None or nextitem.path != item.path:
+        caches.free()
 
 
 def backend_of(item: pytest.Item) -> str | None:

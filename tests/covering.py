@@ -54,11 +54,11 @@ QUICK = (
     "dispatch",
     "compat",
 )
-QUICK += ("distributed", "fuzz", "cuda_plan", "cuda_sim", "triton_launch", "triton_sim")
+QUICK += ("distributed", "fuzz", "cuda_plan", "triton_launch", "simulator")
 
 
 #: Of what is slow, simulators and processes, so many.
-FEW_OF = {"cuda_sim": 5, "triton_sim": 5, "distributed": 3}
+FEW_OF = {"simulator": 9, "distributed": 3}
 
 
 def quickest(items: Sequence[pytest.Item]) -> Iterator[pytest.Item]:

@@ -399,8 +399,6 @@ def compare(crossing: Crossing, inputs: Inputs, got: Outcome) -> None:
     assert got.loss.shape == want.reduced.loss.shape
     weight = rounding_weight(crossing.objective())
     reducer = _Reducer(crossing, inputs)
-    # Float32's own eager formula is what the table allows where the inputs leave no more; float64 has no such excuse.
-    eager = _by_reference(crossing, _shifted(crossing, inputs), F32) if dtype == F32 else want
     _compare_values("loss", got.loss, want.reduced.loss, reducer.bound(want.rows.loss, weight, dtype))
     assert set(got.parts) == set(want.reduced.parts)
     for name, part in got.parts.items():
@@ -413,8 +411,7 @@ def compare(crossing: Crossing, inputs: Inputs, got: Outcome) -> None:
         finite = want.rows.loss.isfinite().flatten()
         if crossing.standardize == "class":
             finite[:] = finite.all()
-        gradients = (got.gradient, want.reduced.gradient, eager.reduced.gradient)
-        _compare_gradients(crossing, inputs, reducer, finite, *gradients)
+        _compare_gradients(crossing, inputs, reducer, finite, got.gradient, want.reduced.gradient)
 
 
 def rounding_weight(objective: Objective) -> float:
@@ -465,7 +462,7 @@ def _rows(logits: Tensor, class_dim: int) -> Tensor:
 
 
 def _compare_gradients(
-    crossing: Crossing, inputs: Inputs, reducer: _Reducer, finite: Tensor, got: Tensor, want: Tensor, eager: Tensor
+    crossing: Crossing, inputs: Inputs, reducer: _Reducer, finite: Tensor, got: Tensor, want: Tensor
 ) -> None:
     """norm(error) <= tolerance * norm(want), and where that is less than rounding leaves, what rounding leaves.
 
@@ -473,10 +470,11 @@ def _compare_gradients(
     and nearly equal pairs), and what underflows in the student's dtype. ``finite`` are samples with a finite loss.
     """
     assert got.dtype == inputs.student.dtype
-    got, want, eager = (_rows(x, inputs.options["class_dim"]).double() for x in (got, want, eager))
+    class_dim = inputs.options["class_dim"]
+    got, want = (_rows(x, class_dim).double() for x in (got, want))
     beyond = got[:, crossing.classes :]
     assert (beyond == 0).all(), f"gradient beyond num_classes is {beyond[beyond != 0][:3].tolist()}"
-    got, want, eager = (x[:, : crossing.classes] for x in (got, want, eager))
+    got, want = (x[:, : crossing.classes] for x in (got, want))
     valid = reducer.weight.flatten() > 0
     outside = got[~valid]
     assert (outside == 0).all(), f"gradient of samples that do not count is {outside[outside != 0][:3].tolist()}"
@@ -491,10 +489,15 @@ def _compare_gradients(
     if error > bound:
         size = (gradient_size(crossing, inputs, valid) * reducer.factor[:, None])[known].norm().item()
         smallest = torch.finfo(dtype).smallest_normal * (torch.finfo(dtype).eps if dtype == F16 else 1)
-        bound += 2 * (eager - want)[known].norm().nan_to_num(0.0, 0.0).item()
+        if arithmetic_dtype(inputs.student, inputs.teacher) == F32:  # float64 has no such excuse
+            eager = _rows(_by_reference(crossing, _shifted(crossing, inputs), F32).reduced.gradient, class_dim).double()
+            bound += 2 * (eager[:, : crossing.classes] - want)[known].norm().nan_to_num(0.0, 0.0).item()
         if crossing.standardize == "sample":
             # Without deviation the kernels multiply by 1e-30, which keeps -inf what it is.
             smallest = max(smallest, 1e-29)
+        if dtype in (F16, BF16) and crossing.mode == "fused" and crossing.upstream != "ones":
+            # A gradient that waits in 16 bits for its factor is rounded twice, of few numbers both times unluckily.
+            bound += torch.finfo(dtype).eps / 2 * norm
         bound += 4 * unit * size + smallest * math.sqrt(got.numel())
     assert error <= bound, f"gradient: error {error:.3g} of {norm:.3g} is {error / bound:.3g} times the bound"
 
@@ -536,7 +539,8 @@ def _term_size(term: Term, a: Tensor, b: Tensor, groups: list[Tensor]) -> Tensor
 
     def size(log_q: Tensor, log_p: Tensor, weights: tuple[float, float]) -> Tensor:
         q, p = log_q.exp(), log_p.exp()
-        gap = (log_q - log_p).where((q > 0) & (p > 0), 0.0).abs()
+        # A gap is a difference of rounded logits even where a probability underflows, of saturated pairs say.
+        gap = (log_q - log_p).nan_to_num(0.0, 0.0, 0.0).abs()
         return sum(weights) * (q + p) + weights[1] * q * (gap + (q * gap).sum(1, keepdim=True))
 
     def logs(x: Tensor, group: Tensor) -> Tensor:

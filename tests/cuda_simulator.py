@@ -130,7 +130,7 @@ def _built(name: str, arch: int) -> str | None:
         return next((file.read_text() for file in Path(folder).glob("*.ptx")), None)
 
 
-@lru_cache(maxsize=4)  # parsed, a file of kernels takes a quarter of a gigabyte
+@lru_cache(maxsize=2)  # those of one type and the common ones: parsed, a file takes a quarter of a gigabyte or more
 def module_of(name: str, arch: int) -> Module:
     """The kernels of a file for an architecture: those of the build or compiled now, and kept for other processes."""
     folder = Path(tempfile.gettempdir()) / f"kdkernels-ptx-{os.getuid()}"

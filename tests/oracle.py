@@ -92,6 +92,8 @@ def divergence(p: Numbers, q: Numbers, weights: tuple[float, float]) -> tuple[np
     value, psi = np.longdouble(0), np.zeros_like(q)
     forward, reverse = (np.longdouble(weight) for weight in weights)
     has_p, has_q = np.exp(p) > 0, np.exp(q) > 0
+    if (forward and ((p > -np.inf) & (q == -np.inf)).any()) or (reverse and ((q > -np.inf) & (p == -np.inf)).any()):
+        value = np.longdouble(np.inf)
     if forward:
         value += forward * (np.exp(p[has_p]) * (p[has_p] - q[has_p])).sum()
         psi[has_p] -= forward * np.exp(p[has_p])

@@ -156,7 +156,7 @@ BESIDE = {
 
 
 @pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("classes", [20, 2500])
+@pytest.mark.parametrize("classes", [20, 2500])  # transposed; more than a tile
 @pytest.mark.parametrize("name", BESIDE)
 def test_masked_in_the_teacher_beside_a_reverse_group(name: str, classes: int, mask: float) -> None:
     student, teacher, _ = make_inputs((8, classes), scale=1.0)
@@ -275,7 +275,7 @@ def test_tiny_and_huge_logits_are_standardised(kind: str, size: float) -> None:
 
 
 @pytest.mark.parametrize("temperature", [20.0, 100.0, 1000.0])
-@pytest.mark.parametrize("classes", [19, 100, 1000])
+@pytest.mark.parametrize("classes", [19, 100, 1000])  # losses in double precision, and in single of short and long rows
 def test_single_samples_at_high_temperatures(classes: int, temperature: float) -> None:
     student, teacher, target = make_inputs((64, classes), scale=3.0)
     both = Objective((Term(temperature, WHOLE, groups=((1.0, 1.0),)),))
@@ -364,3 +364,38 @@ def test_leading_classes_changed_by_a_hook(layout: str) -> None:
         loss = kdkernels.gdkd_loss(leaf, laid_out(teacher, layout), k=3, mode="recompute")
     with pytest.raises(IndexError, match=r"selected must be in \[0, 100\).*got 100 for sample 0"):
         loss.backward()
+
+
+# Masks of one side where the other underflows -------------------------------------------------------------------------
+
+#: Classes: few, transposed or in double precision; a tile; tiles whose sums begin at origins far below, and merge;
+#: chunks that may be split over threads.
+UNDERFLOWING = [7, 40, 600, 5000, 17000]
+
+
+@pytest.mark.parametrize("classes", UNDERFLOWING)
+@pytest.mark.parametrize("masked_side", ["teacher", "student"])
+@pytest.mark.parametrize("at", ["first", "last", "alone"])
+def test_a_mask_of_one_side_is_infinite_however_little_the_other_side_has(
+    classes: int, masked_side: str, at: str
+) -> None:
+    """Reverse where the teacher masks a class, forward where the student does: also where the other's probability
+    underflows, in single or in double precision, or together with the whole group's."""
+    student, teacher, _ = make_inputs((4, classes), scale=1.0)
+    masked, other = (teacher, student) if masked_side == "teacher" else (student, teacher)
+    index = {"first": 0, "last": classes - 1, "alone": classes // 2}[at]
+    masked[:3, index] = -INF
+    other[0, index], other[1, index], other[2, index] = -5.0, -200.0, -3000.0
+    if at == "first":
+        other[:, classes // 2] = 50.0  # later tiles leave nothing of what the first ones added
+    target = torch.full((4,), index) if at == "alone" else torch.full((4,), (index + 1) % classes)
+    direction = (0.0, 1.0) if masked_side == "teacher" else (1.0, 0.0)
+    for partition, groups in ((WHOLE, (direction,)), (TARGET, (direction, direction))):
+        value = Objective((Term(1.0, partition, direction, groups),))
+        every, want = results(value, student, teacher, target=target)
+        assert want.loss.isinf().tolist() == [True, True, True, False]
+        for got in every:
+            assert_losses(value, got, want)
+            assert_close(got.gradient[3], want.gradient[3])
+            if masked_side == "student":
+                assert_close(got.gradient, want.gradient)

@@ -18,7 +18,9 @@ from helpers import INTERPRETED
 FEATURES: dict[str, tuple[Any, ...]] = {
     "partition": tuple(PARTITIONS),
     "standardize": (None, "class", "sample"),
+    # No divergence; groups of one class; a rest of one; around 64, up to which rows are transposed; tails; long rows.
     "classes": (1, 2, 3, 10, 64, 65, 100, 1000),
+    # No deviation; fewer than lanes; a tile of pixels and one.
     "samples": (1, 3, 65),
     "layout": LAYOUTS,
     "dtypes": ((F32, F32), (F16, F16), (BF16, BF16), (F32, BF16), (F16, F32), (F64, F64), (F32, F64)),

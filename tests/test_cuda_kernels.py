@@ -1,6 +1,6 @@
 """Every CUDA kernel of the library, run at least once: each step, for each type of logits and both layouts.
 
-test_cuda_sim.py has what they are to do with more shapes and losses, most of it in one type.
+test_simulator.py and test_cuda_sim.py have what they are to do with more shapes and losses, most of it in one type.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from cuda_simulator import SMALL, TYPES, module_of, recorded
-from cuda_targets import DEVICE, FIRST, LAST, check, device, missing, moved, needs_simulator
+from cuda_targets import FIRST, LAST, check, device, missing, needs_simulator
 from helpers import (
     DTYPES,
     LOSS_TOLERANCE,
@@ -25,6 +25,7 @@ from helpers import (
     name_of,
 )
 from losses import LOSSES, STANDARDIZED
+from simulated import DEVICE, moved
 
 ALL = LOSSES | STANDARDIZED
 

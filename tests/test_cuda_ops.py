@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 import torch
 from cuda_simulator import recorded
-from cuda_targets import DEVICE, LAST, device, missing, moved
+from cuda_targets import LAST, device, missing
 from helpers import OUTPUTS, Path, assert_same, expected, make_inputs, measured, must_have_native, needed_target
 from losses import LOSSES, STANDARDIZED, Case
+from simulated import DEVICE, moved
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 

@@ -1,10 +1,4 @@
-"""The CUDA backend's compiled kernels, run: for sm_80 and sm_90 in the simulator, or on the GPU there is.
-
-The host code is the user's: the public API and the C++ behind it, with nothing changed but where launches go. The
-simulator checks every access against the tensors' bounds, shared memory for races (a cluster's blocks included), global
-memory for races between blocks, and that nothing is read that nobody wrote; results are held to the accuracy table
-against the float64 reference. What the kernels may cost is counted at the end.
-"""
+"""The CUDA backend's compiled kernels where their own tiles and costs matter, run as in test_simulator.py."""
 
 from __future__ import annotations
 
@@ -14,12 +8,12 @@ from functools import partial
 
 import pytest
 import torch
-from cuda_targets import ARCHITECTURES, FIRST, LAST, check, missing, needs_simulator, run
+from cuda_targets import ARCHITECTURES, DEVICE, FIRST, LAST, check, device, missing, needs_simulator, run
 from helpers import Path, make_inputs, must_have_native, name_of, needed_target
 from losses import LOSSES, STANDARDIZED
 from ptxsim import device_bytes
 
-from kdkernels import distillation_loss, objective
+from kdkernels import distillation_loss, doctor, objective
 
 ALL = LOSSES | STANDARDIZED
 FUSED, RECOMPUTE = Path("cuda", "fused"), Path("cuda", "recompute")
@@ -41,55 +35,11 @@ two_architectures = pytest.mark.skipif(len(ARCHITECTURES) == 1, reason="a GPU is
 # What is computed -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ALL)
-def test_every_loss(name: str) -> None:
-    """Several rows a block, and a last block with fewer."""
-    inputs = make_inputs((21, 100))
-    check(ALL[name], inputs.student, inputs.teacher, FUSED, LAST, target=inputs.target)
-
-
-@pytest.mark.parametrize("name", ["kd", "bdd_two_temperatures", "gdkd3", "everything", "pr_dkd", "ls_gdkd"])
-def test_recomputed(name: str) -> None:
-    """The gradient by its own sweep, from what forward kept, with a factor from above for each sample."""
-    inputs = make_inputs((9, 100))
-    check(ALL[name], inputs.student, inputs.teacher, RECOMPUTE, LAST, target=inputs.target, reduction="none")
-
-
-@more
-@pytest.mark.parametrize(
-    ("name", "dtypes"),
-    [
-        *((name, (dtype, dtype)) for name in ("dkd", "gdkd", "ls_dkd", "pr_kd") for dtype in (F16, BF16)),
-        ("dkd", (F64, F64)),
-        ("everything", (F64, F64)),
-        ("dkd", (F32, BF16)),
-        ("dkd", (BF16, F32)),
-        ("dkd", (F16, F64)),
-        ("pr_dkd", (F32, BF16)),
-        ("pr_dkd", (BF16, F64)),
-    ],
-    ids=name_of,
-)
-def test_dtypes(name: str, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
-    inputs = make_inputs((5, 96), *dtypes)
-    check(ALL[name], inputs.student, inputs.teacher, FUSED, LAST, **needed_target(ALL[name], inputs.target))
-
-
-@pytest.mark.parametrize(
-    ("name", "shape"),
-    [
-        ("dkd", (1, 2)),  # the smallest two groups: one class each
-        ("gdkd", (70, 10)),  # many rows a block
-        ("gdkd", (2, 1024)),  # the longest rows that warps take
-        ("dkd", (3, 1025)),  # one class more, misaligned: a block a row
-        ("dkd", (2, 4096)),  # in whole vectors
-        ("gdkd", (2, 4095)),  # every row with another head and tail
-    ],
-    ids=name_of,
-)
-def test_row_lengths(name: str, shape: tuple[int, int]) -> None:
-    inputs = make_inputs(shape)
-    check(ALL[name], inputs.student, inputs.teacher, FUSED, LAST, **needed_target(ALL[name], inputs.target))
+@pytest.mark.parametrize("case", doctor.CASES)
+def test_the_doctor(case: str) -> None:
+    """What ``python -m kdkernels`` finds of right kernels."""
+    with device(LAST):
+        assert doctor.check("cuda", DEVICE.type, case).problem is None
 
 
 @more
@@ -137,48 +87,6 @@ def test_split_samples(name: str, shape: tuple[int, int], path: Path, options: d
     assert sim is None or any("part_statistics" in launch.name for launch in sim.log)
 
 
-@pytest.mark.parametrize(
-    ("name", "shape"),
-    [
-        ("everything", (2, 19, 8, 16)),  # pixels in wide accesses
-        ("ls_dkd", (2, 19, 8, 16)),
-        ("dkd", (2, 21, 5, 7)),  # and in narrow ones
-        ("gdkd3", (2, 21, 5, 7)),
-        ("pr_dkd", (2, 21, 5, 7)),
-        ("gdkd", (1, 1000, 5, 6)),  # several warps share a pixel
-    ],
-    ids=name_of,
-)
-def test_pixels(name: str, shape: tuple[int, ...]) -> None:
-    """Channels first: what is next to one another in memory are samples."""
-    inputs = make_inputs(shape)
-    options = {"target": inputs.target, "reduction": "batchmean"}
-    check(ALL[name], inputs.student, inputs.teacher, FUSED, LAST, **options)
-
-
-@more
-@two_architectures
-@pytest.mark.parametrize(
-    ("name", "shape", "dtype", "path"),
-    [
-        ("dkd", (21, 100), BF16, FUSED),
-        ("gdkd", (2, 4096), F16, RECOMPUTE),
-        ("everything", (5, 100), F64, FUSED),
-        ("bdd", (9, 101), F32, RECOMPUTE),
-        ("dkd", (2, 19, 8, 16), BF16, FUSED),
-        ("pr_dkd", (2, 21, 5, 7), F32, FUSED),
-        ("ls_gdkd", (9, 100), F32, FUSED),
-        ("gdkd3", (2, 17000), F32, FUSED),
-        ("ls_dkd", (2, 17000), BF16, FUSED),
-    ],
-    ids=name_of,
-)
-def test_older_architecture(name: str, shape: tuple[int, ...], dtype: torch.dtype, path: Path) -> None:
-    """A cross-section of all of this for sm_80."""
-    inputs = make_inputs(shape, dtype)
-    check(ALL[name], inputs.student, inputs.teacher, path, FIRST, target=inputs.target)
-
-
 # What does not count, and what is extreme --------------------------------------------------------------------------
 
 #: Shapes and the architectures that take them so.
@@ -188,38 +96,6 @@ LAYOUTS = {
     "split rows": ((3, 33001), FIRST),
     "pixels": ((2, 21, 5, 7), LAST),
 }
-
-
-@more
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", ["dkd", "pr_dkd"])
-def test_samples_that_do_not_count(name: str, layout: str) -> None:
-    """Ignored samples and such of weight 0 hold NaN and inf, and are neither read into anything nor left unwritten."""
-    shape, arch = LAYOUTS[layout]
-    student, teacher, target = make_inputs(shape)
-    target, weight = target.flatten(), torch.rand(target.numel()) + 0.5
-    target[::3] = -100
-    weight[1::5] = 0.0
-    nothing = (target == -100) | (weight == 0)
-    samples = student[:, 0].shape
-    for logits, value in ((student, torch.nan), (teacher, torch.inf)):
-        logits.movedim(1, -1)[nothing.reshape(samples)] = value
-    options = {"target": target.reshape(samples), "sample_weight": weight.reshape(samples)}
-    check(ALL[name], student, teacher, FUSED, arch, **options)
-
-
-@more
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", ["dkd", "gdkd3", "bdd", "lskd"])
-def test_masked_classes(name: str, layout: str) -> None:
-    """Classes of -inf in both add nothing; in the teacher alone they add nothing to forward divergences."""
-    shape, arch = LAYOUTS[layout]
-    student, teacher, target = make_inputs(shape)
-    for logits in (student, teacher):
-        logits[:, 3:6] = -torch.inf
-    if name != "bdd":  # the reverse divergence would be infinite
-        teacher[:, 7] = -torch.inf
-    check(ALL[name], student, teacher, FUSED, arch, **needed_target(ALL[name], target.clamp(min=9)))
 
 
 #: Standardised classes: rows, long ones, rows of whole vectors and others, pixels of few classes and of more.
@@ -266,27 +142,6 @@ def test_standardised_logits_far_from_zero(far: float) -> None:
     check(case, student, teacher, FUSED, LAST, return_parts=False, target=target)
 
 
-@more
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_target_far_above_the_rest(layout: str) -> None:
-    shape, arch = LAYOUTS[layout]
-    student, teacher, target = make_inputs(shape, scale=1.0)
-    index = target.unsqueeze(1)
-    for logits in (student, teacher):
-        logits.scatter_add_(1, index, torch.full(index.shape, 1e4))
-    check(ALL["dkd"], student, teacher, FUSED, arch, target=target, reduction="sum")
-
-
-@more
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_ties_of_the_top_k(layout: str) -> None:
-    """The lowest index wins: the student's logits differ where the teacher's are alike."""
-    shape, arch = LAYOUTS[layout]
-    student, teacher, _ = make_inputs(shape)
-    teacher = (teacher / 2).round() * 2
-    check(ALL["gdkd"], student, teacher, FUSED, arch)
-
-
 @pytest.mark.parametrize("name", ["dkd", "gdkd3"])
 @pytest.mark.parametrize(("size", "path"), [((7, 90), FUSED), ((7, 6), RECOMPUTE), ((2, 6, 5, 7), FUSED)], ids=name_of)
 def test_logits_far_from_zero(name: str, size: tuple[int, ...], path: Path) -> None:
@@ -295,6 +150,7 @@ def test_logits_far_from_zero(name: str, size: tuple[int, ...], path: Path) -> N
     check(ALL[name], student + 1e4, teacher - 3e4, path, LAST, return_parts=False, target=target)
 
 
+#: Rows of a group, and of two classes that are a group each; the same of pixels; a cluster's rows.
 @pytest.mark.parametrize("size", [(5, 40), (5, 2), (1, 2, 3, 5), (1, 40, 3, 5), (2, 20001)], ids=name_of)
 @pytest.mark.parametrize("in_target", [True, False])
 def test_a_nan_stays_in_its_sample(size: tuple[int, ...], in_target: bool) -> None:
@@ -308,7 +164,7 @@ def test_a_nan_stays_in_its_sample(size: tuple[int, ...], in_target: bool) -> No
     assert torch.equal(got.gradient.isnan().any(1), bad)
 
 
-@pytest.mark.parametrize("classes", [6, 40])
+@pytest.mark.parametrize("classes", [6, 40])  # hardly more than lead; many more
 @pytest.mark.parametrize("name", ["gdkd", "gdkd_k1", "gdkd_worst", "gdkd_both_ce", "gdkd3", "gdkd3_worst_both"])
 def test_leading_classes_of_a_thread(name: str, classes: int) -> None:
     """Equals, of which the first lead; masked classes, which lead where too few others are left."""
@@ -328,20 +184,6 @@ def test_one_class(name: str, size: tuple[int, ...]) -> None:
         assert value.eq(0).all()
 
 
-def test_targets_out_of_range() -> None:
-    """No access out of bounds; the sample's loss is NaN and others are untouched: rows of whole vectors are added up
-    in the same order wherever they are."""
-    student, teacher, target = make_inputs((6, 92))
-    target[2], target[4] = 92, -1
-    got, _ = run(ALL["dkd"], student, teacher, FUSED, LAST, torch.ones(6), target=target, reduction="none")
-    right = torch.tensor([0, 1, 3, 5])
-    assert got.loss.isnan().tolist() == [False, False, True, False, True, False]
-    part = student[right], teacher[right], FUSED, LAST, torch.ones(4)
-    want, _ = run(ALL["dkd"], *part, target=target[right], reduction="none")
-    assert torch.equal(got.loss[right], want.loss)
-    assert torch.equal(got.gradient[right], want.gradient)
-
-
 @pytest.mark.parametrize("shape", [(6, 91), (1, 19, 2, 3)], ids=name_of)
 def test_targets_out_of_range_of_standardised_classes(shape: tuple[int, ...]) -> None:
     """The same, in the last sample too, behind which there is nothing; but the gradients' sums over the samples are no
@@ -351,36 +193,6 @@ def test_targets_out_of_range_of_standardised_classes(shape: tuple[int, ...]) ->
     got, _ = run(ALL["pr_dkd"], student, teacher, FUSED, LAST, target=target, reduction="none")
     assert got.loss.flatten().isnan().tolist() == [False, False, True, False, False, True]
     assert got.gradient.isnan().all()
-
-
-def test_views() -> None:
-    """Strides and offsets: each view's bounds are its own, not its storage's."""
-    student, teacher, target = make_inputs((13, 40))
-    wide = torch.full((13, 50), torch.nan)
-    wide[:, 3:43] = student
-    tall = torch.full((40, 13), torch.nan).t()
-    tall.copy_(teacher)
-    check(LOSSES["dkd"], wide[:, 3:43], teacher, FUSED, LAST, target=target)
-    check(LOSSES["dkd"], wide[:, 3:43], tall, RECOMPUTE, LAST, target=target)
-
-
-def test_padded_vocabularies() -> None:
-    """``num_classes``: the padding is never read (it holds NaN) and its gradient is 0."""
-    student, teacher, target = make_inputs((7, 100))
-    student[:, 90:], teacher = torch.nan, teacher[:, :96].contiguous()
-    teacher[:, 90:] = torch.nan
-    case, target = LOSSES["dkd"], target.clamp(max=89)
-    got, _ = run(case, student, teacher, FUSED, LAST, target=target, num_classes=90)
-    whole, _ = run(case, student[:, :90], teacher[:, :90], FUSED, LAST, target=target)
-    assert torch.equal(got.loss, whole.loss)
-    torch.testing.assert_close(got.gradient[:, :90], whole.gradient, rtol=1e-6, atol=1e-9)
-    assert not got.gradient[:, 90:].any()
-
-
-def test_denominator_and_factor() -> None:
-    student, teacher, target = make_inputs((7, 90))
-    options = {"target": target, "denominator": torch.tensor(11.0)}
-    check(LOSSES["dkd"], student, teacher, FUSED, LAST, torch.tensor(3.0), **options)
 
 
 def test_no_samples() -> None:

@@ -217,6 +217,7 @@ def test_the_report() -> None:
         f"kdkernels    {kdkernels.__version__}",
         torch.__version__,
         f"CPU kernels for {', '.join(instruction_sets())}; in use: baseline",
+        "float64      logits are served by the reference backend",
         "KDKERNELS_BACKEND=reference, KDKERNELS_DEBUG=1",
         "cpu  tensors -> cpu",
         f"cuda tensors -> {next(name for name in dispatch.preference('cuda') if not dispatch.why_not(name, 'cuda'))}",

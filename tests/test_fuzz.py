@@ -14,8 +14,6 @@ from crossings import LAYOUTS, PARTITIONS, Crossing, check_crossing, legal
 from test_crossings import FEATURES
 
 pytestmark = [pytest.mark.fuzz, pytest.mark.whole]
-#: How many cases: in the whole suite, and by ``-m fuzz``.
-FEW, MANY = 40, 300
 #: The documented range of temperatures.
 TEMPERATURES = (1e-6, 1e6)
 
@@ -61,11 +59,7 @@ def _log_uniform(numbers: random.Random, least: float, most: float) -> float:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    config = metafunc.config
-    count = config.getoption("fuzz_cases")
-    if count is None:
-        count = MANY if "fuzz" in config.getoption("markexpr") else FEW
-    metafunc.parametrize("index", range(count))
+    metafunc.parametrize("index", range(metafunc.config.getoption("fuzz_cases")))
 
 
 def test_random_call(index: int, native_backend: str, request: pytest.FixtureRequest) -> None:

@@ -115,6 +115,7 @@ def test_ties(case: Case, native_path: Path) -> None:
 
 
 @pytest.mark.parametrize("how", ["ignored", "unweighted"])
+#: Whole tiles and lines of pixels in one chunk of classes; parts of a tile in two chunks.
 @pytest.mark.parametrize("shape", [(2, 19, 12, 40), (1, 1030, 4, 9)], ids=name_of)
 @each(SOME_LOSSES | {"pr_dkd": STANDARDIZED["pr_dkd"], "ls_gdkd": STANDARDIZED["ls_gdkd"]})
 def test_pixels_that_do_not_count(case: Case, shape: tuple[int, ...], how: str, native_path: Path) -> None:

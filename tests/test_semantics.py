@@ -481,7 +481,7 @@ def test_groups_whose_classes_are_all_masked(case: Case, masked: list[int], targ
     assert got.gradient[:, masked].eq(0).all()
 
 
-@pytest.mark.parametrize("classes", [3000, 40000])
+@pytest.mark.parametrize("classes", [3000, 40000])  # two tiles; several chunks, which threads share
 @each(without_cross_entropy(SOME_LOSSES))
 def test_a_vocabulary_that_is_nearly_all_masked(case: Case, classes: int, path: Path) -> None:
     """Whole vectors, tiles and chunks without a finite class, at either end and between the others."""
@@ -493,7 +493,7 @@ def test_a_vocabulary_that_is_nearly_all_masked(case: Case, classes: int, path: 
     check(case, student, teacher, path, **needed_target(case, kept[target % 3]))
 
 
-@pytest.mark.parametrize("classes", [50, 5000])
+@pytest.mark.parametrize("classes", [50, 5000])  # within a tile; tiles whose sums merge
 @pytest.mark.parametrize("shape", ["low start", "rise", "fall"])
 @each(SOME_LOSSES)
 def test_a_maximum_far_from_the_first_classes(case: Case, shape: str, classes: int, path: Path) -> None:

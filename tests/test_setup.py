@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 import os
+import re
 import runpy
 import shutil
 import subprocess
 import sys
+import sysconfig
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import setuptools
+from helpers import require
 from setuptools.errors import SetupError
+
+from kdkernels import ops
 
 ROOT = Path(__file__).parent.parent
 if not (ROOT / "setup.py").exists():
     pytest.skip("there is no setup.py beside the tests", allow_module_level=True)
 
-# A compiler that writes its arguments to a file and something to what follows -o; nvcc's dry run names its folder.
+# A compiler that writes its arguments to a file and names of symbol versions, as a library has them, to what follows
+# -o; nvcc's dry run names its folder.
 COMPILER = """#!/bin/sh
 echo "$@" >> {log}
 [ "$1" = --dryrun ] && {{ echo "#$ _HERE_=/toolkit/bin" >&2; exit 0; }}
 while [ $# -gt 0 ]; do
-  [ "$1" = -o ] && echo made > "$2"
+  [ "$1" = -o ] && printf 'made\\0GLIBC_2.9\\0GLIBC_2.2.5\\0GLIBC_2.28\\0GLIBCXX_3.4.32\\0' > "$2"
   shift
 done
 exit {status}
@@ -106,6 +113,16 @@ def version() -> str:
     return text.split('__version__ = "')[1].split('"')[0]
 
 
+def test_the_release_is_described() -> None:
+    """The changelog begins with this version, and the citation names it with the same date."""
+    released = re.search(r"^## \[(.+)\] - (\d{4}-\d\d-\d\d)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert released is not None
+    assert released[1] == version()
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert f"\nversion: {released[1]}\n" in citation
+    assert f"\ndate-released: {released[2]}\n" in citation
+
+
 def test_the_build_step_compiles(tree: Tree) -> None:
     """Images for the targets asked for, once; then what was touched, and the object that has the images in it."""
     done = tree.build(KDKERNELS_CUDA_ARCHS="90;80;90")
@@ -168,6 +185,70 @@ def test_sources_are_distributed_whole(tree: Tree) -> None:
     assert wanted <= {path.relative_to(unpacked) for path in unpacked.glob("**/*")}
 
 
+def wheel_of(tree: Tree, **environment: str) -> tuple[str, list[str], str]:
+    """A wheel's tag, the names of its files and its description of itself."""
+    done = tree.run("bdist_wheel", **environment)
+    assert done.returncode == 0, done.stderr
+    (path,) = (tree.root / "dist").glob("*.whl")
+    with zipfile.ZipFile(path) as wheel:
+        names = wheel.namelist()
+        (about,) = (name for name in names if name.endswith(".dist-info/WHEEL"))
+        text = wheel.read(about).decode()
+    name, number, tag = path.stem.split("-", 2)
+    assert (name, number) == ("kdkernels", version())
+    return tag, names, text
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="manylinux is Linux")
+def test_one_wheel_for_all_pythons(tree: Tree) -> None:
+    """The limited ABI, and manylinux of the newest glibc that the extension asks for; the package alone is in it."""
+    tag, names, about = wheel_of(tree)
+    machine = sysconfig.get_platform().removeprefix("linux-")
+    assert tag == f"cp310-abi3-manylinux_2_28_{machine}"
+    assert f"Tag: {tag}\n" in about
+    assert "Root-Is-Purelib: false" in about
+    package = {name for name in names if not name.startswith(f"kdkernels-{version()}.dist-info/")}
+    python = {path.relative_to(ROOT).as_posix() for path in (ROOT / "kdkernels").glob("**/*.py")}
+    python |= {f"kdkernels/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "triton_kernels").glob("*.py")}
+    assert package == python | {"kdkernels/py.typed", "kdkernels/_C.abi3.so"}
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+def test_a_wheel_without_the_extension(tree: Tree) -> None:
+    """It is plain Python, and its tag says so."""
+    tag, names, about = wheel_of(tree, KDKERNELS_BUILD_CPU="0")
+    assert tag == "py3-none-any"
+    assert "Root-Is-Purelib: true" in about
+    assert not any(name.startswith("kdkernels/_C") for name in names)
+
+
+@pytest.mark.parametrize(
+    ("symbols", "minor"),
+    [
+        (b"\0GLIBC_2.17\0GLIBC_2.9\0", 17),
+        (b"\0GLIBC_2.2.5\0GLIBCXX_3.4.32\0GLIBC_PRIVATE\0", 2),
+        (b"\0made by musl\0", None),
+    ],
+)
+def test_the_glibc_of_a_library(functions: dict[str, Any], symbols: bytes, minor: int | None, tmp_path: Path) -> None:
+    (tmp_path / "library.so").write_bytes(symbols)
+    assert functions["glibc_minor"](tmp_path / "library.so") == minor
+
+
+def test_the_extension_needs_torch_alone() -> None:
+    """So that one wheel serves every Python and torch, with CUDA or without: no CUDA and no Python library."""
+    require("cpu")
+    readelf = shutil.which("readelf")
+    if sys.platform != "linux" or readelf is None:
+        pytest.skip("readelf, of the C++ compiler's tools, is not on the PATH")
+    (extension,) = Path(ops.__file__).parent.glob("_C*")
+    assert extension.name == "_C.abi3.so"
+    text = subprocess.run([readelf, "-dW", extension], capture_output=True, text=True, check=True).stdout
+    needed = set(re.findall(r"\(NEEDED\).*\[(\w+)", text))
+    assert {"libtorch_cpu", "libc"} <= needed
+    assert needed <= {"libtorch", "libtorch_cpu", "libc10", "libstdc", "libgcc_s", "libm", "libc", "libdl", "ld"}
+
+
 @pytest.mark.parametrize(
     ("nvcc", "message"),
     [
@@ -180,7 +261,7 @@ def test_sources_are_distributed_whole(tree: Tree) -> None:
 def test_no_cuda_compiler_where_native_kernels_are_required(tree: Tree, nvcc: str, message: str) -> None:
     tree.compiler("failing", status=1)
     lazy = tree.compiler("lazy")
-    lazy.write_text(lazy.read_text().replace('echo made > "$2"', ":"))
+    lazy.write_text(lazy.read_text().replace('> "$2"', "> /dev/null"))
     done = tree.build(KDKERNELS_NVCC=str(tree.tools / nvcc), KDKERNELS_REQUIRE_NATIVE="1")  # an absolute path stays
     assert done.returncode != 0
     assert message in done.stderr

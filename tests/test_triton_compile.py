@@ -83,6 +83,7 @@ def choices() -> Iterator[set[tuple[Any, ...]]]:
 
 def calls_of_all_sizes() -> Iterator[Call]:
     """Rows and pixels, few classes to many; of losses with one tile, that with the most registers comes first."""
+    # Around the powers of two that a tile may be wide, with 16-byte accesses and without; then what is split.
     short = [10, 15, 16, 28, 30, 60, 64, 66, 100, 127, 128, 200, 255, 500, 512]
     long = [2**n - odd for n in range(10, 15) for odd in (0, 1)] + [30000, 70000, 130000]
     pixels = [(1, c, 16, 16) for c in (10, 19, 50, 100, 200, 500, 1000)]

@@ -1,10 +1,4 @@
-"""The Triton backend's compiled kernels, run: for sm_80 and sm_90 in the simulator, or on the GPU there is.
-
-The host code is the user's: the public API, with nothing changed but where launches go. The simulator checks every
-access against the tensors' bounds, shared memory for races, global memory for races between programs, and that nothing
-is read that nobody wrote; results are held to the accuracy table against the float64 reference. What the kernels may
-cost is counted at the end.
-"""
+"""The Triton backend's compiled kernels where their own tiles and costs matter, run as in test_simulator.py."""
 
 from __future__ import annotations
 
@@ -38,59 +32,6 @@ def of_objective(value: Objective, parts: tuple[str, ...]) -> Case:
 
 
 # What is computed -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ALL)
-def test_every_loss(name: str) -> None:
-    """Several rows a program, and a last program with fewer."""
-    inputs = make_inputs((21, 100))
-    check(ALL[name], inputs.student, inputs.teacher, FUSED, LAST, target=inputs.target)
-
-
-@pytest.mark.parametrize("name", ["kd", "bdd_two_temperatures", "gdkd3", "everything", "pr_dkd", "ls_gdkd"])
-def test_recomputed(name: str) -> None:
-    """The gradient by its own sweep, from what forward kept, with a factor from above for each sample."""
-    inputs = make_inputs((9, 100))
-    check(ALL[name], inputs.student, inputs.teacher, RECOMPUTE, LAST, target=inputs.target, reduction="none")
-
-
-@pytest.mark.parametrize(
-    ("name", "dtypes"),
-    [
-        *((name, (dtype, dtype)) for name in ("dkd", "gdkd", "ls_dkd", "pr_kd") for dtype in (F16, BF16)),
-        ("dkd", (F64, F64)),
-        ("everything", (F64, F64)),
-        ("dkd", (torch.float32, BF16)),
-        ("dkd", (BF16, torch.float32)),
-    ],
-    ids=name_of,
-)
-def test_dtypes(name: str, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
-    inputs = make_inputs((5, 96), *dtypes)
-    check(ALL[name], inputs.student, inputs.teacher, FUSED, LAST, **needed_target(ALL[name], inputs.target))
-
-
-@pytest.mark.parametrize(
-    ("name", "shape"),
-    [
-        ("dkd", (1, 2)),  # the smallest two groups: one class each
-        ("gdkd", (70, 10)),  # many rows a program
-        ("dkd", (3, 257)),  # one more than a power of two
-        ("gdkd", (2, 1000)),
-        ("dkd", (2, 4096)),  # exactly a tile, in wide accesses
-        ("dkd", (2, 4095)),  # and in narrow ones
-        ("gdkd3", (1, 8192)),  # exponentials that do not fit on chip are computed twice
-        ("dkd", (1, 16383)),  # likewise, in narrow accesses
-        ("gdkd", (1, 16384)),  # the longest rows that fit on chip
-        ("dkd", (2, 9000)),  # tiles beyond the last class
-        ("dkd", (2, 16385)),  # one class more: split
-        ("gdkd", (1, 40000)),
-    ],
-    ids=name_of,
-)
-def test_row_lengths(name: str, shape: tuple[int, int]) -> None:
-    inputs = make_inputs(shape)
-    check(ALL[name], inputs.student, inputs.teacher, FUSED, LAST, **needed_target(ALL[name], inputs.target))
 
 
 @pytest.mark.parametrize(
@@ -155,80 +96,10 @@ def test_two_selections_in_split_samples(
     assert sim is None or "split_kernel" in sim.stats
 
 
-@pytest.mark.parametrize(
-    ("name", "shape"),
-    [
-        ("everything", (2, 19, 8, 16)),  # whole blocks of pixels
-        ("ls_dkd", (2, 19, 8, 16)),
-        ("dkd", (2, 21, 5, 7)),  # and parts of one
-        ("gdkd3", (2, 21, 5, 7)),
-        ("pr_dkd", (2, 21, 5, 7)),
-        ("dkd", (1, 1000, 5, 6)),  # more classes than fit on chip
-        ("gdkd", (1, 1000, 5, 6)),
-    ],
-    ids=name_of,
-)
-def test_pixels(name: str, shape: tuple[int, ...]) -> None:
-    """Channels first: what is next to one another in memory are samples."""
-    inputs = make_inputs(shape)
-    options = {"target": inputs.target, "reduction": "batchmean"}
-    check(ALL[name], inputs.student, inputs.teacher, FUSED, LAST, **options)
-
-
-@pytest.mark.skipif(len(ARCHITECTURES) == 1, reason="a GPU is one architecture")
-@pytest.mark.parametrize(
-    ("name", "shape", "dtype", "path"),
-    [
-        ("dkd", (21, 100), BF16, FUSED),
-        ("gdkd", (2, 4096), F16, RECOMPUTE),
-        ("everything", (5, 100), F64, FUSED),
-        ("bdd", (9, 101), torch.float32, RECOMPUTE),
-        ("dkd", (2, 19, 8, 16), BF16, FUSED),
-        ("pr_dkd", (2, 21, 5, 7), torch.float32, FUSED),
-        ("ls_gdkd", (9, 100), torch.float32, FUSED),
-        ("gdkd3", (2, 17000), torch.float32, FUSED),
-        ("ls_dkd", (2, 17000), BF16, FUSED),
-    ],
-    ids=name_of,
-)
-def test_older_architecture(name: str, shape: tuple[int, ...], dtype: torch.dtype, path: Path) -> None:
-    """A cross-section of all of this for sm_80."""
-    inputs = make_inputs(shape, dtype)
-    check(ALL[name], inputs.student, inputs.teacher, path, ARCHITECTURES[0], target=inputs.target)
-
-
 # What does not count, and what is extreme --------------------------------------------------------------------------
 
 LOWEST = torch.finfo(torch.float32).min
 LAYOUTS = {"rows": (21, 90), "split rows": (5, 17001), "pixels": (2, 21, 5, 7)}
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", ["dkd", "pr_dkd"])
-def test_samples_that_do_not_count(name: str, layout: str) -> None:
-    """Ignored samples and such of weight 0 hold NaN and inf, and are neither read into anything nor left unwritten."""
-    student, teacher, target = make_inputs(LAYOUTS[layout])
-    target, weight = target.flatten(), torch.rand(target.numel()) + 0.5
-    target[::3] = -100
-    weight[1::5] = 0.0
-    nothing = (target == -100) | (weight == 0)
-    samples = student[:, 0].shape
-    for logits, value in ((student, torch.nan), (teacher, torch.inf)):
-        logits.movedim(1, -1)[nothing.reshape(samples)] = value
-    options = {"target": target.reshape(samples), "sample_weight": weight.reshape(samples)}
-    check(ALL[name], student, teacher, FUSED, LAST, **options)
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", ["dkd", "gdkd3", "bdd", "lskd"])
-def test_masked_classes(name: str, layout: str) -> None:
-    """Classes of -inf in both add nothing; in the teacher alone they add nothing to forward divergences."""
-    student, teacher, target = make_inputs(LAYOUTS[layout])
-    for logits in (student, teacher):
-        logits[:, 3:6] = -torch.inf
-    if name != "bdd":  # the reverse divergence would be infinite
-        teacher[:, 7] = -torch.inf
-    check(ALL[name], student, teacher, FUSED, LAST, **needed_target(ALL[name], target.clamp(min=9)))
 
 
 def reverse_in_the_rest(standardize: str | None = None, top: tuple[float, float] = (0.0, 0.0)) -> Case:
@@ -411,23 +282,6 @@ def test_finite_masks_standardised_by_class() -> None:
     check(ALL["pr_kd"], student, teacher, FUSED, LAST)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_target_far_above_the_rest(layout: str) -> None:
-    student, teacher, target = make_inputs(LAYOUTS[layout], scale=1.0)
-    index = target.unsqueeze(1)
-    for logits in (student, teacher):
-        logits.scatter_add_(1, index, torch.full(index.shape, 1e4))
-    check(ALL["dkd"], student, teacher, FUSED, LAST, target=target, reduction="sum")
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_ties_of_the_top_k(layout: str) -> None:
-    """The lowest index wins: the student's logits differ where the teacher's are alike."""
-    student, teacher, _ = make_inputs(LAYOUTS[layout])
-    teacher = (teacher / 2).round() * 2
-    check(ALL["gdkd"], student, teacher, FUSED, LAST)
-
-
 @pytest.mark.parametrize("k", [5, 40])
 def test_leading_classes_in_one_place(k: int) -> None:
     """Of rows in several tiles the best classes may all be in one place of theirs, equal, or as many as there are."""
@@ -439,49 +293,6 @@ def test_leading_classes_in_one_place(k: int) -> None:
     teacher[3] = 1.0
     loss = partial(kdkernels.gdkd_loss, k=k)
     check(Case("gdkd", objective.gdkd(k), loss, ALL["gdkd"].parts), student, teacher, FUSED, LAST)
-
-
-def test_targets_out_of_range() -> None:
-    """No access out of bounds; the sample's loss is NaN and the others' are untouched."""
-    student, teacher, target = make_inputs((6, 90))
-    target[2], target[4] = 90, -1
-    got, _ = run(ALL["dkd"], student, teacher, FUSED, LAST, torch.ones(6), target=target, reduction="none")
-    right = torch.tensor([0, 1, 3, 5])
-    assert got.loss.isnan().tolist() == [False, False, True, False, True, False]
-    part = student[right], teacher[right], FUSED, LAST, torch.ones(4)
-    want, _ = run(ALL["dkd"], *part, target=target[right], reduction="none")
-    assert torch.equal(got.loss[right], want.loss)
-    assert torch.equal(got.gradient[right], want.gradient)
-
-
-def test_views() -> None:
-    """Strides and offsets: each view's bounds are its own, not its storage's."""
-    student, teacher, target = make_inputs((13, 40))
-    wide = torch.full((13, 50), torch.nan)
-    wide[:, 3:43] = student
-    tall = torch.full((40, 13), torch.nan).t()
-    tall.copy_(teacher)
-    check(LOSSES["dkd"], wide[:, 3:43], teacher, FUSED, LAST, target=target)
-    check(LOSSES["dkd"], wide[:, 3:43], tall, RECOMPUTE, LAST, target=target)
-
-
-def test_padded_vocabularies() -> None:
-    """``num_classes``: the padding is never read (it holds NaN) and its gradient is 0."""
-    student, teacher, target = make_inputs((7, 100))
-    student[:, 90:], teacher = torch.nan, teacher[:, :96].contiguous()
-    teacher[:, 90:] = torch.nan
-    case, target = LOSSES["dkd"], target.clamp(max=89)
-    got, _ = run(case, student, teacher, FUSED, LAST, target=target, num_classes=90)
-    whole, _ = run(case, student[:, :90], teacher[:, :90], FUSED, LAST, target=target)
-    assert torch.equal(got.loss, whole.loss)
-    assert torch.equal(got.gradient[:, :90], whole.gradient)
-    assert not got.gradient[:, 90:].any()
-
-
-def test_denominator_and_factor() -> None:
-    student, teacher, target = make_inputs((7, 90))
-    options = {"target": target, "denominator": torch.tensor(11.0)}
-    check(LOSSES["dkd"], student, teacher, FUSED, LAST, torch.tensor(3.0), **options)
 
 
 # What it costs -----------------------------------------------------------------------------------------------------

@@ -8,12 +8,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
-import torch
-from helpers import Outcome, Path, arithmetic_dtype, assert_same, expected, measured, upstream_like
+from helpers import Outcome, Path
 from losses import Case
+from simulated import ARCHITECTURES, DEVICE, check_on, run_on
 from torch import Tensor
 
 pytest.importorskip("triton")
@@ -23,10 +24,8 @@ if os.environ.get("TRITON_INTERPRET", "0") != "0":
 from ptxsim.triton_driver import CompileDriver, SimDriver, compiling_triton, patched_triton
 from triton.backends.compiler import GPUTarget
 
-#: A GPU, where there is one, or else the CPU's memory, which the simulator works on.
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-#: What the simulator compiles for; one GPU compiles for itself.
-ARCHITECTURES = (80, 90) if DEVICE.type == "cpu" else (0,)
+NAME = "triton"
+FIRST, LAST = ARCHITECTURES[0], ARCHITECTURES[-1]
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -69,35 +68,27 @@ def compiler(target: str) -> Iterator[CompileDriver]:
         yield compiled
 
 
-def moved(value: Any, to: torch.device) -> Any:
-    """``value`` on another device if it is a tensor: its whole storage, with the strides and offset it has in it."""
-    if not isinstance(value, Tensor) or value.device == to:
-        return value
-    storage = torch.empty(0, dtype=value.dtype, device=value.device).set_(value.untyped_storage())
-    return storage.to(to).as_strided(value.shape, value.stride(), value.storage_offset())
-
-
 def run(
     case: Case, student: Tensor, teacher: Tensor, path: Path, arch: int, upstream: Tensor | None = None, **options: Any
 ) -> tuple[Outcome, SimDriver | None]:
-    """Loss, gradient and parts as a user gets them, on the CPU again, and the simulator that computed them."""
-    there = {name: moved(value, DEVICE) for name, value in options.items()}
-    with device(arch) as sim:
-        got = measured(
-            case.call, moved(student, DEVICE), moved(teacher, DEVICE), moved(upstream, DEVICE), **path.options, **there
-        )
-    cpu = torch.device("cpu")
-    return Outcome(got.loss.cpu(), got.gradient.cpu(), {k: moved(part, cpu) for k, part in got.parts.items()}), sim
+    """:func:`simulated.run_on` this backend."""
+    return run_on(partial(device, arch), case, student, teacher, path, upstream, **options)
 
 
 def check(
-    case: Case, student: Tensor, teacher: Tensor, path: Path, arch: int, upstream: Tensor | None = None, **options: Any
+    case: Case,
+    student: Tensor,
+    teacher: Tensor,
+    path: Path,
+    arch: int,
+    upstream: Tensor | None = None,
+    return_parts: bool = True,
+    **options: Any,
 ) -> SimDriver | None:
-    """:func:`run`, held to the accuracy table against the float64 reference."""
-    want = expected(case.objective, student, teacher, upstream, **options)
-    if upstream is None and want.loss.dim():
-        upstream = upstream_like(want.loss).to(arithmetic_dtype(student, teacher))
-    got, sim = run(case, student, teacher, path, arch, upstream, return_parts=True, **options)
-    assert_same(got, want, student, teacher, of_gpu=True)
-    assert tuple(got.parts) == case.parts
-    return sim
+    """:func:`simulated.check_on` this backend."""
+    return check_on(partial(device, arch), case, student, teacher, path, upstream, return_parts, **options)
+
+
+def missing() -> str | None:
+    """Why nothing of this can run here: it always can."""
+    return None
