@@ -80,10 +80,16 @@ KDK_HOST_DEVICE void add_masses(const Sweep& sweep, const R* student_lse, const 
   const Masses<R> student = group_masses<M>(student_lse, groups), teacher = group_masses<M>(teacher_lse, groups);
   const R *q = student.mass, *p = teacher.mass;
   R log_ratio[kMaxGroups], forward{}, reverse{};
+  const R infinite = R{} + INFINITY;
   for (int g = 0; g < groups; ++g) {
     log_ratio[g] = teacher.log_mass[g] - student.log_mass[g];
     forward += ForwardKl::phi(p[g], q[g], log_ratio[g]);
     reverse += ReverseKl::phi(p[g], q[g], log_ratio[g]);
+    // A group that one side alone masks, however little the other has: its mass may underflow.
+    const R student_only = teacher_lse[g] == -infinite ? infinite : R{};
+    const R teacher_only = student_lse[g] == -infinite ? infinite : R{};
+    reverse += student_lse[g] > -infinite ? student_only : R{};
+    forward += teacher_lse[g] > -infinite ? teacher_only : R{};
   }
   for (int g = 0; g < groups; ++g) {
     // psi_g - q_g * sum of psi, as a sum of differences: nothing large cancels where a group holds nearly all the mass.

@@ -208,30 +208,19 @@ class ChannelWorker {
     return valid > 0;
   }
 
-  // LOAD: logits as the terms see them, and raw ones of the student if the cross entropy needs those too.
-  void load_logits() {
+  // LOAD and SELECT: logits as the terms see them, and raw ones of the student if the cross entropy needs those too.
+  // Selected are the best classes, or those that are given. By sample raw logits are ranked: their order is the same,
+  // and large ones differ where standardised they do not.
+  void load(const int64_t* selected) {
     read_planes(0, logits_[0]);
     read_planes(1, logits_[1]);
-    if (o_.standardize == Standardize::none) return;
-    if (o_.has_ce()) std::copy_n(logits_[0], p_.classes * pitch_, raw_);
-    for (int side = 0; side < 2; ++side) standardize_planes(side);
-  }
-
-  // SELECT, for all sweeps.
-  void select() {
-    for (int s = 0; s < o_.sweeps; ++s) {
-      const Partition& partition = o_.sweep[s].partition;
-      if (!partition.by_rank()) continue;
-      partition.k <= kFewSelected ? select_few(partition, selected_[s]) : select_many(partition, selected_[s]);
+    const bool raw = o_.standardize != Standardize::by_class;
+    if (raw) selected ? set_selected(selected) : select();
+    if (o_.standardize != Standardize::none) {
+      if (o_.has_ce()) std::copy_n(logits_[0], p_.classes * pitch_, raw_);
+      for (int side = 0; side < 2; ++side) standardize_planes(side);
     }
-    set_targets();
-  }
-  // Takes what is selected by rank from, or writes it to, one sample after the other.
-  void set_selected(const int64_t* from) {
-    each_selected([&](int32_t& place, int i, int64_t at) {
-      place = scratch_.valid[i] != 0 ? static_cast<int32_t>(from[at]) : 0;  // else there may be anything
-    });
-    set_targets();
+    if (!raw) selected ? set_selected(selected) : select();
   }
   void get_selected(int64_t* to) const {
     each_selected([&](int32_t& place, int i, int64_t at) {
@@ -418,6 +407,23 @@ class ChannelWorker {
     scratch_.factor[side][i] = norm.factor;
     scratch_.offset[side][i] = norm.offset;
     if (side == 0) scratch_.unit_slope[i] = unit_slope(o_, moments);
+  }
+
+  // SELECT, for all sweeps.
+  void select() {
+    for (int s = 0; s < o_.sweeps; ++s) {
+      const Partition& partition = o_.sweep[s].partition;
+      if (!partition.by_rank()) continue;
+      partition.k <= kFewSelected ? select_few(partition, selected_[s]) : select_many(partition, selected_[s]);
+    }
+    set_targets();
+  }
+  // Takes what is selected by rank from one sample after the other.
+  void set_selected(const int64_t* from) {
+    each_selected([&](int32_t& place, int i, int64_t at) {
+      place = scratch_.valid[i] != 0 ? static_cast<int32_t>(from[at]) : 0;  // else there may be anything
+    });
+    set_targets();
   }
 
   // The selected classes of target partitions.
@@ -796,8 +802,7 @@ class ChannelRunner {
         if (!totals) std::fill_n(values.of_samples + first * values.columns, count * values.columns, 0.0);
         return worker.clear(0);
       }
-      worker.load_logits();
-      worker.select();
+      worker.load(nullptr);
       worker.reduce();
       worker.finalize(finalizer);
       store_values(worker.lanes(), values, first, count, totals);
@@ -811,8 +816,7 @@ class ChannelRunner {
     std::fill_n(selected, p_.samples * size, 0);
     each_tile({}, [&](ChannelWorker& worker, int64_t first, int count, double*) {
       if (!worker.begin_tile(first, count)) return;
-      worker.load_logits();
-      worker.select();
+      worker.load(nullptr);
       worker.get_selected(selected);
     });
   }
@@ -822,8 +826,7 @@ class ChannelRunner {
     std::fill_n(stats, p_.samples * size, 0.0f);
     each_tile({}, [&](ChannelWorker& worker, int64_t first, int count, double*) {
       if (!worker.begin_tile(first, count)) return;
-      worker.load_logits();
-      worker.set_selected(selected);
+      worker.load(selected);
       worker.reduce();
       for (int i = 0; i < count; ++i)
         for (int64_t c = 0; c < size && p_.weight(first + i) != 0; ++c)
@@ -850,8 +853,7 @@ class ChannelRunner {
         sums,
         [&](ChannelWorker& worker, int64_t first, int count, double*) {
           if (!worker.begin_tile(first, count)) return worker.clear(0);
-          worker.load_logits();
-          worker.set_selected(selected);
+          worker.load(selected);
           worker.reduce();  // for the exponentials
           worker.set_coefficients();
           worker.apply();

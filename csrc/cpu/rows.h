@@ -131,7 +131,11 @@ class RowWorker {
     const Partition& partition = o_.sweep[s].partition;
     Selection selection(best, partition.k, partition.largest);
     each_tile(chunk * kChunk, std::min(p_.classes, (chunk + 1) * kChunk), [&](int64_t begin, int count) {
-      selection.add(source(row, 1, begin, count, scratch_.teacher), begin, count);
+      // By sample raw logits are ranked: their order is the same, and large ones differ where standardised they do not.
+      const bool raw = o_.standardize != Standardize::by_class;
+      selection.add(raw ? read_classes(p_.teacher, row.teacher, begin, count, scratch_.teacher)
+                        : source(row, 1, begin, count, scratch_.teacher),
+                    begin, count);
     });
     selection.finish();
   }
