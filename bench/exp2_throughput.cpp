@@ -2,33 +2,31 @@
 // of one instruction set.
 #include <chrono>
 
-#include "../csrc/cpu/kernel_includes.h"
-
-namespace kdk {
-namespace {
+#define KDK_NAMESPACE kdk::bench
 #include "../csrc/cpu/simd.h"
 
+namespace kdk::bench {
+namespace {
+
 // Nanoseconds an exponential, of enough vectors side by side that none waits for another.
-template <class T>
 double nanoseconds() {
   constexpr int kVectors = 12, kRounds = 20000;
-  Vec<T> x[kVectors];
-  for (int i = 0; i < kVectors; ++i) x[i] = broadcast(T(-0.1) * (i + 1));
+  Vec x[kVectors];
+  for (int i = 0; i < kVectors; ++i) x[i] = broadcast(-0.1f * (i + 1));
   double best = INFINITY;
   for (int repeat = 0; repeat < 20; ++repeat) {
     const auto start = std::chrono::steady_clock::now();
     for (int round = 0; round < kRounds; ++round)
-      for (Vec<T>& v : x) v = exp2(-v);  // stays within (1/2, 1): no exponent is special
+      for (Vec& v : x) v = exp2(-v);  // stays within (1/2, 1): no exponent is special
     const std::chrono::duration<double, std::nano> passed = std::chrono::steady_clock::now() - start;
-    best = std::min(best, passed.count() / (double(kRounds) * kVectors * kLanes<T>));
+    best = std::min(best, passed.count() / (double(kRounds) * kVectors * kLanes));
   }
-  volatile T keep = 0;
-  for (const Vec<T>& v : x) keep = keep + v[0];
+  volatile float keep = 0;
+  for (const Vec& v : x) keep = keep + v[0];
   return best;
 }
-}  // namespace
-}  // namespace kdk
 
-extern "C" double exp2_nanoseconds(int is_double) {
-  return is_double ? kdk::nanoseconds<double>() : kdk::nanoseconds<float>();
-}
+}  // namespace
+}  // namespace kdk::bench
+
+extern "C" double exp2_nanoseconds() { return kdk::bench::nanoseconds(); }

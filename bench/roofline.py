@@ -38,7 +38,7 @@ _SHAPES = ["256x100", "256x1000", "1024x1000", "64x32000", "128x128256"]
 
 
 @functools.cache
-def exp2_seconds(instruction_set: str | None, dtype: torch.dtype) -> float | None:
+def exp2_seconds(instruction_set: str | None) -> float | None:
     """Seconds one exponential takes one thread; None where there is no compiler to find out with."""
     compiler = shutil.which("c++")
     if compiler is None or instruction_set is None:
@@ -51,18 +51,17 @@ def exp2_seconds(instruction_set: str | None, dtype: torch.dtype) -> float | Non
         subprocess.run(command, check=True)
         function = ctypes.CDLL(str(library)).exp2_nanoseconds
         function.restype = ctypes.c_double
-        return function(int(dtype == torch.float64)) * 1e-9
+        return function() * 1e-9
 
 
 def exponentials(loss: Loss) -> int:
-    """Exponentials a class: of student and teacher, at each temperature that is not half of another (a square does)."""
-    temperatures = {value for name, value in loss.numbers.items() if "temperature" in name}
-    return 2 * len({value for value in temperatures if 2 * value not in temperatures})
+    """Exponentials a class: of student and teacher, at each temperature."""
+    return 2 * len({value for name, value in loss.numbers.items() if "temperature" in name})
 
 
-def bound_seconds(loss: Loss, shape: Shape, dtype: torch.dtype, floor: float, read: float) -> float | None:
+def bound_seconds(loss: Loss, shape: Shape, floor: float, read: float) -> float | None:
     """The least time of the loss with its gradient, from those of reading both matrices, and of writing a third too."""
-    one = exp2_seconds(kdkernels.cpu_instruction_set() if ops.unavailable is None else None, dtype)
+    one = exp2_seconds(kdkernels.cpu_instruction_set() if ops.unavailable is None else None)
     if one is None:
         return None
     arithmetic = exponentials(loss) * shape.samples * shape.classes * one / torch.get_num_threads()
@@ -92,10 +91,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1.0, help="time of each shape (default 1)")
     options = parser.parse_args()
     print(report.describe(report.machine(torch.device("cpu"))), "\n")
-    for dtype in (torch.float32, torch.float64):
-        for name in ops.INSTRUCTION_SETS if ops.unavailable is None else ():
-            one = exp2_seconds(name, dtype)
-            print(f"exp2, {dtype}, {name}: {'no C++ compiler' if one is None else f'{one * 1e9:.3f} ns a thread'}")
+    for name in ops.INSTRUCTION_SETS if ops.unavailable is None else ():
+        one = exp2_seconds(name)
+        print(f"exp2, {name}: {'no C++ compiler' if one is None else f'{one * 1e9:.3f} ns a thread'}")
     lines = []
     for shape in options.shapes:
         student, teacher = torch.randn(2, shape.samples, shape.classes).unbind()
@@ -105,7 +103,7 @@ def main() -> None:
         rates = [f"{times * matrix / seconds / 1e9:.3g}" for times, seconds in ((2, read), (2, copy), (3, floor))]
         bounds = []
         for name in options.losses:
-            bound = bound_seconds(LOSSES[name], shape, student.dtype, floor, read)
+            bound = bound_seconds(LOSSES[name], shape, floor, read)
             bounds.append("-" if bound is None else f"{bound * 1e3:.3g}")
         lines.append([shape.name, *rates, f"{floor * 1e3:.3g}", *bounds])
     header = ["float32", "read GB/s", "copy GB/s", "add GB/s", "floor ms", *(f"{name} ms" for name in options.losses)]

@@ -347,10 +347,10 @@ def fill_bounds(
     rows: dict[tuple[str, str], Row], case: Case, samples: dict[str, list[float]], reads: list[float]
 ) -> None:
     """Ratios of our times to the least the machine allows, round by round (see bench/roofline.py)."""
-    if not reads or roofline.bound_seconds(LOSSES[case.loss], case.shape, case.dtype, 0.0, 0.0) is None:
+    if not reads or roofline.bound_seconds(LOSSES[case.loss], case.shape, 0.0, 0.0) is None:
         return
     measured = zip(samples["floor"], reads, strict=True)
-    bounds = [roofline.bound_seconds(LOSSES[case.loss], case.shape, case.dtype, *times) for times in measured]
+    bounds = [roofline.bound_seconds(LOSSES[case.loss], case.shape, *times) for times in measured]
     for name in filter(report.is_ours, samples):
         rows[TRAINING, name].times_the_bound = median_ratio(samples[name], bounds)
 

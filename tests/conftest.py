@@ -79,8 +79,8 @@ def _asks_for_the_simulator(config: pytest.Config) -> bool:
 
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
-    """Between files what they had compiled is freed."""
-    if nextitem is None or nextitem.path != item.path:
+    """What tests had compiled is freed between files, and in one that has much of it."""
+    if nextitem is None or nextitem.path != item.path or caches.resident_bytes() > 1.5e9:
         caches.free()
 
 
