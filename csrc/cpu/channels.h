@@ -211,7 +211,7 @@ class ChannelWorker {
   // LOAD and SELECT: logits as the terms see them, and raw ones of the student if the cross entropy needs those too.
   // Selected are the best classes, or those that are given. By sample raw logits are ranked: their order is the same,
   // and large ones differ where standardised they do not.
-  void load(const int64_t* selected) {
+  void load_logits(const int64_t* selected) {
     read_planes(0, logits_[0]);
     read_planes(1, logits_[1]);
     const bool raw = o_.standardize != Standardize::by_class;
@@ -802,7 +802,7 @@ class ChannelRunner {
         if (!totals) std::fill_n(values.of_samples + first * values.columns, count * values.columns, 0.0);
         return worker.clear(0);
       }
-      worker.load(nullptr);
+      worker.load_logits(nullptr);
       worker.reduce();
       worker.finalize(finalizer);
       store_values(worker.lanes(), values, first, count, totals);
@@ -816,7 +816,7 @@ class ChannelRunner {
     std::fill_n(selected, p_.samples * size, 0);
     each_tile({}, [&](ChannelWorker& worker, int64_t first, int count, double*) {
       if (!worker.begin_tile(first, count)) return;
-      worker.load(nullptr);
+      worker.load_logits(nullptr);
       worker.get_selected(selected);
     });
   }
@@ -826,7 +826,7 @@ class ChannelRunner {
     std::fill_n(stats, p_.samples * size, 0.0f);
     each_tile({}, [&](ChannelWorker& worker, int64_t first, int count, double*) {
       if (!worker.begin_tile(first, count)) return;
-      worker.load(selected);
+      worker.load_logits(selected);
       worker.reduce();
       for (int i = 0; i < count; ++i)
         for (int64_t c = 0; c < size && p_.weight(first + i) != 0; ++c)
@@ -853,7 +853,7 @@ class ChannelRunner {
         sums,
         [&](ChannelWorker& worker, int64_t first, int count, double*) {
           if (!worker.begin_tile(first, count)) return worker.clear(0);
-          worker.load(selected);
+          worker.load_logits(selected);
           worker.reduce();  // for the exponentials
           worker.set_coefficients();
           worker.apply();
