@@ -86,10 +86,10 @@ KDK_HOST_DEVICE void add_masses(const Sweep& sweep, const R* student_lse, const 
     forward += ForwardKl::phi(p[g], q[g], log_ratio[g]);
     reverse += ReverseKl::phi(p[g], q[g], log_ratio[g]);
     // A group that one side alone masks, however little the other has: its mass may underflow.
-    const R student_only = teacher_lse[g] == -infinite ? infinite : R{};
-    const R teacher_only = student_lse[g] == -infinite ? infinite : R{};
-    reverse += student_lse[g] > -infinite ? student_only : R{};
-    forward += teacher_lse[g] > -infinite ? teacher_only : R{};
+    const R student_only = kl[g].inv_teacher_sum == 0 ? infinite : R{};
+    const R teacher_only = kl[g].inv_student_sum == 0 ? infinite : R{};
+    reverse += kl[g].inv_student_sum == 0 ? R{} : student_only;
+    forward += kl[g].inv_teacher_sum == 0 ? R{} : teacher_only;
   }
   for (int g = 0; g < groups; ++g) {
     // psi_g - q_g * sum of psi, as a sum of differences: nothing large cancels where a group holds nearly all the mass.
