@@ -228,11 +228,15 @@ class ChannelWorker {
   }
   // Takes what is selected by rank from, or writes it to, one sample after the other.
   void set_selected(const int64_t* from) {
-    each_selected([&](int32_t& place, int64_t at) { place = static_cast<int32_t>(from[at]); });
+    each_selected([&](int32_t& place, int i, int64_t at) {
+      place = scratch_.valid[i] != 0 ? static_cast<int32_t>(from[at]) : 0;  // else there may be anything
+    });
     set_targets();
   }
   void get_selected(int64_t* to) const {
-    each_selected([&](int32_t& place, int64_t at) { to[at] = place; });
+    each_selected([&](int32_t& place, int i, int64_t at) {
+      if (i < count_) to[at] = place;
+    });
   }
 
   // REDUCE: statistics of all groups, a sample a lane.
@@ -429,7 +433,7 @@ class ChannelWorker {
     for (int s = 0; s < o_.sweeps; ++s) {
       if (!o_.sweep[s].partition.by_rank()) continue;
       for (int rank = 0; rank < o_.sweep[s].partition.k; ++rank, ++column)
-        for (int i = 0; i < count_; ++i) body(selected_[s][rank * tile_ + i], (first_ + i) * size + column);
+        for (int i = 0; i < tile_; ++i) body(selected_[s][rank * tile_ + i], i, (first_ + i) * size + column);
     }
   }
 
