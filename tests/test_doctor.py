@@ -8,13 +8,15 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from helpers import device_of, require
+from torch import Tensor
 
 from kdkernels import dispatch, doctor, ops
+from kdkernels.backends import BACKENDS
 
 
 @pytest.mark.parametrize("case", doctor.CASES)
@@ -32,21 +34,21 @@ def test_all_is_well(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(case in line for case in doctor.CASES)
 
 
-def broken(forward: Callable[[ops.Outputs], Any]) -> ops.Ops:
-    """The CPU's ops with outputs of forward that ``forward`` has changed."""
-    require("cpu")
-    changed = copy.copy(ops.OPS["cpu"])
-    original = changed.forward
-    changed.forward = lambda *arguments: forward(ops.Outputs(*original(*arguments)))
-    return changed
+class Outputs(NamedTuple):
+    """What the op ``fused`` returns."""
+
+    loss: Tensor
+    parts: Tensor | None
+    gradient: Tensor
+    sums: Tensor | None
 
 
-def raises(outputs: ops.Outputs) -> None:
+def raises(outputs: Outputs) -> None:
     raise RuntimeError("no kernel image\nis available")
 
 
 @pytest.mark.parametrize(
-    ("forward", "said"),
+    ("change", "said"),
     [
         (lambda outputs: outputs._replace(loss=1.1 * outputs.loss), "KD is "),
         (lambda outputs: outputs._replace(loss=outputs.loss * torch.nan), "KD is nan where the reference is "),
@@ -57,12 +59,17 @@ def raises(outputs: ops.Outputs) -> None:
     ids=["loss", "loss of NaN", "gradient", "gradient of NaN", "error"],
 )
 def test_a_wrong_result(
-    forward: Callable[[ops.Outputs], Any],
+    change: Callable[[Outputs], Any],
     said: str,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setitem(ops.OPS, "cpu", broken(forward))
+    """Of kernels whose outputs are changed."""
+    require("cpu")
+    way = copy.copy(BACKENDS["cpu"]._fused)
+    op = way.op
+    way.op = lambda *inputs: change(Outputs(*op(*inputs)))
+    monkeypatch.setattr(BACKENDS["cpu"], "_fused", way)
     assert doctor.main() == 1
     (line,) = (line for line in capsys.readouterr().out.splitlines() if "cpu on cpu" in line)
     assert "WRONG" in line
