@@ -272,7 +272,7 @@ class _Forward(Way):
         if not self.recomputes:
             return (gradient,)
         student, teacher, target, _, _, moments = arguments[:SETTINGS]
-        return student, teacher, target, saved, members, moments, gradient
+        return student, teacher, target, saved, members, moments, None if moments is None else gradient
 
     def gradient(self, settings: Settings, kept: Tensors, grad_loss: Tensor, again: bool, ours: bool) -> Tensor:
         structure, numbers, _, _, class_dim, num_classes, _, _, group = settings

@@ -65,6 +65,7 @@ def work(rank: int, folder: str) -> None:
     )
     loss.backward()
     torch.save((loss.detach(), check.gradients(model)), Path(folder) / f"{rank}.pt")
+    dist.barrier()  # a process that leaves early takes the others' connection along
     dist.destroy_process_group()
 
 
