@@ -877,7 +877,7 @@ class ChannelRunner {
   // whatever the threads.
   template <class Body>
   void each_tile(const Sums& sums, const Body& body, const NormBackward* flow = nullptr) const {
-    constexpr int64_t kBlockLogits = 1 << 18, kMostSummed = 16;
+    constexpr int64_t kBlockLogits = 1 << 13, kMostSummed = 16;
     const int64_t most = sums.of_classes ? kMostSummed : runs_.count * runs_.most * p_.classes / kBlockLogits;
     const int64_t blocks = std::clamp<int64_t>(most, 1, std::max<int64_t>(runs_.count, 1));
     const int64_t classes = sums.of_classes ? p_.classes : 0;
@@ -893,8 +893,8 @@ class ChannelRunner {
         of_block.flush();
       }
     });
-    if (classes) add_blocks(of_classes, blocks, sums.of_classes);
-    if (sums.totals) add_blocks(totals, blocks, sums.totals);
+    if (classes) add_blocks(of_classes, blocks, sums.of_classes, parallel_);
+    if (sums.totals) add_blocks(totals, blocks, sums.totals, parallel_);
   }
 
   const Problem& p_;

@@ -65,18 +65,22 @@ struct SampleBlocks {
 
   explicit SampleBlocks(const Problem& p, int64_t least_logits = 1 << 13) : samples(p.samples) {
     constexpr int64_t most = 16, most_sums = 1 << 20;
-    while (2 * count <= most && 2 * count * least_logits <= samples * p.classes && 2 * count * p.classes <= most_sums)
+    constexpr int64_t least_samples = 16;  // whose sums are added up in float before they go on in double precision
+    while (2 * count <= most && 2 * count * least_logits <= samples * p.classes && 2 * count * p.classes <= most_sums &&
+           2 * count * least_samples <= samples)
       count *= 2;
   }
   int64_t begin(int64_t block) const { return block * samples / count; }
 };
 
 // Adds up the blocks' sums.
-inline void add_blocks(const std::vector<double>& partial, int64_t blocks, double* sums) {
+inline void add_blocks(const std::vector<double>& partial, int64_t blocks, double* sums, const Parallel& parallel) {
   const int64_t size = static_cast<int64_t>(partial.size()) / blocks;
-  std::copy_n(partial.data(), size, sums);
-  for (int64_t b = 1; b < blocks; ++b)
-    for (int64_t j = 0; j < size; ++j) sums[j] += partial[b * size + j];
+  parallel.run(0, size, 1 << 14, [&](int64_t begin, int64_t end) {
+    std::copy(partial.data() + begin, partial.data() + end, sums + begin);
+    for (int64_t b = 1; b < blocks; ++b)
+      for (int64_t j = begin; j < end; ++j) sums[j] += partial[b * size + j];
+  });
 }
 
 // Sums over samples, for each class, of the gradient in the standardised logit and of its product with that logit.

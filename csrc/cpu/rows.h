@@ -733,7 +733,7 @@ class RowRunner {
         of_block.flush();
       }
     });
-    add_blocks(partial, blocks.count, sums);
+    add_blocks(partial, blocks.count, sums, parallel_);
   }
 
   const Problem& p_;
