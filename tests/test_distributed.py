@@ -42,6 +42,7 @@ def _in_group(
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=processes)
     try:
         torch.save(body(rank, *arguments), folder / f"{rank}.pt")
+        dist.barrier()  # a process that leaves early takes the others' connection along
     finally:
         dist.destroy_process_group()
 
