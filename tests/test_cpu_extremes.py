@@ -366,6 +366,25 @@ def test_leading_classes_changed_by_a_hook(layout: str) -> None:
         loss.backward()
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_selected_classes_of_which_one_tile_is_masked(layout: str) -> None:
+    """One class more than a tile of rows holds (2048): the last of them is no group of its own."""
+    student, teacher, _ = make_inputs((3, 3000))
+    teacher = teacher.sort(1, descending=True).values
+    student[:, :2048] = -torch.inf
+    got, want = (
+        measured(
+            partial(kdkernels.gdkd_loss, k=2049, w0=1.0, w1=0.0, w2=0.0),
+            laid_out(student, layout),
+            laid_out(teacher, layout),
+            backend=backend,
+        )
+        for backend in ("cpu", "reference")
+    )
+    assert_values(got.loss, want.loss, 1e-5)
+    assert_gradient(got.gradient, want.gradient, 1e-5)
+
+
 # Masks of one side where the other underflows -------------------------------------------------------------------------
 
 #: Classes: few, transposed or in double precision; a tile; tiles whose sums begin at origins far below, and merge;

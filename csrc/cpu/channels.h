@@ -35,7 +35,7 @@ inline bool by_channels(const Problem& p) {
   return few || (p.classes < exact_in_float && planes);
 }
 
-// Runs of at most `size` samples, which follow one another in memory where they do so in any of the matrices.
+// Runs of at most `most_samples` samples, which follow one another in memory where they do so in any of the matrices.
 struct SampleRuns {
   int64_t line, runs_of_line, count;
   int most;

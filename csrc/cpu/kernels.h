@@ -61,9 +61,6 @@ struct Values {
   double* totals = nullptr;      // their sums, weighted
 };
 
-// The classes that are selected by rank, selected_size() a sample: sweep by sweep, best first.
-using Selected = int64_t*;
-
 // parallel_for(begin, end, grain, body) calls body(from, to) on threads of the caller's choice.
 using ParallelFor = std::function<void(int64_t, int64_t, int64_t, const std::function<void(int64_t, int64_t)>&)>;
 
@@ -88,8 +85,9 @@ struct Kernels {
   ValidSamples (*valid_samples)(const Problem&, const Parallel&);
   // All steps, a sample after the other: values and, if problem.gradient is there, the gradient.
   void (*fused)(const Problem&, const Values&, double* sums, const Parallel&);
-  // The steps one by one. `selected` is what `select` gave.
-  void (*select)(const Problem&, Selected selected, const Parallel&);
+  // The steps one by one. `selected` are the classes selected by rank, selected_size() a sample: sweep by sweep, best
+  // first.
+  void (*select)(const Problem&, int64_t* selected, const Parallel&);
   void (*reduce)(const Problem&, const int64_t* selected, float* stats, const Parallel&);
   void (*finalize)(const Problem&, const float* stats, const Values&, float* coefficients, const Parallel&);
   // By problem.coefficients. With sums of classes, over all processes, the gradient is not one for constant moments.

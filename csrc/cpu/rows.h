@@ -28,10 +28,13 @@ inline bool may_split(const Problem& p) {
 // Statistics of the classes of one row, or of some of them.
 struct RowStats {
   GroupStats<double> group[kMaxTerms][kMaxGroups];
-  double ce_shift, ce_sum;  // of logits that the terms see standardised
+  double ce_shift = -INFINITY, ce_sum = 0;  // of logits that the terms see standardised
 
-  explicit RowStats(const Objective& o) : ce_shift(-INFINITY), ce_sum(0) {
+  // Makes them those of no class, for the groups that an objective has.
+  void start(const Objective& o) {
     for (int s = 0; s < o.sweeps; ++s) std::fill_n(group[s], o.sweep[s].groups(), GroupStats<double>{});
+    ce_shift = -INFINITY;
+    ce_sum = 0;
   }
   void add_ce(double shift, double sum) {
     const double top = std::max(shift, ce_shift);
@@ -58,6 +61,7 @@ struct RowScratch {
   std::vector<int> unsorted, holes;
   std::vector<std::pair<float, int64_t>> selected_gradients;
   Ranking ranking, best;
+  RowStats stats, part;
 
   Exps tile_exps(bool gap, bool ce) { return {exps[0], exps[1], gap ? exps[2] : nullptr, ce ? exps[3] : nullptr}; }
   static RowScratch& of_this_thread() {
@@ -162,6 +166,7 @@ class RowWorker {
 
   // REDUCE: the rest groups' classes of one chunk.
   void reduce_chunk(const Row& row, int64_t chunk, RowStats& stats) {
+    stats.start(o_);
     each_tile(chunk * kChunk, std::min(p_.classes, (chunk + 1) * kChunk), [&](int64_t begin, int count) {
       const float* student = source(row, 0, begin, count, scratch_.student);
       const float* teacher = source(row, 1, begin, count, scratch_.teacher);
@@ -183,23 +188,19 @@ class RowWorker {
     for (int s = 0; s < o_.sweeps; ++s)
       for (int g = 0; g + 1 < o_.sweep[s].groups(); ++g)
         each_selected(row, s, g, [&](const int64_t* classes, int count) {
+          if (single(s, g)) return reduce_single(row, s, classes, stats.group[s][g]);
           reduce_few(row, s, classes, count, stats.group[s][g]);
         });
   }
 
   // All statistics of a row, into a lane of some columns.
   void reduce(const Row& row, const Columns& to) {
-    RowStats stats(o_);
-    for (int64_t c = 0; c < chunks(p_); ++c) {
-      if (c == 0) {
-        reduce_chunk(row, c, stats);
-      } else {
-        RowStats part(o_);
-        reduce_chunk(row, c, part);
-        stats.merge_rest(o_, part);
-      }
+    reduce_chunk(row, 0, scratch_.stats);
+    for (int64_t c = 1; c < chunks(p_); ++c) {
+      reduce_chunk(row, c, scratch_.part);
+      scratch_.stats.merge_rest(o_, scratch_.part);
     }
-    finish_stats(row, stats, to);
+    finish_stats(row, scratch_.stats, to);
   }
   void finish_stats(const Row& row, RowStats& stats, const Columns& to) {
     reduce_selected(row, stats);
@@ -300,6 +301,8 @@ class RowWorker {
   int64_t tile_index(const Row& row, int64_t begin) const {
     return row.lane * ceil_div(p_.classes, kTile) + begin / kTile;
   }
+  // Whether a group of selected classes is of one class.
+  bool single(int s, int g) const { return o_.sweep[s].partition.group_size(g, p_.classes) == 1; }
   bool tilted_rest(int s) const { return o_.sweep[s].tilted(o_.sweep[s].groups() - 1); }
   Reduction reduction(int s) const { return {o_.sweep[s].inv_t(), o_.sweep[s].reverse, s == 0 && o_.ce_in_sweep()}; }
 
@@ -411,7 +414,6 @@ class RowWorker {
     return top;
   }
   void reduce_few(const Row& row, int s, const int64_t* classes, int count, GroupStats<double>& stats) const {
-    if (count == 1 && stats.student_sum == 0) return reduce_single(row, s, classes, stats);
     const auto load = [&](float absent, Tile& tile) {
       tile = {scratch_.few_student, scratch_.few_teacher, padded(count)};
       return gather(row, classes, count, absent);
@@ -427,7 +429,7 @@ class RowWorker {
       for (int g = 0; g + 1 < o_.sweep[s].groups(); ++g) {
         const GroupCoefficients of = coefficients(row, s, g);
         const Apply& apply = choose_apply(o_.sweep[s].tilted(g), reduction(s).ce, false);
-        if (o_.sweep[s].partition.group_end(g) - o_.sweep[s].partition.group_begin(g) == 1) {
+        if (single(s, g)) {
           list.emplace_back(single_gradient(of), row.selected[s][o_.sweep[s].partition.group_begin(g)]);
           continue;
         }
@@ -508,7 +510,7 @@ class RowWorker {
         const Vec logit = load_first(h + i, count - i, -INFINITY);
         sum += logit == -INFINITY ? Vec{} : logit * load(scratch_.gradient + i);
       }
-      total += horizontal_sum(sum);
+      total += horizontal_sum(sum);  // a tile's: longer chains of roundings would show
     });
     return static_cast<float>(total);
   }
@@ -568,8 +570,7 @@ class RowWorker {
   std::vector<KeptShifts> kept_shifts_[kMaxTerms];
 };
 
-// The steps over all rows
-// ----------------------------------------------------------------------------------------------
+// The steps over all rows.
 
 inline int64_t row_grain(const Problem& p) { return std::max<int64_t>(kGrainClasses / (p.classes + 64), 1); }
 
@@ -621,16 +622,12 @@ class RowRunner {
   void select(int64_t* selected) const {
     const int64_t size = selected_size(p_.objective);
     if (size == 0) return;
+    std::fill_n(selected, p_.samples * size, 0);
     if (!split_) {
       return each_row(selected, [&](RowWorker& worker, const Row& row) {
-        if (counts(row)) {
-          worker.select(row, selected + row.sample * size);
-        } else {
-          std::fill_n(selected + row.sample * size, size, 0);
-        }
+        if (counts(row)) worker.select(row, selected + row.sample * size);
       });
     }
-    std::fill_n(selected, p_.samples * size, 0);
     int64_t first = 0;
     for (int s = 0; s < p_.objective.sweeps; ++s) {
       const Partition& partition = p_.objective.sweep[s].partition;
@@ -652,24 +649,20 @@ class RowRunner {
 
   void reduce(const int64_t* selected, float* stats) const {
     const int64_t size = stats_size(p_.objective);
+    std::fill_n(stats, p_.samples * size, 0.0f);
     if (!split_) {
       return each_row(selected, [&](RowWorker& worker, const Row& row) {
-        float* to = stats + row.sample * size;
-        counts(row) ? worker.reduce(row, {to, 1}) : static_cast<void>(std::fill_n(to, size, 0.0f));
+        if (counts(row)) worker.reduce(row, {stats + row.sample * size, 1});
       });
     }
-    std::vector<RowStats> parts(p_.samples * chunks_, RowStats(p_.objective));
+    std::vector<RowStats> parts(p_.samples * chunks_);
     each_chunk(selected, [&](RowWorker& worker, const Row& row, int64_t chunk) {
       if (counts(row)) worker.reduce_chunk(row, chunk, parts[row.sample * chunks_ + chunk]);
     });
     each_row(selected, [&](RowWorker& worker, const Row& row) {
       RowStats& total = parts[row.sample * chunks_];
       for (int64_t c = 1; c < chunks_; ++c) total.merge_rest(p_.objective, parts[row.sample * chunks_ + c]);
-      if (counts(row)) {
-        worker.finish_stats(row, total, {stats + row.sample * size, 1});
-      } else {
-        std::fill_n(stats + row.sample * size, size, 0.0f);
-      }
+      if (counts(row)) worker.finish_stats(row, total, {stats + row.sample * size, 1});
     });
   }
 
