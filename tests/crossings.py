@@ -403,16 +403,17 @@ def compare(crossing: Crossing, inputs: Inputs, got: Outcome) -> None:
     reducer = _Reducer(crossing, inputs)
     # As exact as float32's own eager formula is right: with what the logits themselves lose, no more is left.
     eager = functools.cache(lambda: _by_reference(crossing, _shifted(crossing, inputs), F32).reduced)
-    times = 2 if crossing.standardize is None else 3  # what multiplies a centred logit is rounded, too
-    bound = _Bound(reducer.bound(want.rows.loss, weight, dtype), lambda: eager().loss, times)
+    of_logits = _rounding_of_standardized(crossing, inputs, reducer.weight.flatten() > 0) if dtype == F32 else 0.0
+    bound = _Bound(reducer.bound(want.rows.loss, weight, dtype, of_logits), lambda: eager().loss)
     _compare_values("loss", got.loss, want.reduced.loss, bound)
     assert set(got.parts) == set(want.reduced.parts)
     for name, part in got.parts.items():
         assert part.dtype == dtype
         assert not part.requires_grad
         largest = max(1.0, *(term.scale for term in crossing.objective().terms))
-        table = 2 * reducer.bound(want.rows.parts[name], largest, dtype)  # the table's own is that of a loss
-        bound = _Bound(table, lambda name=name: eager().parts[name], times)
+        # The table's own is that of a loss.
+        table = 2 * reducer.bound(want.rows.parts[name], largest, dtype, of_logits)
+        bound = _Bound(table, lambda name=name: eager().parts[name])
         _compare_values(f"part {name!r}", part, want.reduced.parts[name], bound)
     if crossing.mode != "no_grad":
         finite = want.rows.loss.isfinite().flatten()
@@ -425,6 +426,25 @@ def rounding_weight(objective: Objective) -> float:
     """W of the documentation: what roundings of a probability are multiplied by."""
     weights = (term.scale * (sum(term.mass) + sum(map(sum, term.groups))) for term in objective.terms)
     return objective.ce_weight + sum(weights)
+
+
+def _rounding_of_standardized(crossing: Crossing, inputs: Inputs, valid: Tensor) -> float:
+    """What a loss may be off by as standardised logits are float32.
+
+    Two roundings of the largest, over T: they change log-ratios by as much, and probabilities, which multiply
+    log-ratios of up to twice the largest over T.
+    """
+    objective = crossing.objective()
+    if objective.standardize is None or not valid.any():
+        return 0.0
+    largest = 0.0
+    for logits in (inputs.student, inputs.teacher):
+        rows = _rows(logits, inputs.options["class_dim"])[:, : crossing.classes].double()
+        standard = reference.standardize(rows.where(valid[:, None], 0.0), valid, objective)[valid]
+        largest = max(largest, standard[standard.isfinite()].abs().amax().item() if standard.isfinite().any() else 0.0)
+    exponents = [largest / term.temperature for term in objective.terms]
+    weights = [term.scale * (sum(term.mass) + sum(map(sum, term.groups))) for term in objective.terms]
+    return sum(2 * 2.0**-24 * x * (1 + 2 * x) * weight for x, weight in zip(exponents, weights, strict=True))
 
 
 class _Reducer:
@@ -444,21 +464,20 @@ class _Reducer:
         #: What each sample's gradient is multiplied by, ``(N,)``.
         self.factor = torch.where(self.weight > 0, self.weight * upstream.double() / self.count, 0.0).flatten()
 
-    def bound(self, rows: Tensor, weight: float, dtype: torch.dtype) -> Tensor:
-        """What the reduced loss may be off by, given each sample's weighted loss."""
+    def bound(self, rows: Tensor, weight: float, dtype: torch.dtype, of_logits: float) -> Tensor:
+        """What the reduced loss may be off by, given each sample's weighted loss, and by its logits' own roundings."""
         relative, unit = (2e-6, 2.0**-24) if dtype == F32 else (1e-12, 2.0**-49)
         units = 1 if int((self.weight > 0).sum()) >= 256 and self.reduction != "none" else 8
         rows = rows.double().abs().nan_to_num(0.0, 0.0)
-        each = relative * torch.maximum(self.weight, rows) + units * unit * weight * self.weight
+        each = relative * torch.maximum(self.weight, rows) + (units * unit * weight + of_logits) * self.weight
         return each if self.reduction == "none" else each.sum() / self.count
 
 
 class _Bound(NamedTuple):
-    """What values may be off by: the table's, or some times what the eager float32 formula's worst is."""
+    """What values may be off by: the table's, or twice what the eager float32 formula's worst is."""
 
     table: Tensor
     eager: Callable[[], Tensor]
-    times: float
 
 
 def _compare_values(what: str, got: Tensor, want: Tensor, bound: _Bound) -> None:
@@ -468,9 +487,7 @@ def _compare_values(what: str, got: Tensor, want: Tensor, bound: _Bound) -> None
     excess = torch.where(same, 0.0, error / bound.table)
     if not (excess <= 1).all():
         of_eager = (bound.eager().double() - want).abs()
-        excess = torch.where(
-            same, 0.0, error / torch.maximum(bound.table, bound.times * of_eager[of_eager.isfinite()].amax())
-        )
+        excess = torch.where(same, 0.0, error / torch.maximum(bound.table, 2 * of_eager[of_eager.isfinite()].amax()))
     if not (excess <= 1).all():
         worst = int(excess.flatten().argmax())
         values = f"{got.flatten()[worst]:.9g}, expected {want.flatten()[worst]:.9g}"
